@@ -1,0 +1,49 @@
+//! Everything that is checked without running the code.
+
+use std::process::Command;
+
+use crate::shell::{self, cargo, tree};
+use crate::{Chores, directions, packages, say};
+
+/// Runs all checks, the quick ones first.
+pub fn run() -> Chores {
+    let deny = packages::for_lint()?;
+    say("formatting");
+    shell::run(cargo().args(["fmt", "--all", "--check"]))?;
+    directions::check()?;
+    say("licences, sources and bans of dependencies");
+    shell::run(Command::new(deny).current_dir(tree()).args([
+        "--all-features",
+        "check",
+        "bans",
+        "licenses",
+        "sources",
+    ]))?;
+    say("clippy");
+    shell::run(cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--all-features",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    shell::run(cargo().args([
+        "clippy",
+        "-p",
+        "kata-ctl",
+        "--no-default-features",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    say("documentation");
+    shell::run(
+        cargo()
+            .args(["doc", "--workspace", "--no-deps", "--quiet", "--document-private-items"])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+    )
+}

@@ -1,0 +1,79 @@
+//! The project's chores, each a sub-command; the Makefile only names them.
+//!
+//! ```text
+//!  run ──▶ packages ──▶ products ──▶ demo
+//!  test ─▶ packages ──▶ products ──▶ nextest, skips counted
+//!  lint ─▶ fmt, clippy, cargo-deny, crate directions
+//! ```
+
+mod bench;
+mod demo;
+mod directions;
+mod lint;
+mod packages;
+mod products;
+mod shell;
+mod suite;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use shell::ChoreError;
+
+/// `cargo xtask`: the project's chores.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Set the machine up, build what is needed, and run a first container in a virtual machine.
+    Run,
+    /// Build everything and run every test, with real virtual machines.
+    Test {
+        /// Only unit tests: no machine is booted.
+        #[arg(long)]
+        unit: bool,
+        /// Passed on to the test runner, e.g. a part of a test's name.
+        filter: Vec<String>,
+    },
+    /// Formatting, clippy, licences and sources of dependencies, directions between crates.
+    Lint,
+    /// Who may import whom.
+    DepsCheck,
+    /// Measure the budgets and write the table of docs/performance.md.
+    Bench {
+        /// Runs of each measurement.
+        #[arg(long, default_value_t = 10)]
+        runs: usize,
+        /// Print only; leave the document as it is.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().chore {
+        Chore::Run => demo::run(),
+        Chore::Test { unit, filter } => suite::run(unit, &filter),
+        Chore::Lint => lint::run(),
+        Chore::DepsCheck => directions::check(),
+        Chore::Bench { runs, dry_run } => bench::run(runs, dry_run),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {}", shell::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says what goes on, so that nobody has to guess during a long step.
+fn say(text: &str) {
+    eprintln!("==> {text}");
+}
+
+pub(crate) type Chores<T = ()> = Result<T, ChoreError>;

