@@ -1,0 +1,229 @@
+//! Building a guest image: a kernel, an initial RAM file system around the agent, and the manifest that describes both.
+//!
+//! The same inputs give the same image, byte for byte, and a build whose inputs are those of the image that is there
+//! already does nothing. The image appears at its place at once and whole: it is made in a directory beside it, which then
+//! takes its name.
+
+mod agent;
+mod bzimage;
+mod cpio;
+mod elf;
+mod initramfs;
+mod kernel;
+mod modules;
+mod tool;
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use sha2::{Digest, Sha256};
+
+pub use agent::AgentError;
+pub use bzimage::BzImageError;
+pub use cpio::CpioError;
+pub use elf::ElfError;
+pub use kernel::{ConfigError, KernelError, KernelSource};
+pub use modules::{LIST_PATH as MODULES_LIST_PATH, ModulesError};
+pub use tool::ToolError;
+
+use crate::manifest::{Compression, Initrd, Kernel, Manifest, ManifestError, capability, hex, sha256_of};
+
+/// Goes into the key of an image: to be raised when the same inputs are to give another image.
+const RECIPE: u32 = 1;
+
+const KERNEL_FILE: &str = "vmlinux";
+const INITRD_FILE: &str = "initrd.cpio";
+
+/// How the names of directories in the making begin.
+const TEMPORARY_PREFIX: &str = ".build-";
+
+/// Takes one line at a time on what a build is doing.
+pub type Progress<'a> = &'a mut dyn FnMut(&str);
+
+/// What an image is made of, and where it goes.
+#[derive(Clone, Debug)]
+pub struct ImageBuilder {
+    /// The agent: a static program.
+    pub agent: PathBuf,
+    /// The kernel.
+    pub kernel: KernelSource,
+    /// Where downloaded and compiled kernels are kept; made if missing. May be shared by builds that run at once.
+    pub cache: PathBuf,
+    /// The directory to make. One that is there must be an image (it is replaced) or empty.
+    pub output: PathBuf,
+}
+
+/// Why an image could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The agent is not usable.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// There is no kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// There are no modules for it.
+    #[error(transparent)]
+    Modules(#[from] ModulesError),
+    /// The root file system cannot be packed.
+    #[error("cannot make the initrd")]
+    Initrd(#[source] CpioError),
+    /// The manifest cannot be written.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A file cannot be read or written.
+    #[error("cannot access {}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The output directory holds something else.
+    #[error("{} is not empty and no guest image: choose another output directory", path.display())]
+    Occupied {
+        /// Its path.
+        path: PathBuf,
+    },
+}
+
+impl ImageBuilder {
+    /// Builds the image, or finds that it is there, and hands back its manifest as loaded from the output directory.
+    pub fn build(&self, progress: Progress<'_>) -> Result<Manifest, BuildError> {
+        let mut report = |line: &str| {
+            tracing::info!("{line}");
+            progress(line);
+        };
+        let agent = agent::Program::read(&self.agent)?;
+        let identity = self.kernel.identify()?;
+        let key = input_key(&agent.digest(), &identity.key);
+        if let Some(manifest) = self.current(&key) {
+            report(&format!("the image in {} is up to date", self.output.display()));
+            return Ok(manifest);
+        }
+        self.check_output()?;
+        let kernel = identity.provide(&self.cache, &mut report)?;
+        report(&format!("packing the image with kernel {}", kernel.release));
+        let (place, name) = self.place()?;
+        fs::create_dir_all(place).map_err(file(place))?;
+        let work = temporary_in(place).map_err(file(place))?;
+        let image = work.path().join(name);
+        fs::create_dir(&image).map_err(file(&image))?;
+        let mut manifest = pack(&agent, &kernel, &image, &mut report)?;
+        manifest.kernel.provider = identity.provider;
+        manifest.input_key = Some(key);
+        manifest.store(&image)?;
+        readable(&image).map_err(file(&image))?;
+        put_in_place(&image, &self.output).map_err(file(&self.output))?;
+        report(&format!("the image is in {}", self.output.display()));
+        Ok(Manifest::load(&self.output)?)
+    }
+
+    /// The manifest of the image that is there, if that was made of the same inputs and is still whole.
+    fn current(&self, key: &str) -> Option<Manifest> {
+        let manifest = Manifest::load(&self.output).ok()?;
+        (manifest.input_key.as_deref() == Some(key) && manifest.verify().is_ok()).then_some(manifest)
+    }
+
+    fn check_output(&self) -> Result<(), BuildError> {
+        let path = &self.output;
+        let entries = match fs::read_dir(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            result => result.map_err(file(path))?,
+        };
+        if entries.count() > 0 && !path.join(crate::manifest::FILE_NAME).exists() {
+            return Err(BuildError::Occupied { path: path.clone() });
+        }
+        Ok(())
+    }
+
+    /// The directory that the output is in, and its name there.
+    fn place(&self) -> Result<(&Path, &std::ffi::OsStr), BuildError> {
+        let invalid =
+            || BuildError::File { path: self.output.clone(), source: io::ErrorKind::InvalidFilename.into() };
+        let parent = self.output.parent().ok_or_else(invalid)?;
+        let place = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        Ok((place, self.output.file_name().ok_or_else(invalid)?))
+    }
+}
+
+/// Writes kernel and initrd into `dir` and describes them.
+fn pack(
+    agent: &agent::Program,
+    kernel: &kernel::Kernel,
+    dir: &Path,
+    progress: Progress<'_>,
+) -> Result<Manifest, BuildError> {
+    let plan = kernel.plan()?;
+    let (vmlinux, initrd) = (dir.join(KERNEL_FILE), dir.join(INITRD_FILE));
+    fs::copy(kernel.vmlinux(), &vmlinux).map_err(file(&vmlinux))?;
+    let out = fs::File::create(&initrd).map_err(file(&initrd))?;
+    let archive = initramfs::archive(agent.bytes().to_vec(), &plan).map_err(BuildError::Initrd)?;
+    archive.write(io::BufWriter::new(out)).map_err(BuildError::Initrd)?;
+
+    let digest = |path: &Path| sha256_of(path).map_err(file(path));
+    let described = Kernel {
+        path: KERNEL_FILE.into(),
+        sha256: digest(&vmlinux)?,
+        release: kernel.release.clone(),
+        provider: String::new(),
+    };
+    let mut manifest = Manifest::new(described, agent.facts(progress));
+    manifest.initrd =
+        Some(Initrd { path: INITRD_FILE.into(), sha256: digest(&initrd)?, compression: Compression::None });
+    manifest.capabilities = match kernel.config()? {
+        Some(config) => config.capabilities(&plan),
+        None => {
+            progress(
+                "the kernel does not tell its configuration: taking it that it has virtio-pci, virtio-fs and vsock",
+            );
+            [capability::VIRTIO_PCI, capability::VIRTIO_FS, capability::VSOCK].map(str::to_owned).into()
+        }
+    };
+    manifest.modules = plan.boot.into_iter().map(|module| module.name).collect();
+    Ok(manifest)
+}
+
+/// Names the file in an IO error.
+fn file(path: &Path) -> impl FnOnce(io::Error) -> BuildError {
+    let path = path.to_path_buf();
+    move |source| BuildError::File { path, source }
+}
+
+fn input_key(agent: &str, kernel: &str) -> String {
+    hex(&Sha256::digest(format!("recipe {RECIPE}\nagent {agent}\nkernel {kernel}\n")))
+}
+
+/// Lets everybody read the image: a virtual machine monitor runs as an unprivileged user.
+fn readable(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        fs::set_permissions(entry?.path(), Permissions::from_mode(0o644))?;
+    }
+    fs::set_permissions(dir, Permissions::from_mode(0o755))
+}
+
+/// Gives the directory `made` the name `place`. What has that name now ends up where `made` was.
+fn put_in_place(made: &Path, place: &Path) -> io::Result<()> {
+    match renameat_with(CWD, made, CWD, place, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::NOENT) => fs::rename(made, place),
+        // A file system that cannot exchange: there is a moment without an image.
+        Err(rustix::io::Errno::INVAL) => {
+            fs::rename(place, made.with_extension("old"))?;
+            fs::rename(made, place)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A directory in `dir` that goes away with the value.
+fn temporary_in(dir: &Path) -> io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempdir_in(dir)
+}
+
+#[cfg(test)]
+mod tests;
