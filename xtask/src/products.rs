@@ -71,12 +71,27 @@ pub fn build(profile: Profile, registry: bool) -> Chores<Products> {
 /// Builds the static guest agent.
 pub fn build_agent() -> Chores<PathBuf> {
     say("building the guest agent");
+    build_guest(&["--bin", "kata-agent"])?;
+    Ok(guest_dir().join("kata-agent"))
+}
+
+/// Builds the static init that does nothing but end the machine.
+pub fn build_bare_init() -> Chores<PathBuf> {
+    build_guest(&["--example", "bare-init"])?;
+    Ok(guest_dir().join("examples/bare-init"))
+}
+
+fn build_guest(what: &[&str]) -> Chores {
     shell::run(
         cargo()
             .args(["build", "--profile", "guest", "--target", GUEST_TARGET, "-p", "kata-agent"])
+            .args(what)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
-    )?;
-    Ok(tree().join("target").join(GUEST_TARGET).join("guest/kata-agent"))
+    )
+}
+
+fn guest_dir() -> PathBuf {
+    tree().join("target").join(GUEST_TARGET).join("guest")
 }

@@ -1,0 +1,117 @@
+//! From the command to the container's first byte, against the same machine booting to an init that does nothing.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use super::table::{Row, Samples};
+use super::{Bench, timed};
+use crate::Chores;
+use crate::products;
+use crate::shell::{ChoreError, at, output, tree};
+
+/// Rows of the start.
+pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
+    let bare = BareBoot::prepare(bench)?;
+    let mut ratios = Vec::new();
+    let mut starts = Vec::new();
+    let mut boots = Vec::new();
+    // One of each to warm the page cache.
+    for run in 0..=bench.runs {
+        let boot = bare.boot()?;
+        let start = first_byte(bench)?;
+        if run > 0 {
+            boots.push(boot * 1e3);
+            starts.push(start * 1e3);
+            ratios.push(start / boot);
+        }
+    }
+    Ok(vec![
+        row("`kata-ctl run` to first byte ÷ bare boot", "", ratios, Some(1.30)),
+        row("`kata-ctl run` to first byte", "ms", starts, None),
+        row("bare boot: same machine, kernel and initrd to an init that exits", "ms", boots, None),
+    ])
+}
+
+fn row(what: &str, unit: &'static str, samples: Vec<f64>, budget: Option<f64>) -> Row {
+    Row { what: what.to_owned(), unit, samples: Samples::new(samples), budget }
+}
+
+/// Seconds until the first byte of output.
+fn first_byte(bench: &Bench) -> Chores<f64> {
+    let mut command = bench.ctl(&["run", "--rm", &bench.image, "echo", "up"]);
+    let program = PathBuf::from(command.get_program());
+    let begin = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(at("start", &program))?;
+    let mut byte = [0];
+    if let Some(stdout) = child.stdout.as_mut() {
+        stdout.read_exact(&mut byte).map_err(at("read the output of", &program))?;
+    }
+    let elapsed = begin.elapsed().as_secs_f64();
+    child.wait().map_err(at("wait for", &program))?;
+    Ok(elapsed)
+}
+
+/// The machine alone.
+struct BareBoot {
+    kernel: PathBuf,
+    initrd: PathBuf,
+}
+
+impl BareBoot {
+    /// Adds an init that exits to the image's initrd: archives may follow one another.
+    fn prepare(bench: &Bench) -> Chores<Self> {
+        let image = bench.products.dir.join("guest-image");
+        let init = products::build_bare_init()?;
+        let initrd = tree().join("target/bare-initrd");
+        let mut bytes =
+            std::fs::read(image.join("initrd.cpio")).map_err(at("read", &image.join("initrd.cpio")))?;
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+        bytes.extend(archive(&init)?);
+        std::fs::write(&initrd, bytes).map_err(at("write", &initrd))?;
+        Ok(Self { kernel: image.join("vmlinux"), initrd })
+    }
+
+    /// Seconds from exec of QEMU to its end.
+    fn boot(&self) -> Chores<f64> {
+        let begin = Instant::now();
+        let status = Command::new("qemu-system-x86_64")
+            .args(["-machine", "q35,accel=tcg,memory-backend=mem", "-cpu", "max", "-smp", "1", "-m", "256M"])
+            .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
+            .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+            .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-kernel"])
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(&self.initrd)
+            .args(["-append", "quiet panic=1 reboot=k rdinit=/bare-init"])
+            .stdin(Stdio::null())
+            .status()
+            .map_err(at("start", Path::new("qemu-system-x86_64")))?;
+        // The device ends QEMU with twice the value written, plus one.
+        if status.code() == Some(1) {
+            Ok(begin.elapsed().as_secs_f64())
+        } else {
+            Err(ChoreError::Found(format!("the bare boot did not reach its init: {status}")))
+        }
+    }
+}
+
+/// A cpio archive with the program as `/bare-init`.
+fn archive(init: &Path) -> Chores<Vec<u8>> {
+    let dir = tree().join("target/bare-init");
+    std::fs::create_dir_all(&dir).map_err(at("create", &dir))?;
+    std::fs::copy(init, dir.join("bare-init")).map_err(at("copy", init))?;
+    output(
+        Command::new("sh")
+            .current_dir(&dir)
+            .args(["-c", "echo bare-init | cpio --quiet -o -H newc > ../bare.cpio"]),
+    )?;
+    let path = tree().join("target/bare.cpio");
+    std::fs::read(&path).map_err(at("read", &path))
+}
+
+/// Seconds of `kata-ctl` with these arguments, from start to end.
+pub fn whole(bench: &Bench, args: &[&str]) -> Chores<f64> {
+    timed(bench.ctl(args).stdout(Stdio::null())).map(|elapsed| elapsed.as_secs_f64())
+}

@@ -1,0 +1,72 @@
+//! What a pod costs in memory, on the host and in the guest.
+
+use std::process::{Command, Stdio};
+
+use super::Bench;
+use super::table::{Row, Samples};
+use crate::Chores;
+use crate::shell::{self, ChoreError};
+
+const POD: &str = "bench-memory";
+
+/// Host processes of a pod and the resident memory they may have, in MiB.
+const HOST: &[(&str, &str, f64)] = &[
+    ("containerd-shim-kata-v2", "owner", 10.0),
+    ("kata-virtiofsd", "kata-virtiofsd, both processes", 10.0),
+    ("kata-vmm", "kata-vmm vsock", 3.0),
+];
+
+/// Rows of memory.
+pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
+    let image = bench.image.as_str();
+    shell::run(
+        bench
+            .ctl(&["run", "-d", "--name", POD, "--memory", "128M", image, "sleep", "1000"])
+            .stdout(Stdio::null()),
+    )?;
+    let rows = with_pod(bench);
+    shell::run(bench.ctl(&["rm", "-f", POD]).stdout(Stdio::null()))?;
+    rows
+}
+
+fn with_pod(bench: &Bench) -> Chores<Vec<Row>> {
+    for _ in 0..10 {
+        shell::run(&mut bench.ctl(&["exec", POD, "true"]))?;
+    }
+    let mut rows = Vec::new();
+    for (program, name, budget) in HOST {
+        rows.push(row(&format!("resident memory: {name}"), resident_mib(program)?, Some(*budget)));
+    }
+    let meminfo = shell::output(&mut bench.ctl(&["exec", POD, "cat", "/proc/meminfo"]))?;
+    let field = |name: &str| meminfo.lines().find_map(|line| line.strip_prefix(name)).and_then(kib);
+    match (field("MemTotal:"), field("MemAvailable:")) {
+        (Some(total), Some(available)) => {
+            rows.push(row(
+                "guest memory used at idle (128 MiB machine)",
+                (total - available) / 1024.0,
+                Some(26.0),
+            ));
+        }
+        _ => return Err(ChoreError::Found("the guest's /proc/meminfo is not as expected".to_owned())),
+    }
+    Ok(rows)
+}
+
+fn row(what: &str, mib: f64, budget: Option<f64>) -> Row {
+    Row { what: what.to_owned(), unit: "MiB", samples: Samples::new(vec![mib]), budget }
+}
+
+fn kib(text: &str) -> Option<f64> {
+    text.split_whitespace().next()?.parse().ok()
+}
+
+/// Resident memory of all processes of a program that belong to the pod.
+fn resident_mib(program: &str) -> Chores<f64> {
+    let found = shell::output(Command::new("pgrep").args(["-f", &format!("{program}.*{POD}")]))?;
+    let total: f64 = found
+        .lines()
+        .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok())
+        .filter_map(|status| status.lines().find_map(|line| line.strip_prefix("VmRSS:")).and_then(kib))
+        .sum();
+    Ok(total / 1024.0)
+}
