@@ -1,0 +1,108 @@
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+const SVM: &str = "processor\t: 0\nflags\t\t: fpu vme svm npt\n";
+
+fn host(kvm: Kvm) -> Host {
+    Host { kvm, cpus: 2, memory_mib: 4096, qemu: None }
+}
+
+fn config(accelerator: AcceleratorChoice) -> Config {
+    let mut config = Config::default();
+    config.runtime.accelerator = accelerator;
+    config
+}
+
+#[test]
+fn absent_device_is_told_from_one_that_is_not_kvms() {
+    assert_eq!(Kvm::probe(Path::new("/no/such/device"), SVM), Kvm::Absent);
+    assert_eq!(Kvm::probe(Path::new("/dev/null"), SVM), Kvm::WrongVersion { version: -1 });
+}
+
+#[test]
+fn device_that_opens_is_usable_only_with_the_cpu_flags() {
+    let device = Path::new("/dev/kvm");
+    if OpenOptions::new().read(true).write(true).open(device).is_err() {
+        eprintln!("skipped: /dev/kvm cannot be opened here");
+        return;
+    }
+    assert_eq!(Kvm::probe(device, SVM), Kvm::Usable);
+    assert_eq!(Kvm::probe(device, "flags : fpu vme lahf_svm\nmodel name : vmx svm\n"), Kvm::SoftwareOnly);
+}
+
+#[test]
+fn auto_takes_kvm_where_it_works_and_else_says_why_not() {
+    let choice = choose(&config(AcceleratorChoice::Auto), &host(Kvm::Usable)).unwrap();
+    assert_eq!((choice.driver, choice.accelerator), (DriverKind::Qemu, Accelerator::Kvm));
+    for kvm in [
+        Kvm::Absent,
+        Kvm::NoAccess { reason: "Permission denied".to_owned() },
+        Kvm::SoftwareOnly,
+        Kvm::WrongVersion { version: 11 },
+    ] {
+        let choice = choose(&config(AcceleratorChoice::Auto), &host(kvm.clone())).unwrap();
+        assert_eq!(choice.accelerator, Accelerator::Tcg);
+        assert!(choice.reason.ends_with(&format!("because KVM {kvm}")), "{}", choice.reason);
+    }
+}
+
+#[test]
+fn asking_for_kvm_without_any_is_an_error_with_the_next_step() {
+    let error = choose(&config(AcceleratorChoice::Kvm), &host(Kvm::Absent)).unwrap_err().to_string();
+    assert!(error.contains("there is no /dev/kvm; load the module kvm_intel or kvm_amd"), "{error}");
+    assert!(error.ends_with("(or set runtime.accelerator to \"auto\")"), "{error}");
+}
+
+#[test]
+fn asking_for_tcg_gives_tcg_even_with_kvm() {
+    let choice = choose(&config(AcceleratorChoice::Tcg), &host(Kvm::Usable)).unwrap();
+    assert_eq!(choice.accelerator, Accelerator::Tcg);
+}
+
+#[test]
+fn version_is_read_from_what_distributions_print() {
+    for (text, version) in [
+        ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright", Some((7, 2))),
+        ("QEMU emulator version 10.0.2", Some((10, 0))),
+        ("QEMU emulator version 9.2.50 (v9.2.0-1)", Some((9, 2))),
+        ("qemu-system-x86_64: unknown", None),
+        ("", None),
+    ] {
+        assert_eq!(QemuVersion::parse(text).map(|v| (v.major, v.minor)), version, "{text}");
+    }
+    let [old, new] = [QemuVersion { major: 7, minor: 2 }, QemuVersion { major: 10, minor: 0 }];
+    assert!(old < new);
+}
+
+#[test]
+fn program_that_is_not_qemu_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("qemu");
+    let error = Host::probe().with_qemu(&program).unwrap_err();
+    assert!(matches!(error, HostError::Qemu { .. }));
+    std::fs::write(&program, "#!/bin/sh\necho something else\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let error = Host::probe().with_qemu(&program).unwrap_err();
+    assert!(
+        matches!(&error, HostError::NoVersion { said, .. } if said.contains("something else")),
+        "{error}"
+    );
+}
+
+#[test]
+fn probe_serialises_for_people_and_machines() {
+    let host = Host::probe();
+    assert!(host.cpus >= 1 && host.memory_mib > 0);
+    let json = serde_json::to_value(host_with(Kvm::NoAccess { reason: "x".to_owned() })).unwrap();
+    assert_eq!(json["kvm"], serde_json::json!({"state": "no-access", "reason": "x"}));
+    assert_eq!(
+        json["qemu"],
+        serde_json::json!({"path": "/usr/bin/qemu", "version": {"major": 7, "minor": 2}})
+    );
+}
+
+fn host_with(kvm: Kvm) -> Host {
+    let version = QemuVersion { major: 7, minor: 2 };
+    Host { qemu: Some(Qemu { path: "/usr/bin/qemu".into(), version }), ..host(kvm) }
+}

@@ -1,0 +1,34 @@
+//! Hypervisor drivers behind one small trait.
+//!
+//! ```text
+//!   kata-sandbox ──▶ trait Vm ──┬─ qemu   q35 and microvm, KVM or TCG; driven over QMP
+//!                               └─ fake   no guest at all; for tests of what sits above
+//!                      │
+//!                      ├─ host      what this machine can run, and the choice that follows from it
+//!                      ├─ process   the one way a child is started, watched, ended and recorded
+//!                      └─ vsock     the back end of the guest's vsock device, `kata-vmm vsock`
+//! ```
+//!
+//! A driver gets a [`VmSpec`], starts the processes that make up one virtual machine and tells how they ended. It knows
+//! nothing of pods, containers or the agent.
+
+pub mod fake;
+pub mod host;
+pub mod process;
+mod qemu;
+mod vm;
+mod vsock;
+
+pub use host::{Choice, DriverKind, Host};
+pub use qemu::qmp::QmpError;
+pub use vm::{
+    Accelerator, Capabilities, HypervisorError, Machine, ProcessInfo, SharedFs, Vm, VmExit, VmSpec,
+};
+pub use vsock::VsockError;
+
+/// A driver of the given kind that runs nothing yet.
+pub fn driver(kind: DriverKind) -> Box<dyn Vm> {
+    match kind {
+        DriverKind::Qemu => Box::new(qemu::QemuVm::new()),
+    }
+}

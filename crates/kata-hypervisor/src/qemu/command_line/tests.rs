@@ -1,0 +1,91 @@
+use super::*;
+
+const PARAMS: [&str; 3] = ["console=ttyS0", "quiet", "agent.log=debug"];
+
+fn text(machine: Machine, accelerator: Accelerator, change: impl FnOnce(&mut Plan<'_>)) -> String {
+    let params: Vec<String> = PARAMS.map(str::to_owned).to_vec();
+    let mut plan = Plan {
+        id: "pod-1",
+        machine,
+        accelerator,
+        vcpus: 2,
+        memory_mib: 256,
+        kernel_params: &params,
+        shared_fs_tag: Some("kataShared"),
+        seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        tsc_khz: (accelerator == Accelerator::Tcg).then_some(2_596_120),
+        fds: Fds {
+            qmp: 3,
+            console: 4,
+            vsock: 5,
+            kernel: 6,
+            initrd: Some(7),
+            image: None,
+            shared_fs: Some(8),
+        },
+    };
+    change(&mut plan);
+    // One option with its value a line.
+    command_line(&plan).join(" ").replace(" -", "\n-")
+}
+
+#[test]
+fn q35_with_tcg() {
+    insta::assert_snapshot!(text(Machine::Q35, Accelerator::Tcg, |_| {}));
+}
+
+#[test]
+fn q35_with_kvm() {
+    insta::assert_snapshot!(text(Machine::Q35, Accelerator::Kvm, |_| {}));
+}
+
+#[test]
+fn microvm_with_tcg() {
+    insta::assert_snapshot!(text(Machine::Microvm, Accelerator::Tcg, |_| {}));
+}
+
+#[test]
+fn microvm_with_kvm() {
+    insta::assert_snapshot!(text(Machine::Microvm, Accelerator::Kvm, |_| {}));
+}
+
+#[test]
+fn q35_with_an_image_and_without_files_shared() {
+    insta::assert_snapshot!(text(Machine::Q35, Accelerator::Tcg, |plan| {
+        plan.shared_fs_tag = None;
+        plan.fds.shared_fs = None;
+        plan.fds.initrd = None;
+        plan.fds.image = Some(7);
+    }));
+}
+
+#[test]
+fn names_with_commas_stay_one_value() {
+    let line = text(Machine::Q35, Accelerator::Tcg, |plan| {
+        plan.id = "a,b";
+        plan.shared_fs_tag = Some("c,dax=on");
+    });
+    assert!(line.contains("guest=a,,b\n") && line.contains("tag=c,,dax=on"), "{line}");
+}
+
+#[test]
+fn empty_sandbox_means_none() {
+    let line = text(Machine::Q35, Accelerator::Tcg, |plan| plan.seccomp_sandbox = "");
+    assert!(!line.contains("-sandbox"));
+}
+
+/// Options that newer releases have removed (QEMU's documentation, about/removed-features) and ones that 7.2 lacks.
+#[test]
+fn no_option_is_missing_in_qemu_7_2_or_10_0() {
+    for machine in [Machine::Q35, Machine::Microvm] {
+        for accelerator in [Accelerator::Kvm, Accelerator::Tcg] {
+            let line = text(machine, accelerator, |_| {});
+            let removed =
+                ["-no-hpet", "-no-acpi", "-runas", "-chroot", "-singlestep", "-async-teardown", "virtiofsd"];
+            let newer = ["-run-with", "kvm,device=", "aes-key-wrap", "one-insn-per-tb"];
+            for option in removed.into_iter().chain(newer) {
+                assert!(!line.contains(option), "{option} in {line}");
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! The files that QEMU is given as open descriptors, and its way to `/dev/kvm`.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use rustix::fs::MemfdFlags;
+
+use crate::process::Identity;
+use crate::vm::HypervisorError;
+
+/// Opens `path` for a process that runs as `identity`. That process opens it anew through `/proc/self/fd`, which asks for the
+/// file's own permission bits and for no directory's; a file it may not read is copied into memory.
+pub(super) fn open_for(
+    identity: &Identity,
+    path: &Path,
+    what: &'static str,
+) -> Result<OwnedFd, HypervisorError> {
+    let fault = |source| HypervisorError::File { what, path: path.to_owned(), source };
+    let file = File::open(path).map_err(fault)?;
+    let metadata = file.metadata().map_err(fault)?;
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        return Err(fault(io::Error::from(io::ErrorKind::IsADirectory)));
+    }
+    if allows(identity, &metadata, 0o4) || kind.is_block_device() {
+        return Ok(file.into());
+    }
+    in_memory(file).map_err(fault)
+}
+
+fn in_memory(mut file: File) -> io::Result<OwnedFd> {
+    let mut copy = File::from(rustix::fs::memfd_create("copy", MemfdFlags::CLOEXEC)?);
+    io::copy(&mut file, &mut copy)?;
+    rustix::fs::fchmod(&copy, rustix::fs::Mode::from_raw_mode(0o444))?;
+    Ok(copy.into())
+}
+
+/// Whether the permission bits grant `identity` all of `wanted` (`4` read, `2` write).
+fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) -> bool {
+    let mode = metadata.mode();
+    let granted = if identity.uid == metadata.uid() {
+        mode >> 6
+    } else if identity.gid == metadata.gid() || identity.groups.contains(&metadata.gid()) {
+        mode >> 3
+    } else {
+        mode
+    };
+    identity.uid == 0 || granted & wanted == wanted
+}
+
+/// `identity` with the group that owns `device`, where that is what lets it use KVM.
+pub(super) fn with_kvm(identity: &Identity, device: &Path) -> Result<Identity, HypervisorError> {
+    let denied = |reason| HypervisorError::KvmDenied { uid: identity.uid, reason };
+    let metadata = fs::metadata(device).map_err(|error| denied(format!("{}: {error}", device.display())))?;
+    let mut member = identity.clone();
+    if allows(&member, &metadata, 0o6) {
+        return Ok(member);
+    }
+    // The group root opens far more than this device.
+    if metadata.gid() != 0 {
+        member.groups.push(metadata.gid());
+        if allows(&member, &metadata, 0o6) {
+            return Ok(member);
+        }
+    }
+    Err(denied(format!(
+        "it belongs to user {} and group {} with mode {:04o}; give it a group of its own (chgrp kvm /dev/kvm; chmod 0660 /dev/kvm)",
+        metadata.uid(),
+        metadata.gid(),
+        metadata.mode() & 0o7777
+    )))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,67 @@
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+fn somebody(groups: &[u32]) -> Identity {
+    Identity { uid: 4711, gid: 4711, groups: groups.to_vec() }
+}
+
+fn file(mode: u32) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), "kernel").unwrap();
+    fs::set_permissions(file.path(), fs::Permissions::from_mode(mode)).unwrap();
+    file
+}
+
+fn target_of(fd: &OwnedFd) -> String {
+    fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().to_string_lossy().into_owned()
+}
+
+#[test]
+fn file_that_anybody_may_read_is_handed_over_itself() {
+    let file = file(0o644);
+    let fd = open_for(&somebody(&[]), file.path(), "guest kernel").unwrap();
+    assert_eq!(target_of(&fd), file.path().to_str().unwrap());
+}
+
+#[test]
+fn file_that_the_identity_may_not_read_is_copied_into_memory() {
+    let file = file(0o600);
+    let fd = open_for(&somebody(&[]), file.path(), "guest kernel").unwrap();
+    assert!(target_of(&fd).starts_with("/memfd:"), "{}", target_of(&fd));
+    // Opened anew, as QEMU does.
+    let mut text = String::new();
+    File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().read_to_string(&mut text).unwrap();
+    assert_eq!(text, "kernel");
+}
+
+#[test]
+fn missing_file_and_directory_are_named() {
+    let error = open_for(&somebody(&[]), Path::new("/no/such/kernel"), "guest kernel").unwrap_err();
+    assert_eq!(error.to_string(), r#"guest kernel "/no/such/kernel" cannot be used"#);
+    assert!(open_for(&somebody(&[]), Path::new("/"), "initrd").is_err());
+}
+
+#[test]
+fn kvm_group_is_joined_only_where_that_is_what_grants_access() {
+    let device = file(0o666);
+    assert_eq!(with_kvm(&somebody(&[1]), device.path()).unwrap(), somebody(&[1]));
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: giving a file to another group needs root");
+        return;
+    }
+    let device = file(0o660);
+    std::os::unix::fs::chown(device.path(), Some(0), Some(105)).unwrap();
+    assert_eq!(with_kvm(&somebody(&[1]), device.path()).unwrap(), somebody(&[1, 105]));
+    // Never the group root.
+    std::os::unix::fs::chown(device.path(), Some(0), Some(0)).unwrap();
+    let error = with_kvm(&somebody(&[]), device.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("user 4711") && error.contains("mode 0660") && error.contains("chgrp kvm"),
+        "{error}"
+    );
+    let root = Identity { uid: 0, gid: 0, groups: Vec::new() };
+    assert_eq!(with_kvm(&root, device.path()).unwrap(), root);
+}

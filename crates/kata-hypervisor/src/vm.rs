@@ -1,0 +1,329 @@
+//! What every driver takes, offers and reports.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::process::{Exit, Identity, Record, RecordError, SpawnError};
+use crate::qemu::qmp::QmpError;
+use crate::vsock::VsockError;
+
+/// How the guest's instructions are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// The host's hardware, through `/dev/kvm`.
+    Kvm,
+    /// Emulation in software. Needs nothing of the host; an order of magnitude slower.
+    Tcg,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// The emulated machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// A PC with PCI Express.
+    Q35,
+    /// virtio-mmio only: faster to boot, and nothing can be plugged in later.
+    Microvm,
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Q35 => "q35",
+            Self::Microvm => "microvm",
+        })
+    }
+}
+
+/// A virtio-fs share whose daemon runs already.
+#[derive(Debug)]
+pub struct SharedFs {
+    /// The tag that the guest mounts.
+    pub tag: String,
+    /// The connected end of the daemon's vhost-user socket.
+    pub socket: OwnedFd,
+}
+
+/// One virtual machine, as it is to be started.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// Name of the machine: the pod's id.
+    pub id: String,
+    /// The pod's directory. The driver puts its sockets here.
+    pub run_dir: PathBuf,
+    /// The VMM's executable: `qemu-system-x86_64`.
+    pub program: PathBuf,
+    /// The vsock back end's executable: `kata-vmm`, or any program that takes the arguments of `kata-vmm vsock`.
+    pub vsock_program: PathBuf,
+    /// The emulated machine.
+    pub machine: Machine,
+    /// How its instructions are run. See [`crate::host::choose`].
+    pub accelerator: Accelerator,
+    /// Guest kernel: an uncompressed ELF with a PVH note starts fastest, a bzImage works.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Root disk image, raw, attached read-only as the first virtio block device.
+    pub image: Option<PathBuf>,
+    /// The guest kernel's command line, one parameter each. The driver adds nothing of its own but what the machine type needs.
+    pub kernel_params: Vec<String>,
+    /// Virtual CPUs, at least 1.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Where the host's side of the vsock device listens: a unix socket with the `CONNECT <port>` handshake. The driver binds
+    /// it before any process starts; what the guest dials on port P arrives at `<vsock>_<P>`.
+    pub vsock: PathBuf,
+    /// Files shared with the guest.
+    pub shared_fs: Option<SharedFs>,
+    /// Who the VMM and the vsock back end run as. Anyone but root runs without capabilities.
+    pub identity: Identity,
+    /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
+    pub seccomp_sandbox: String,
+}
+
+/// What a driver can do on the machine it was asked for. Everything not listed as `true` answers
+/// [`HypervisorError::Unsupported`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// Files of the host can be shared through virtio-fs.
+    pub shared_fs: bool,
+    /// [`Vm::pause`] and [`Vm::resume`].
+    pub pause: bool,
+    /// CPUs can be added to a running machine.
+    pub hotplug_cpu: bool,
+    /// Memory can be added to a running machine.
+    pub hotplug_memory: bool,
+    /// Disks can be added to a running machine.
+    pub hotplug_block: bool,
+    /// Network interfaces can be added to a running machine.
+    pub hotplug_network: bool,
+    /// A running machine's state can be written to files and started from there.
+    pub snapshot: bool,
+}
+
+/// One process of a virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ProcessInfo {
+    /// What it is for: `qemu`, `vsock`.
+    pub name: String,
+    /// Its process id on the host.
+    pub pid: u32,
+}
+
+/// Why a virtual machine has ended. Its `Display` is a sentence for users.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmExit {
+    /// The guest ended itself in order: PID 1 powered off or rebooted.
+    Clean,
+    /// [`Vm::stop`] was called.
+    Stopped,
+    /// The VMM was killed by this signal, and not by us.
+    Signal(i32),
+    /// The VMM gave up with this exit code; the text is the tail of what it said.
+    Code(i32, String),
+    /// The guest's kernel panicked; the text is the console's last lines.
+    GuestPanic(String),
+    /// A process that the machine needs died first, so the VMM was stopped.
+    BackEndLost {
+        /// Which one: `vsock`.
+        name: String,
+        /// How it ended.
+        exit: Exit,
+        /// The tail of what it said.
+        output: String,
+    },
+}
+
+impl VmExit {
+    /// Whether the machine ended because the guest or its owner wanted it to.
+    pub fn is_expected(&self) -> bool {
+        matches!(self, Self::Clean | Self::Stopped)
+    }
+}
+
+impl fmt::Display for VmExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Clean => f.write_str("the guest shut down"),
+            Self::Stopped => f.write_str("the virtual machine was stopped"),
+            Self::Signal(9) => f.write_str("the VMM was killed by signal 9 (by hand, or by the host's out-of-memory killer: see its kernel log)"),
+            Self::Signal(signal) => write!(f, "the VMM was killed by signal {signal}"),
+            Self::Code(code, output) => write!(f, "the VMM exited with code {code}{}", Quoted(output)),
+            Self::GuestPanic(console) => write!(f, "the guest's kernel panicked{}", Quoted(console)),
+            Self::BackEndLost { name, exit, output } => {
+                write!(f, "the virtual machine was stopped because its {name} process {exit}{}", Quoted(output))
+            }
+        }
+    }
+}
+
+/// Output of a process as the end of a sentence; nothing where it said nothing.
+pub(crate) struct Quoted<'a>(pub &'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.trim() {
+            "" => Ok(()),
+            text => write!(f, ": {text}"),
+        }
+    }
+}
+
+/// What can go wrong with a virtual machine before and while it runs. Each says which layer failed and what to do.
+#[derive(Debug, Error)]
+pub enum HypervisorError {
+    /// The driver or the machine type has no such operation.
+    #[error("{operation} is not supported by {driver}")]
+    Unsupported {
+        /// What was asked.
+        operation: &'static str,
+        /// Driver and machine type.
+        driver: String,
+    },
+    /// A field of the [`VmSpec`] makes no machine.
+    #[error("virtual machine {id:?} cannot be started: {reason}")]
+    InvalidSpec {
+        /// The machine.
+        id: String,
+        /// Which field, and why.
+        reason: String,
+    },
+    /// The operation does not fit what the machine is doing.
+    #[error("{operation} is not possible: the virtual machine {state}")]
+    WrongState {
+        /// What was asked.
+        operation: &'static str,
+        /// `is not started`, `was started already`, `has ended`.
+        state: &'static str,
+    },
+    /// A file that the VMM needs could not be opened or prepared.
+    #[error("{what} {path:?} cannot be used", path = .path.display())]
+    File {
+        /// `guest kernel`, `initrd`, `image`, `vsock socket`.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A process could not be started.
+    #[error("the {name} process could not be started; {next}")]
+    Start {
+        /// `qemu`, `vsock`.
+        name: &'static str,
+        /// What to do about it.
+        next: &'static str,
+        /// Why.
+        #[source]
+        source: SpawnError,
+    },
+    /// The vsock back end could not be set up.
+    #[error("the vsock back end could not be set up")]
+    Vsock(#[from] VsockError),
+    /// The VMM ended before it ran the guest: it refused its arguments, a device or the guest kernel.
+    #[error("{program:?} ended before it ran the guest: it {exit}{quoted}", program = .program.display(), quoted = Quoted(.output))]
+    Refused {
+        /// The VMM.
+        program: PathBuf,
+        /// How it ended.
+        exit: Exit,
+        /// The tail of what it said.
+        output: String,
+    },
+    /// A process that the VMM needs ended before the guest ran.
+    #[error("the {name} process ended before the guest ran: it {exit}{quoted}", quoted = Quoted(.output))]
+    BackEndLost {
+        /// Which one: `vsock`.
+        name: String,
+        /// How it ended.
+        exit: Exit,
+        /// The tail of what it said.
+        output: String,
+    },
+    /// The VMM runs and says nothing.
+    #[error("{program:?} did not answer on its control socket within {bound:?}; it waits for {waits_for}{quoted}",
+        program = .program.display(), quoted = Quoted(.output))]
+    Unresponsive {
+        /// The VMM.
+        program: PathBuf,
+        /// The bound that has passed.
+        bound: Duration,
+        /// What it probably waits for.
+        waits_for: &'static str,
+        /// The tail of what it said.
+        output: String,
+    },
+    /// The VMM does not let the accelerator be used.
+    #[error("/dev/kvm cannot be used by the VMM, which runs as user {uid}: {reason}")]
+    KvmDenied {
+        /// The VMM's user.
+        uid: u32,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// The control socket failed.
+    #[error("QEMU's control socket failed")]
+    Qmp(#[from] QmpError),
+    /// The machine has ended.
+    #[error("{0}")]
+    Ended(VmExit),
+    /// The leak record could not be written.
+    #[error("the record of the pod's processes and files could not be written")]
+    Record(#[from] RecordError),
+}
+
+/// One virtual machine, from before its start until after its end.
+///
+/// ```text
+///   new ──boot──▶ runs ◀──pause/resume──▶ paused
+///                  │ guest ends, VMM dies, back end dies, stop
+///                  ▼
+///                ended   exited() resolves, for all callers and for good
+/// ```
+///
+/// All methods may be called at any time and from many tasks; what does not fit the state is [`HypervisorError::WrongState`].
+#[async_trait]
+pub trait Vm: Send + Sync {
+    /// What this driver can do. Depends on the machine type, so it is complete only after [`Vm::boot`] was called.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Starts the machine and comes back once the VMM runs the guest. On an error nothing is left running. A future dropped
+    /// half way leaves what `record` names; [`Vm::stop`] ends it.
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError>;
+
+    /// Resolves when the VMM has ended and says why. Never resolves for a machine that was not started.
+    async fn exited(&self) -> VmExit;
+
+    /// Stops the guest's CPUs.
+    async fn pause(&self) -> Result<(), HypervisorError>;
+
+    /// Lets a paused guest go on.
+    async fn resume(&self) -> Result<(), HypervisorError>;
+
+    /// Ends the machine without asking the guest. Idempotent; comes back when all its processes are gone.
+    async fn stop(&self) -> Result<(), HypervisorError>;
+
+    /// The last of what the guest wrote to its console, at most 64 KiB, with control characters removed.
+    fn console_tail(&self) -> String;
+
+    /// The processes that make up the machine and are alive.
+    fn processes(&self) -> Vec<ProcessInfo>;
+}
