@@ -1,0 +1,48 @@
+use super::*;
+
+#[test]
+fn the_first_directory_with_a_file_wins() {
+    let dir = tempfile::tempdir().unwrap();
+    let [etc, opt] = ["etc", "opt"].map(|name| dir.path().join(name));
+    for place in [&etc, &opt] {
+        std::fs::create_dir(place).unwrap();
+    }
+    assert_eq!(first_file(&[&etc, &opt]), None);
+    std::fs::write(opt.join("configuration.toml"), "").unwrap();
+    assert_eq!(first_file(&[&etc, &opt]), Some(opt.join("configuration.toml")));
+    std::fs::write(etc.join("configuration.toml"), "").unwrap();
+    assert_eq!(first_file(&[&etc, &opt]), Some(etc.join("configuration.toml")));
+}
+
+#[test]
+fn a_quoted_key_with_dots_is_not_a_path() {
+    let mut layers = Layers::default();
+    layers.text(Path::new("f.toml"), "[hypervisor]\n\"qemu.default_memory\" = 512\n");
+    let errors = layers.finish().unwrap_err().to_string();
+    assert!(errors.starts_with("f.toml:2: hypervisor.\"qemu.default_memory\": unknown key"), "{errors}");
+}
+
+proptest::proptest! {
+    #[test]
+    fn arbitrary_text_never_panics(text in "(?s).{0,300}") {
+        let mut layers = Layers::default();
+        layers.text(Path::new("f.toml"), &text);
+        layers.assign(&text);
+        drop(layers.finish());
+    }
+
+    #[test]
+    fn arbitrary_values_of_known_keys_never_panic(
+        index in 0..crate::keys::KEYS.len(),
+        value in r#"(-?[0-9]{1,40}|-?[0-9]{1,3}\.[0-9]{1,3}(e[0-9]{1,3})?|0x[0-9a-f]{1,20}|-?inf|nan|true|"[^"\\\n]{0,20}"|\["[a-z ]{0,5}"(, 1)?\]|\{[a-z]=1\}|[^\n]{0,30})"#,
+    ) {
+        let key = crate::keys::KEYS[index].path;
+        let mut layers = Layers::default();
+        layers.text(Path::new("f.toml"), &format!("{key} = {value}\n"));
+        layers.assign(&format!("{key}={value}"));
+        if let Ok(config) = layers.finish() {
+            proptest::prop_assert!(config.hypervisor.qemu.vcpus(8) >= 1);
+            proptest::prop_assert!(config.hypervisor.qemu.vcpus(8) <= 8);
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! What a user sees of the configuration: layers, overrides, and every fault at once.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    AcceleratorChoice, Config, ConfigErrors, Fault, HypervisorChoice, LogLevel, MachineType, SharedFs,
+    Sources, UidRange,
+};
+
+struct Etc(tempfile::TempDir);
+
+impl Etc {
+    fn with(base: &str) -> Self {
+        let etc = Self(tempfile::tempdir().unwrap());
+        etc.write("configuration.toml", base);
+        etc
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn load(&self, overrides: &[&str]) -> Result<Config, ConfigErrors> {
+        load(&self.path("configuration.toml"), overrides)
+    }
+}
+
+fn load(file: &Path, overrides: &[&str]) -> Result<Config, ConfigErrors> {
+    let overrides = overrides.iter().map(|text| (*text).to_owned()).collect();
+    Config::load(&Sources { file: Some(file.to_owned()), overrides })
+}
+
+/// The faults as lines, with the directory taken off.
+fn faults(etc: &Etc, overrides: &[&str]) -> Vec<String> {
+    let dir = format!("{}/", etc.0.path().display());
+    let errors = etc.load(overrides).expect_err("must be refused");
+    errors.to_string().lines().map(|line| line.replace(&dir, "")).collect()
+}
+
+#[test]
+fn an_empty_file_is_the_defaults() {
+    let config = Etc::with("").load(&[]).unwrap();
+    assert_eq!(config, Config::default());
+    assert_eq!(config.hypervisor.qemu.default_memory, 2048);
+    assert_eq!(config.hypervisor.qemu.shared_fs, SharedFs::VirtioFs);
+    assert_eq!(config.runtime.uid_range, UidRange { first: 900_000, last: 999_999 });
+    assert!(!config.runtime.disable_guest_seccomp);
+}
+
+#[test]
+fn the_defaults_dump_to_a_file_that_loads_to_the_same() {
+    let mut config = Config::default();
+    config.hypervisor.qemu.kernel = Some("/boot/vmlinuz".into());
+    config.hypervisor.qemu.kernel_params = vec!["a=b".to_owned(), "c=\"d e\"".to_owned()];
+    config.hypervisor.qemu.default_vcpus = 1.5;
+    config.agent.kata.kernel_modules = vec!["e1000e X=1".to_owned()];
+    let etc = Etc::with(&toml::to_string(&config).unwrap());
+    assert_eq!(etc.load(&[]).unwrap(), config);
+}
+
+#[test]
+fn every_setting_can_be_written() {
+    let etc = Etc::with(
+        r#"
+        [hypervisor.qemu]
+        path = "/usr/bin/qemu-system-x86_64"
+        kernel = "/k"
+        initrd = "/i"
+        machine_type = "microvm"
+        kernel_params = "  quiet  foo=\"a b\" "
+        default_vcpus = 2
+        default_memory = 256
+        shared_fs = "none"
+        virtio_fs_daemon = "/v"
+        virtio_fs_cache = "never"
+        virtio_fs_extra_args = ["--thread-pool-size=1"]
+        enable_debug = true
+        seccomp_sandbox = ""
+        [agent.kata]
+        enable_debug = true
+        debug_console_enabled = true
+        create_container_timeout = 60
+        dial_timeout_ms = 100
+        reconnect_timeout_ms = 5000
+        kernel_modules = ["loop"]
+        [runtime]
+        hypervisor_name = "qemu"
+        accelerator = "tcg"
+        uid_range = "5000-5999"
+        log_level = "warn"
+        disable_guest_seccomp = true
+        enable_debug = true
+        "#,
+    );
+    let config = etc.load(&[]).unwrap();
+    let qemu = &config.hypervisor.qemu;
+    assert_eq!(qemu.machine_type, MachineType::Microvm);
+    assert_eq!(qemu.kernel_params, ["quiet", "foo=\"a b\""]);
+    assert_eq!(qemu.vcpus(8), 2);
+    assert_eq!(qemu.initrd.as_deref(), Some(Path::new("/i")));
+    assert_eq!(config.agent.kata.reconnect_bound().as_millis(), 5000);
+    assert_eq!(config.agent.kata.create_container_bound().as_secs(), 60);
+    assert_eq!(config.runtime.hypervisor_name, HypervisorChoice::Qemu);
+    assert_eq!(config.runtime.accelerator, AcceleratorChoice::Tcg);
+    assert_eq!(config.runtime.uid_range.count(), 1000);
+    assert_eq!(config.runtime.effective_log_level(), LogLevel::Debug);
+}
+
+#[test]
+fn all_faults_of_all_layers_are_reported_at_once() {
+    let etc = Etc::with(
+        "[hypervisor.qemu]\n\
+         default_memry = 512\n\
+         default_memory = \"much\"\n\
+         machine_type = \"pc\"\n\
+         rootless = true\n\
+         initrd = \"/a\"\n\
+         image = \"/b\"\n\
+         [runtime]\n\
+         uid_range = \"0-5\"\n",
+    );
+    etc.write("config.d/10.toml", "[agent.kata]\ndial_timeout_ms = 0\nkernel_modules = [1]\n");
+    etc.write("config.d/20.toml", "[agent.kata]\nenable_debug = = 1\n");
+    assert_eq!(
+        faults(&etc, &["runtime.acelerator=tcg", "nonsense", "hypervisor.qemu.default_vcpus=256"]),
+        [
+            "configuration.toml:2: hypervisor.qemu.default_memry: unknown key; did you mean hypervisor.qemu.default_memory?",
+            "configuration.toml:3: hypervisor.qemu.default_memory: expected integer, found string",
+            "configuration.toml:4: hypervisor.qemu.machine_type: \"pc\" is not one of q35, microvm",
+            "configuration.toml:5: hypervisor.qemu.rootless: not supported by this version; remove the key",
+            "configuration.toml:9: runtime.uid_range: the range must not hold user 0",
+            "config.d/10.toml:2: agent.kata.dial_timeout_ms: must be from 1 to 600000",
+            "config.d/10.toml:3: agent.kata.kernel_modules: expected string, found integer",
+            "config.d/20.toml:2: not valid TOML: extra `=`, expected nothing",
+            "--set: runtime.acelerator: unknown key; did you mean runtime.accelerator?",
+            "--set: \"nonsense\" is not of the form key.path=value",
+            "--set: hypervisor.qemu.default_vcpus: must be a decimal number up to 255",
+            "configuration.toml:6: hypervisor.qemu.initrd: excludes hypervisor.qemu.image (set by configuration.toml:7); \
+             set one of them to \"\"",
+        ]
+    );
+}
+
+#[test]
+fn later_layers_win_and_drop_ins_are_read_by_name() {
+    let etc =
+        Etc::with("[hypervisor.qemu]\ndefault_memory = 512\ndefault_vcpus = 3\nkernel_params = \"a\"\n");
+    etc.write("config.d/20-more.toml", "[hypervisor.qemu]\ndefault_memory = 2000\n");
+    etc.write("config.d/10-less.toml", "[hypervisor.qemu]\ndefault_memory = 100\nkernel_params = \"b\"\n");
+    etc.write("config.d/30-ignored.toml.bak", "not toml at all");
+    let config = etc.load(&[]).unwrap();
+    assert_eq!(config.hypervisor.qemu.default_memory, 2000);
+    assert_eq!(config.hypervisor.qemu.kernel_params, ["b"]);
+    assert_eq!(config.hypervisor.qemu.default_vcpus, 3.0);
+    let config =
+        etc.load(&["hypervisor.qemu.default_memory=300", "hypervisor.qemu.default_memory=400"]).unwrap();
+    assert_eq!(config.hypervisor.qemu.default_memory, 400);
+}
+
+#[test]
+fn drop_ins_are_found_beside_a_link_and_beside_its_target() {
+    let target = Etc::with("");
+    target.write("config.d/a.toml", "[hypervisor.qemu]\ndefault_memory = 1000\ndefault_vcpus = 2\n");
+    let link = Etc::with("");
+    std::fs::remove_file(link.path("configuration.toml")).unwrap();
+    std::os::unix::fs::symlink(target.path("configuration.toml"), link.path("configuration.toml")).unwrap();
+    link.write("config.d/a.toml", "[hypervisor.qemu]\ndefault_memory = 1001\n");
+    let config = link.load(&[]).unwrap();
+    assert_eq!((config.hypervisor.qemu.default_memory, config.hypervisor.qemu.default_vcpus), (1001, 2.0));
+}
+
+#[test]
+fn an_image_given_over_an_initrd_can_take_it_back() {
+    let etc = Etc::with("[hypervisor.qemu]\ninitrd = \"/a\"\n");
+    assert!(etc.load(&["hypervisor.qemu.image=/b"]).is_err());
+    let config = etc.load(&["hypervisor.qemu.image=/b", "hypervisor.qemu.initrd="]).unwrap();
+    assert_eq!(config.hypervisor.qemu.initrd, None);
+}
+
+#[test]
+fn overrides_take_toml_values_tables_and_bare_strings() {
+    let etc = Etc::with("");
+    let config = etc
+        .load(&[
+            "runtime.hypervisor_name=qemu",
+            "hypervisor.qemu.kernel_params=init=/x mitigations=off",
+            "hypervisor.qemu.virtio_fs_extra_args=[\"-o\", \"x=y\"]",
+            "hypervisor.qemu={ default_memory = 640, default_vcpus = 0.5 }",
+            "runtime.uid_range=\"7-9\"",
+        ])
+        .unwrap();
+    let qemu = &config.hypervisor.qemu;
+    assert_eq!(qemu.kernel_params, ["init=/x", "mitigations=off"]);
+    assert_eq!(qemu.virtio_fs_extra_args, ["-o", "x=y"]);
+    assert_eq!((qemu.default_memory, qemu.vcpus(4)), (640, 1));
+    assert_eq!(config.runtime.uid_range, UidRange { first: 7, last: 9 });
+}
+
+#[test]
+fn an_override_with_a_broken_value_names_its_key() {
+    let etc = Etc::with("");
+    let lines =
+        faults(&etc, &["hypervisor.qemu.kernel_params=\"open", "hypervisor.qemu=3", "runtime.log_level="]);
+    assert!(lines[0].starts_with("--set: hypervisor.qemu.kernel_params: not valid TOML: "), "{lines:?}");
+    assert_eq!(lines[1], "--set: hypervisor.qemu: expected table, found integer");
+    assert_eq!(lines[2], "--set: runtime.log_level: \"\" is not one of error, warn, info, debug, trace");
+}
+
+#[test]
+fn a_right_key_in_a_wrong_section_is_recognised() {
+    let lines = faults(&Etc::with("[runtime]\nkernel_modules = []\n[hypervisr.qemu]\npath = \"/x\"\n"), &[]);
+    assert_eq!(
+        lines,
+        [
+            "configuration.toml:2: runtime.kernel_modules: unknown key; did you mean agent.kata.kernel_modules?",
+            "configuration.toml:3: hypervisr: unknown key; did you mean hypervisor?",
+        ]
+    );
+}
+
+#[test]
+fn a_key_like_no_other_gets_no_suggestion() {
+    assert_eq!(faults(&Etc::with("zzzzzzzz = 1\n"), &[]), ["configuration.toml:1: zzzzzzzz: unknown key"]);
+}
+
+#[test]
+fn a_driver_that_is_not_carried_is_refused_once_and_by_name() {
+    let lines = faults(&Etc::with("[hypervisor.clh]\npath = \"/x\"\nkernel = \"/y\"\n"), &[]);
+    assert_eq!(
+        lines,
+        ["configuration.toml:1: hypervisor.clh: not supported by this version; remove the key"]
+    );
+}
+
+#[test]
+fn a_named_file_that_is_absent_is_an_error() {
+    let error = load(Path::new("/nonexistent/configuration.toml"), &[]).unwrap_err();
+    assert!(matches!(error.0[0].fault, Fault::Unreadable(_)));
+    assert!(
+        error.to_string().contains("/nonexistent/configuration.toml: cannot be read: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn relative_paths_and_nul_are_refused() {
+    let lines =
+        faults(&Etc::with("[hypervisor.qemu]\npath = \"qemu\"\nseccomp_sandbox = \"a\\u0000\"\n"), &[]);
+    assert_eq!(
+        lines,
+        [
+            "configuration.toml:2: hypervisor.qemu.path: qemu is not an absolute path",
+            "configuration.toml:3: hypervisor.qemu.seccomp_sandbox: holds a NUL character",
+        ]
+    );
+}
+
+#[test]
+fn vcpus_round_up_and_stay_within_the_host() {
+    let count = |text: &str, host| {
+        let config = Etc::with("").load(&[&format!("hypervisor.qemu.default_vcpus={text}")]).unwrap();
+        config.hypervisor.qemu.vcpus(host)
+    };
+    assert_eq!(count("0", 4), 1);
+    assert_eq!(count("1.2", 4), 2);
+    assert_eq!(count("3", 4), 3);
+    assert_eq!(count("99", 4), 4);
+    assert_eq!(count("-1", 4), 4);
+    assert_eq!(count("2", 0), 1);
+}
