@@ -1,0 +1,325 @@
+//! The agent's calls, typed, with its refusals kept as it worded them.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use kata_api::agent::{
+    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, Empty, ExecProcessRequest,
+    GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
+    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
+    WriteStreamRequest,
+};
+use kata_api::agent_ttrpc::AgentServiceClient;
+use kata_api::health::CheckRequest;
+use kata_api::health_ttrpc::HealthClient;
+use kata_api::oci::LinuxResources;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{self, Context as Bound};
+use ttrpc::{Code, Error as RpcError};
+
+use crate::error::ErrorKind;
+use crate::pod::ProcessId;
+
+/// Bound on calls that only touch the agent's own state or a cgroup. An agent that is slower than this hangs.
+const PROMPT: Duration = Duration::from_secs(20);
+/// Bound on a removal: the agent first kills what still runs and unmounts.
+const REMOVAL: Duration = Duration::from_secs(30);
+
+/// Why a call to the agent failed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The agent answered with an error; the text is the agent's own.
+    #[error("{message}")]
+    Refused {
+        /// Its class.
+        code: Code,
+        /// Its text.
+        message: String,
+    },
+    /// The connection to the agent is gone.
+    #[error("the connection to the agent broke during {call}: {reason}")]
+    Lost {
+        /// The call.
+        call: &'static str,
+        /// What the transport says.
+        reason: String,
+    },
+    /// The agent did not answer.
+    #[error("the agent did not answer {call} within {bound:?}")]
+    NoAnswer {
+        /// The call.
+        call: &'static str,
+        /// The bound.
+        bound: Duration,
+    },
+}
+
+impl AgentError {
+    fn new(call: &'static str, error: RpcError) -> Self {
+        match error {
+            RpcError::RpcStatus(status) => Self::Refused { code: status.code(), message: status.message },
+            other => Self::Lost { call, reason: other.to_string() },
+        }
+    }
+
+    /// The class that a client sees.
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Refused { code, .. } => match *code {
+                Code::NOT_FOUND => ErrorKind::NotFound,
+                Code::PERMISSION_DENIED => ErrorKind::PermissionDenied,
+                Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
+                Code::INVALID_ARGUMENT => ErrorKind::InvalidArgument,
+                Code::FAILED_PRECONDITION => ErrorKind::FailedPrecondition,
+                Code::UNIMPLEMENTED => ErrorKind::Unimplemented,
+                _ => ErrorKind::Internal,
+            },
+            Self::Lost { .. } => ErrorKind::Unavailable,
+            Self::NoAnswer { .. } => ErrorKind::Internal,
+        }
+    }
+
+    /// Whether the agent answered that there is no such thing.
+    pub(crate) fn is_not_found(&self) -> bool {
+        self.kind() == ErrorKind::NotFound
+    }
+}
+
+/// One of a process's two output streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Output {
+    Stdout,
+    Stderr,
+}
+
+/// A connection to the agent. Clones share it, and calls run side by side.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    service: AgentServiceClient,
+    health: HealthClient,
+    lost: watch::Receiver<bool>,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("lost", &*self.lost.borrow()).finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// Speaks to the agent at the other end of `stream`.
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        let (tx, lost) = watch::channel(false);
+        let client = ttrpc::asynchronous::Client::new(Socket::new(Wire { stream, lost: tx }));
+        Self { service: AgentServiceClient::new(client.clone()), health: HealthClient::new(client), lost }
+    }
+
+    /// Resolves when the agent has closed the connection.
+    pub(crate) async fn lost(&self) {
+        let mut lost = self.lost.clone();
+        // An error means that the connection itself was dropped: lost as well.
+        let _ = lost.wait_for(|lost| *lost).await;
+    }
+
+    /// The agent's version, as its health service tells it.
+    pub(crate) async fn version(&self) -> Result<String, AgentError> {
+        let request = CheckRequest::new();
+        let answer = bounded("Version", PROMPT, self.health.version(within(PROMPT), &request)).await;
+        answer.map(|version| version.agent_version)
+    }
+
+    pub(crate) async fn create_sandbox(
+        &self,
+        request: &CreateSandboxRequest,
+        bound: Duration,
+    ) -> Result<(), AgentError> {
+        done("CreateSandbox", bound, self.service.create_sandbox(within(bound), request)).await
+    }
+
+    pub(crate) async fn create_container(
+        &self,
+        request: &CreateContainerRequest,
+        bound: Duration,
+    ) -> Result<(), AgentError> {
+        done("CreateContainer", bound, self.service.create_container(within(bound), request)).await
+    }
+
+    pub(crate) async fn start_container(&self, container: &str, bound: Duration) -> Result<(), AgentError> {
+        let request = StartContainerRequest { container_id: container.to_owned(), ..Default::default() };
+        done("StartContainer", bound, self.service.start_container(within(bound), &request)).await
+    }
+
+    pub(crate) async fn remove_container(&self, container: &str) -> Result<(), AgentError> {
+        let request = RemoveContainerRequest { container_id: container.to_owned(), ..Default::default() };
+        done("RemoveContainer", REMOVAL, self.service.remove_container(within(REMOVAL), &request)).await
+    }
+
+    pub(crate) async fn exec_process(
+        &self,
+        request: &ExecProcessRequest,
+        bound: Duration,
+    ) -> Result<(), AgentError> {
+        done("ExecProcess", bound, self.service.exec_process(within(bound), request)).await
+    }
+
+    pub(crate) async fn signal(&self, process: &ProcessId, signal: u32) -> Result<(), AgentError> {
+        let (container_id, exec_id) = wire(process);
+        let request = SignalProcessRequest { container_id, exec_id, signal, ..Default::default() };
+        done("SignalProcess", PROMPT, self.service.signal_process(within(PROMPT), &request)).await
+    }
+
+    /// Waits as long as it takes for a process to end. The answer is its exit code.
+    pub(crate) async fn wait(&self, process: &ProcessId) -> Result<i32, AgentError> {
+        let (container_id, exec_id) = wire(process);
+        let request = WaitProcessRequest { container_id, exec_id, ..Default::default() };
+        let answer = self.service.wait_process(Bound::default(), &request).await;
+        answer.map(|response| response.status).map_err(|error| AgentError::new("WaitProcess", error))
+    }
+
+    pub(crate) async fn pause(&self, container: &str) -> Result<(), AgentError> {
+        let request = PauseContainerRequest { container_id: container.to_owned(), ..Default::default() };
+        done("PauseContainer", PROMPT, self.service.pause_container(within(PROMPT), &request)).await
+    }
+
+    pub(crate) async fn resume(&self, container: &str) -> Result<(), AgentError> {
+        let request = ResumeContainerRequest { container_id: container.to_owned(), ..Default::default() };
+        done("ResumeContainer", PROMPT, self.service.resume_container(within(PROMPT), &request)).await
+    }
+
+    pub(crate) async fn stats(&self, container: &str) -> Result<StatsContainerResponse, AgentError> {
+        let request = StatsContainerRequest { container_id: container.to_owned(), ..Default::default() };
+        bounded("StatsContainer", PROMPT, self.service.stats_container(within(PROMPT), &request)).await
+    }
+
+    pub(crate) async fn update(&self, container: &str, resources: LinuxResources) -> Result<(), AgentError> {
+        let mut request = UpdateContainerRequest { container_id: container.to_owned(), ..Default::default() };
+        request.resources = Some(resources).into();
+        done("UpdateContainer", PROMPT, self.service.update_container(within(PROMPT), &request)).await
+    }
+
+    pub(crate) async fn resize(
+        &self,
+        process: &ProcessId,
+        rows: u32,
+        columns: u32,
+    ) -> Result<(), AgentError> {
+        let (container_id, exec_id) = wire(process);
+        let request =
+            TtyWinResizeRequest { container_id, exec_id, row: rows, column: columns, ..Default::default() };
+        done("TtyWinResize", PROMPT, self.service.tty_win_resize(within(PROMPT), &request)).await
+    }
+
+    /// Waits as long as it takes for some of `data` to be taken. The answer is how much was.
+    pub(crate) async fn write_stdin(&self, process: &ProcessId, data: &[u8]) -> Result<usize, AgentError> {
+        let (container_id, exec_id) = wire(process);
+        let request = WriteStreamRequest { container_id, exec_id, data: data.to_vec(), ..Default::default() };
+        let answer = self.service.write_stdin(Bound::default(), &request).await;
+        let taken = answer.map_err(|error| AgentError::new("WriteStdin", error))?.len;
+        Ok(usize::try_from(taken).unwrap_or(usize::MAX).min(data.len()))
+    }
+
+    pub(crate) async fn close_stdin(&self, process: &ProcessId) -> Result<(), AgentError> {
+        let (container_id, exec_id) = wire(process);
+        let request = CloseStdinRequest { container_id, exec_id, ..Default::default() };
+        done("CloseStdin", PROMPT, self.service.close_stdin(within(PROMPT), &request)).await
+    }
+
+    /// Waits as long as it takes for output, at most `len` bytes.
+    pub(crate) async fn read(
+        &self,
+        process: &ProcessId,
+        from: Output,
+        len: u32,
+    ) -> Result<Vec<u8>, AgentError> {
+        let (container_id, exec_id) = wire(process);
+        let request = ReadStreamRequest { container_id, exec_id, len, ..Default::default() };
+        let (call, answer): (_, Result<ReadStreamResponse, _>) = match from {
+            Output::Stdout => ("ReadStdout", self.service.read_stdout(Bound::default(), &request).await),
+            Output::Stderr => ("ReadStderr", self.service.read_stderr(Bound::default(), &request).await),
+        };
+        answer.map(|response| response.data).map_err(|error| AgentError::new(call, error))
+    }
+
+    /// Waits as long as it takes for a container to run out of memory. The answer is its id.
+    pub(crate) async fn oom_event(&self) -> Result<String, AgentError> {
+        let answer = self.service.get_oom_event(Bound::default(), &GetOOMEventRequest::new()).await;
+        answer.map(|event| event.container_id).map_err(|error| AgentError::new("GetOOMEvent", error))
+    }
+}
+
+/// What the agent is told of a bound. A little more than what is waited for here, so that its own giving up is not taken for
+/// an answer.
+fn within(bound: Duration) -> Bound {
+    context::with_duration(bound.saturating_add(Duration::from_secs(1)))
+}
+
+async fn bounded<T>(
+    call: &'static str,
+    bound: Duration,
+    answer: impl Future<Output = Result<T, RpcError>>,
+) -> Result<T, AgentError> {
+    match tokio::time::timeout(bound, answer).await {
+        Ok(answer) => answer.map_err(|error| AgentError::new(call, error)),
+        Err(_) => Err(AgentError::NoAnswer { call, bound }),
+    }
+}
+
+async fn done(
+    call: &'static str,
+    bound: Duration,
+    answer: impl Future<Output = Result<Empty, RpcError>>,
+) -> Result<(), AgentError> {
+    bounded(call, bound, answer).await.map(drop)
+}
+
+/// A process's two names on the wire. No exec id means the container's own process.
+fn wire(process: &ProcessId) -> (String, String) {
+    (process.container.clone(), process.exec.clone().unwrap_or_default())
+}
+
+/// The stream beneath the RPC layer, watched for its end: the RPC layer itself only tells at the next call.
+struct Wire {
+    stream: UnixStream,
+    lost: watch::Sender<bool>,
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let room = buf.remaining() > 0;
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let ended = match &polled {
+            Poll::Ready(Ok(())) => room && buf.filled().len() == before,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        };
+        if ended {
+            self.lost.send_replace(true);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,444 @@
+//! From nothing to an agent that serves.
+//!
+//! ```text
+//!   ready listener ── kata-virtiofsd ── VMM ── guest ── announcement on port 1028 ── connect port 1024 ── CreateSandbox
+//! ```
+//!
+//! Whatever ends this is told with its layer and its cause: the VMM's end, the daemon's end, the agent's refusal, or,
+//! where nothing at all comes, what the guest's console says.
+
+use std::fmt;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kata_api::agent::{CreateSandboxRequest, KernelModule, Storage};
+use kata_api::{Announcement, guest, ports};
+use kata_config::{MachineType, SharedFs};
+use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
+use kata_hypervisor::{HypervisorError, Machine, VmExit, VmSpec};
+use kata_image::manifest::{Manifest, ManifestError};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::net::UnixListener;
+
+use crate::agent_client::{Agent, AgentError};
+use crate::hybrid::{self, HybridError};
+use crate::lifecycle::Pod;
+use crate::timeline::{Layer, Timeline};
+
+/// Longest announcement that is read.
+const ANNOUNCEMENT_MAX: u64 = 64 * 1024;
+/// Between two tries to reach an agent that does not announce itself.
+const RETRY: Duration = Duration::from_millis(20);
+/// Least bound on one of those tries: below it, the guest could not answer at all.
+const TRY_MIN: Duration = Duration::from_millis(100);
+/// How long the cause of an end may lag behind its first sign.
+pub(crate) const GRACE: Duration = Duration::from_millis(500);
+/// Lines of the console that an error quotes.
+const CONSOLE_LINES: usize = 20;
+
+/// Why a pod did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The guest image is unusable.
+    #[error("the guest image cannot be used")]
+    Image(#[from] ManifestError),
+    /// There is nothing to boot.
+    #[error("no guest {0}: set hypervisor.qemu.{0}, or install a guest image that has one")]
+    NoImage(&'static str),
+    /// virtio-fs is configured, and its daemon was not found.
+    #[error(
+        "no virtio-fs daemon: set hypervisor.qemu.virtio_fs_daemon, or hypervisor.qemu.shared_fs = \"none\""
+    )]
+    NoDaemon,
+    /// A socket of the pod cannot be made.
+    #[error("cannot make the socket {path}", path = .path.display())]
+    Socket {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The virtio-fs daemon cannot be started.
+    #[error("cannot start the virtio-fs daemon")]
+    SpawnDaemon(#[from] SpawnError),
+    /// The virtio-fs daemon ended.
+    #[error("the virtio-fs daemon {exit}{output}")]
+    DaemonDied {
+        /// How.
+        exit: Exit,
+        /// What it said at last.
+        output: Excerpt,
+    },
+    /// The VMM cannot be started.
+    #[error("the virtual machine cannot be started")]
+    Vmm(#[from] HypervisorError),
+    /// The VMM ended before the agent was there.
+    #[error("the virtual machine ended while it booted: {exit}{console}")]
+    VmmExited {
+        /// How.
+        exit: VmExit,
+        /// The guest's last words.
+        console: Excerpt,
+    },
+    /// The guest runs, and the agent does not come.
+    #[error(
+        "the virtual machine runs, but its agent did not report within {bound:?} (agent.kata.reconnect_timeout_ms; \
+         hypervisor.qemu.enable_debug shows more){console}"
+    )]
+    NoAgent {
+        /// The bound.
+        bound: Duration,
+        /// The guest's last words.
+        console: Excerpt,
+    },
+    /// The agent announced itself, and cannot be reached.
+    #[error("the agent reported that it serves, but cannot be reached")]
+    Connect(#[from] HybridError),
+    /// The agent announced itself with something that is no announcement.
+    #[error("the agent reported with {0:?}, which is no announcement")]
+    Announcement(String),
+    /// The agent refused the sandbox.
+    #[error("the agent refused to set up the sandbox{console}")]
+    Refused {
+        /// Its answer.
+        #[source]
+        source: AgentError,
+        /// The guest's last words.
+        console: Excerpt,
+    },
+}
+
+/// The last lines of something, as the end of a sentence; nothing where there are none.
+#[derive(Debug)]
+pub struct Excerpt {
+    of: &'static str,
+    text: String,
+}
+
+impl Excerpt {
+    pub(crate) fn console(text: &str) -> Self {
+        Self { of: "the guest's console", text: last_lines(text) }
+    }
+
+    pub(crate) fn output(text: &str) -> Self {
+        Self { of: "its output", text: last_lines(text) }
+    }
+}
+
+impl fmt::Display for Excerpt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.text.is_empty() {
+            return Ok(());
+        }
+        write!(f, "; {} ends with:", self.of)?;
+        self.text.lines().try_for_each(|line| write!(f, "\n  | {line}"))
+    }
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    lines.get(lines.len().saturating_sub(CONSOLE_LINES)..).unwrap_or_default().join("\n")
+}
+
+/// What a completed boot leaves behind.
+#[derive(Debug)]
+pub(crate) struct Booted {
+    pub(crate) agent: Agent,
+    pub(crate) agent_version: String,
+    pub(crate) guest_kernel: String,
+    pub(crate) virtiofsd: Option<Child>,
+    pub(crate) timeline: Timeline,
+}
+
+/// Listens for the agent's announcement. Only the pod's own processes may connect.
+pub(crate) fn ready_listener(pod: &Pod) -> Result<UnixListener, BootError> {
+    let path = PathBuf::from(format!("{}_{}", pod.hybrid.display(), ports::READY));
+    let make = || -> io::Result<UnixListener> {
+        pod.record.file(&path).map_err(io::Error::other)?;
+        let listener = UnixListener::bind(&path)?;
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(pod.identity.uid), Some(pod.identity.gid))?;
+        }
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        Ok(listener)
+    };
+    make().map_err(|source| BootError::Socket { path, source })
+}
+
+/// Boots the pod's machine and prepares its agent.
+pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootError> {
+    let mut timeline = pod.timeline.fork();
+    let guest = Guest::find(pod)?;
+    let start = Instant::now();
+    let (virtiofsd, shared_fs) = match pod.config.hypervisor.qemu.shared_fs {
+        SharedFs::None => (None, None),
+        SharedFs::VirtioFs => {
+            let (child, socket) = spawn_virtiofsd(pod)?;
+            timeline.add(Layer::Host, "virtio-fs daemon", start);
+            (Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket }))
+        }
+    };
+    let start = Instant::now();
+    let announces = guest.announces;
+    if let Err(error) = pod.vm.boot(guest.vm_spec(pod, shared_fs), &pod.record).await {
+        // A VMM that cannot reach the daemon says so in its own words; the daemon's are better.
+        return Err(daemon_failure(virtiofsd.as_ref()).await.unwrap_or_else(|| error.into()));
+    }
+    timeline.add(Layer::Vmm, "start", start);
+    let vmm_ran = Instant::now();
+    let bound = pod.config.agent.kata.reconnect_bound();
+    tokio::select! {
+        biased;
+        reached = tokio::time::timeout(bound, reach_agent(pod, &ready, announces, vmm_ran, &mut timeline)) => {
+            let console = || Excerpt::console(&pod.vm.console_tail());
+            let (agent, announcement) = reached.map_err(|_| BootError::NoAgent { bound, console: console() })??;
+            let start = Instant::now();
+            agent
+                .create_sandbox(&sandbox_request(pod, virtiofsd.is_some()), bound)
+                .await
+                .map_err(|source| BootError::Refused { source, console: console() })?;
+            timeline.add(Layer::Agent, "create sandbox", start);
+            let (agent_version, guest_kernel) = match announcement {
+                Some(announcement) => (announcement.agent_version, announcement.kernel),
+                None => (agent.version().await.unwrap_or_default(), String::new()),
+            };
+            Ok(Booted { agent, agent_version, guest_kernel, virtiofsd, timeline })
+        }
+        exit = pod.vm.exited() => Err(vmm_exited(pod, exit)),
+        // It also ends when the VMM does, which then is the cause.
+        error = watch_daemon(virtiofsd.as_ref()) => match tokio::time::timeout(GRACE, pod.vm.exited()).await {
+            Ok(exit) => Err(vmm_exited(pod, exit)),
+            Err(_) => Err(error),
+        }
+    }
+}
+
+fn vmm_exited(pod: &Pod, exit: VmExit) -> BootError {
+    let console = last_words(pod, &exit);
+    BootError::VmmExited { exit, console }
+}
+
+/// What the guest said before the machine ended, unless the end tells that itself.
+pub(crate) fn last_words(pod: &Pod, exit: &VmExit) -> Excerpt {
+    match exit {
+        VmExit::GuestPanic(_) => Excerpt::console(""),
+        _ => Excerpt::console(&pod.vm.console_tail()),
+    }
+}
+
+/// Resolves when the daemon has ended.
+async fn watch_daemon(child: Option<&Child>) -> BootError {
+    match child {
+        Some(child) => {
+            BootError::DaemonDied { exit: child.wait().await, output: Excerpt::output(&child.output_tail()) }
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// The daemon's failure, if it failed just now. Where the VMM went first, the daemon ends in order.
+async fn daemon_failure(child: Option<&Child>) -> Option<BootError> {
+    let ended = tokio::time::timeout(GRACE, watch_daemon(child)).await.ok();
+    ended.filter(|error| !matches!(error, BootError::DaemonDied { exit: Exit::Code(0), .. }))
+}
+
+/// Starts the virtio-fs daemon on one end of a connection that exists before it does.
+fn spawn_virtiofsd(pod: &Pod) -> Result<(Child, OwnedFd), BootError> {
+    let program = pod.artefacts.virtiofsd.as_ref().ok_or(BootError::NoDaemon)?;
+    let path = pod.run_dir.join("virtiofsd.vhost");
+    let connect = || -> io::Result<(OwnedFd, OwnedFd)> {
+        pod.record.file(&path).map_err(io::Error::other)?;
+        let listener = std::os::unix::net::UnixListener::bind(&path)?;
+        let stream = std::os::unix::net::UnixStream::connect(&path)?;
+        // The one connection is made; nobody else gets in.
+        std::fs::remove_file(&path)?;
+        Ok((listener.into(), stream.into()))
+    };
+    let (listener, stream) = connect().map_err(|source| BootError::Socket { path: path.clone(), source })?;
+    let qemu = &pod.config.hypervisor.qemu;
+    let child = Spawn::new("virtiofsd", program)
+        .args(["--listen-fd", &FIRST_FD.to_string(), "--shared-dir"])
+        .arg(pod.share.dir())
+        .args(["--cache", qemu.virtio_fs_cache.as_str()])
+        .args(&qemu.virtio_fs_extra_args)
+        .inherit(listener)
+        // It holds one descriptor for each file that the guest knows.
+        .open_files(u64::from(u32::MAX))
+        .spawn(&pod.record)?;
+    Ok((child, stream))
+}
+
+/// What the machine boots.
+struct Guest {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    image: Option<PathBuf>,
+    root_type: Option<String>,
+    announces: bool,
+}
+
+impl Guest {
+    /// The configuration's own files, else those of the guest image.
+    fn find(pod: &Pod) -> Result<Self, BootError> {
+        let qemu = &pod.config.hypervisor.qemu;
+        let manifest = pod.artefacts.guest_image.as_deref().map(Manifest::load).transpose()?;
+        let manifest = manifest.as_ref();
+        let kernel = qemu.kernel.clone().or_else(|| manifest.map(Manifest::kernel_path));
+        let own_root = qemu.initrd.is_some() || qemu.image.is_some();
+        let of_image = manifest.filter(|_| !own_root);
+        let initrd = qemu.initrd.clone().or_else(|| of_image.and_then(Manifest::initrd_path));
+        let image = qemu.image.clone().or_else(|| of_image.and_then(Manifest::image_path));
+        if initrd.is_none() && image.is_none() {
+            return Err(BootError::NoImage("initrd"));
+        }
+        Ok(Self {
+            kernel: kernel.ok_or(BootError::NoImage("kernel"))?,
+            initrd,
+            image,
+            root_type: of_image.and_then(|manifest| Some(manifest.image.as_ref()?.fstype.clone())),
+            // An agent that nobody vouches for is dialled, and may still announce itself first.
+            announces: of_image.is_some_and(|manifest| manifest.agent.announces),
+        })
+    }
+
+    fn vm_spec(self, pod: &Pod, shared_fs: Option<kata_hypervisor::SharedFs>) -> VmSpec {
+        let qemu = &pod.config.hypervisor.qemu;
+        let cpus = std::thread::available_parallelism()
+            .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX));
+        VmSpec {
+            id: pod.id.clone(),
+            run_dir: pod.run_dir.clone(),
+            program: pod.artefacts.qemu.clone(),
+            vsock_program: pod.artefacts.kata_vmm.clone(),
+            machine: match qemu.machine_type {
+                MachineType::Q35 => Machine::Q35,
+                MachineType::Microvm => Machine::Microvm,
+            },
+            accelerator: pod.choice.accelerator,
+            kernel_params: self.kernel_params(pod),
+            kernel: self.kernel,
+            initrd: self.initrd,
+            image: self.image,
+            vcpus: qemu.vcpus(cpus),
+            memory_mib: qemu.default_memory,
+            vsock: pod.hybrid.clone(),
+            shared_fs,
+            identity: pod.identity.clone(),
+            seccomp_sandbox: qemu.seccomp_sandbox.clone(),
+        }
+    }
+
+    /// Ours first: of a parameter that is given twice, the kernel takes the later one, which is the user's.
+    fn kernel_params(&self, pod: &Pod) -> Vec<String> {
+        let (qemu, agent) = (&pod.config.hypervisor.qemu, &pod.config.agent.kata);
+        let mut params: Vec<String> = ["console=ttyS0", "panic=1", "reboot=k"].map(str::to_owned).to_vec();
+        if !qemu.enable_debug {
+            params.push("quiet".to_owned());
+        }
+        if self.image.is_some() {
+            params.extend(["root=/dev/vda", "ro"].map(str::to_owned));
+            params.extend(self.root_type.as_ref().map(|fs| format!("rootfstype={fs}")));
+        }
+        if agent.enable_debug {
+            params.push("agent.log=debug".to_owned());
+        }
+        if agent.debug_console_enabled {
+            params.push("agent.debug_console".to_owned());
+        }
+        params.extend(qemu.kernel_params.iter().cloned());
+        params
+    }
+}
+
+/// Waits for the agent's announcement and connects; an agent that does not announce itself is dialled meanwhile.
+async fn reach_agent(
+    pod: &Pod,
+    ready: &UnixListener,
+    announces: bool,
+    vmm_ran: Instant,
+    timeline: &mut Timeline,
+) -> Result<(Agent, Option<Announcement>), BootError> {
+    let announcement = tokio::select! {
+        announcement = announcement(ready, &pod.run_dir) => announcement?,
+        agent = dial(pod), if !announces => {
+            timeline.add(Layer::Agent, "boot until reachable", vmm_ran);
+            return Ok((agent, None));
+        }
+    };
+    timeline.add_guest(&announcement, vmm_ran, Instant::now());
+    let start = Instant::now();
+    let open = hybrid::connect(&pod.hybrid, ports::AGENT).await?;
+    timeline.add(Layer::Agent, "connect", start);
+    Ok((Agent::new(open.stream), Some(announcement)))
+}
+
+/// The agent's announcement: one line of JSON.
+async fn announcement(ready: &UnixListener, run_dir: &std::path::Path) -> Result<Announcement, BootError> {
+    let read = async {
+        let (stream, _) = ready.accept().await?;
+        let mut line = String::new();
+        let mut reader = BufReader::new(stream).take(ANNOUNCEMENT_MAX);
+        reader.read_line(&mut line).await?;
+        // Nothing is sent to the guest on this connection; the agent need not wait for its end.
+        if let Ok(stream) = reader.into_inner().into_inner().into_std() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        Ok(line)
+    };
+    let line: String =
+        read.await.map_err(|source| BootError::Socket { path: run_dir.join("kata.hvsock_1028"), source })?;
+    serde_json::from_str(&line).map_err(|_| BootError::Announcement(line.chars().take(200).collect()))
+}
+
+/// Connects to the agent as soon as it listens. The caller bounds it.
+async fn dial(pod: &Pod) -> Agent {
+    let bound = pod.config.agent.kata.dial_bound().max(TRY_MIN);
+    loop {
+        match hybrid::connect_within(&pod.hybrid, ports::AGENT, bound).await {
+            Ok(open) => return Agent::new(open.stream),
+            Err(error) => tracing::trace!(%error, "the agent does not answer yet"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
+    let share = Storage {
+        driver: "virtio-fs".to_owned(),
+        source: guest::SHARE_TAG.to_owned(),
+        fstype: "virtiofs".to_owned(),
+        options: vec!["nodev".to_owned()],
+        mount_point: guest::SHARE_DIR.to_owned(),
+        ..Default::default()
+    };
+    let module = |line: &String| {
+        let mut words = line.split_whitespace().map(str::to_owned);
+        let name = words.next()?;
+        Some(KernelModule { name, parameters: words.collect(), ..Default::default() })
+    };
+    CreateSandboxRequest {
+        hostname: pod.id.clone(),
+        sandbox_id: pod.id.clone(),
+        storages: if shared { vec![share] } else { Vec::new() },
+        kernel_modules: pod.config.agent.kata.kernel_modules.iter().filter_map(module).collect(),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn excerpt_is_the_last_lines() {
+        let text: String = (0..30).map(|n| format!("line {n}\r\n\r\n")).collect();
+        let shown = Excerpt::console(&text).to_string();
+        assert!(shown.starts_with("; the guest's console ends with:\n  | line 10\n"), "{shown}");
+        assert!(shown.ends_with("\n  | line 29"), "{shown}");
+        assert_eq!(Excerpt::output(" \n").to_string(), "");
+    }
+}

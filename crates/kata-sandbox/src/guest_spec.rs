@@ -1,0 +1,247 @@
+//! The specification as it is meant for the guest: what belongs to the host is dropped, replaced or refused.
+//!
+//! | in the specification | in the guest |
+//! |---|---|
+//! | `root.path` | the container's directory in the share |
+//! | bind mounts of host paths | the same file or directory through the share, see [`crate::storage`] |
+//! | a bind mount at `/dev/shm` | a tmpfs of the guest: shared memory cannot span kernels |
+//! | bind mounts of `/dev`, `/proc`, `/sys` and below | left alone: they mean the guest's own |
+//! | network namespace | dropped: the machine's network is the pod's |
+//! | paths of ipc, uts, mount, cgroup namespaces | dropped: they name namespaces of the host; the type stays |
+//! | path of a pid or user namespace | refused: sharing between a pod's containers is not supported yet |
+//! | `cgroupsPath` | `/<container id>`: the host's hierarchy does not exist there |
+//! | cpusets, device weights and throttles, network classes, RDT | dropped: they name the host's CPUs, disks and interfaces |
+//! | hooks | dropped: they are programs of the host |
+//! | AppArmor and SELinux labels | cleared: the profiles are the host's, the guest's kernel has none of them |
+//! | seccomp | kept, unless `runtime.disable_guest_seccomp` |
+//! | device rules and nodes, limits, sysctls, capabilities | kept |
+
+use std::path::{Path, PathBuf};
+
+use kata_api::guest;
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
+
+use crate::error::ErrorKind;
+
+/// Why a specification cannot be carried out in the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestSpecError {
+    /// A part that every container has.
+    #[error("the specification has no {0}")]
+    Missing(&'static str),
+    /// A part that this release cannot carry out.
+    #[error("{field} is not supported: {reason}")]
+    Unsupported {
+        /// The part, as it is called in config.json.
+        field: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
+}
+
+impl GuestSpecError {
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Missing(_) => ErrorKind::InvalidArgument,
+            Self::Unsupported { .. } => ErrorKind::Unimplemented,
+        }
+    }
+}
+
+/// A host path that the container wants to see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Volume {
+    /// Where it is on the host.
+    pub(crate) source: PathBuf,
+    /// Its name below the container's directory in the share.
+    pub(crate) name: PathBuf,
+    pub(crate) readonly: bool,
+    /// Whether mounts made on the host later shall appear.
+    pub(crate) follows_host: bool,
+}
+
+/// What a container's specification means for guest and host.
+#[derive(Clone, Debug)]
+pub(crate) struct GuestSpec {
+    /// For the agent.
+    pub(crate) spec: Spec,
+    /// For the host to put into the share.
+    pub(crate) volumes: Vec<Volume>,
+}
+
+/// The container's root file system below its directory in the share.
+pub(crate) const ROOTFS: &str = "rootfs";
+
+/// Translates `spec` for a container called `id`.
+pub(crate) fn translate(
+    id: &str,
+    mut spec: Spec,
+    disable_seccomp: bool,
+) -> Result<GuestSpec, GuestSpecError> {
+    refuse_unsupported(&spec)?;
+    let in_guest = Path::new(guest::SHARE_DIR).join(id);
+
+    let mut root = spec.root().clone().ok_or(GuestSpecError::Missing("root"))?;
+    root.set_path(in_guest.join(ROOTFS));
+    spec.set_root(Some(root));
+    let process = spec.process().clone().ok_or(GuestSpecError::Missing("process"))?;
+    spec.set_process(Some(guest_process(process)?));
+    if spec.hooks().is_some() {
+        tracing::info!(container = id, "hooks are programs of the host and are not run in the guest");
+        spec.set_hooks(None);
+    }
+    let mut volumes = Vec::new();
+    if let Some(mounts) = spec.mounts_mut() {
+        for mount in mounts.iter_mut() {
+            translate_mount(mount, &in_guest, &mut volumes)?;
+        }
+    }
+    translate_linux(id, &mut spec, disable_seccomp)?;
+    Ok(GuestSpec { spec, volumes })
+}
+
+/// A process as it is meant for the guest.
+pub(crate) fn guest_process(mut process: Process) -> Result<Process, GuestSpecError> {
+    refuse(
+        "the guest protocol has no field for it",
+        &[
+            (process.user().umask().is_some(), "process.user.umask"),
+            (process.io_priority().is_some(), "process.ioPriority"),
+            (process.scheduler().is_some(), "process.scheduler"),
+        ],
+    )?;
+    process.set_apparmor_profile(None).set_selinux_label(None);
+    Ok(process)
+}
+
+/// Limits as they are meant for the guest.
+pub(crate) fn guest_resources(mut resources: LinuxResources) -> Result<LinuxResources, GuestSpecError> {
+    refuse(
+        "the guest protocol has no field for it",
+        &[
+            (resources.unified().as_ref().is_some_and(|keys| !keys.is_empty()), "linux.resources.unified"),
+            (resources.rdma().as_ref().is_some_and(|keys| !keys.is_empty()), "linux.resources.rdma"),
+        ],
+    )?;
+    if let Some(mut cpu) = resources.cpu().clone() {
+        cpu.set_cpus(None).set_mems(None);
+        resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut block_io) = resources.block_io().clone() {
+        block_io
+            .set_weight_device(None)
+            .set_throttle_read_bps_device(None)
+            .set_throttle_write_bps_device(None)
+            .set_throttle_read_iops_device(None)
+            .set_throttle_write_iops_device(None);
+        resources.set_block_io(Some(block_io));
+    }
+    resources.set_network(None);
+    Ok(resources)
+}
+
+fn refuse(reason: &'static str, fields: &[(bool, &'static str)]) -> Result<(), GuestSpecError> {
+    match fields.iter().find(|(given, _)| *given) {
+        Some((_, field)) => Err(GuestSpecError::Unsupported { field, reason }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what would change the container's behaviour and cannot be told to the agent.
+fn refuse_unsupported(spec: &Spec) -> Result<(), GuestSpecError> {
+    let no_field = "the guest protocol has no field for it";
+    let idmapped = |mount: &Mount| mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
+    refuse(
+        no_field,
+        &[
+            (spec.domainname().as_ref().is_some_and(|name| !name.is_empty()), "domainname"),
+            (spec.mounts().iter().flatten().any(idmapped), "mounts[].uidMappings"),
+        ],
+    )?;
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    refuse(
+        no_field,
+        &[
+            (linux.personality().is_some(), "linux.personality"),
+            (linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()), "linux.timeOffsets"),
+            (linux.memory_policy().is_some(), "linux.memoryPolicy"),
+        ],
+    )?;
+    let Some(seccomp) = linux.seccomp() else { return Ok(()) };
+    let eperm = u32::try_from(libc::EPERM).unwrap_or_default();
+    refuse(
+        no_field,
+        &[
+            (seccomp.listener_path().is_some(), "linux.seccomp.listenerPath"),
+            (
+                seccomp.default_errno_ret().is_some_and(|errno| errno != eperm),
+                "linux.seccomp.defaultErrnoRet",
+            ),
+        ],
+    )
+}
+
+fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(), GuestSpecError> {
+    let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    for namespace in &mut namespaces {
+        let given = namespace.path().is_some();
+        match namespace.typ() {
+            LinuxNamespaceType::Pid | LinuxNamespaceType::User if given => {
+                return Err(GuestSpecError::Unsupported {
+                    field: "linux.namespaces[].path",
+                    reason: "containers of a pod cannot share pid or user namespaces yet",
+                });
+            }
+            _ => namespace.set_path(None),
+        };
+    }
+    if let Some(resources) = linux.resources().clone() {
+        linux.set_resources(Some(guest_resources(resources)?));
+    }
+    if disable_seccomp {
+        linux.set_seccomp(None);
+    }
+    linux
+        .set_namespaces(Some(namespaces))
+        .set_cgroups_path(Some(Path::new("/").join(id)))
+        .set_mount_label(None)
+        .set_intel_rdt(None);
+    spec.set_linux(Some(linux));
+    Ok(())
+}
+
+fn translate_mount(
+    mount: &mut Mount,
+    in_guest: &Path,
+    volumes: &mut Vec<Volume>,
+) -> Result<(), GuestSpecError> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |names: &[&str]| options.iter().any(|option| names.contains(&option.as_str()));
+    if mount.typ().as_deref() != Some("bind") && !has(&["bind", "rbind"]) {
+        return Ok(());
+    }
+    if mount.destination() == Path::new("/dev/shm") {
+        let shm = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"].map(str::to_owned).to_vec();
+        mount.set_typ(Some("tmpfs".to_owned())).set_source(Some(PathBuf::from("shm"))).set_options(Some(shm));
+        return Ok(());
+    }
+    let source = mount.source().clone().ok_or(GuestSpecError::Missing("source of a bind mount"))?;
+    if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
+        return Ok(());
+    }
+    // The guest sees the volume as one directory: what is mounted below it on the host comes along in the share.
+    let name = Path::new("mounts").join(volumes.len().to_string());
+    mount.set_typ(Some("bind".to_owned())).set_source(Some(in_guest.join(&name)));
+    volumes.push(Volume {
+        source,
+        name,
+        readonly: has(&["ro", "rro"]),
+        follows_host: has(&["slave", "rslave", "shared", "rshared"]),
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

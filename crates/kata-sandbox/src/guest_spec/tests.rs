@@ -1,0 +1,128 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+/// A specification as containerd writes it for a CRI container, in the parts that matter here.
+fn containerd_spec() -> Value {
+    json!({
+        "ociVersion": "1.1.0",
+        "root": {"path": "rootfs", "readonly": true},
+        "process": {
+            "args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0},
+            "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "system_u:system_r:container_t:s0"
+        },
+        "hooks": {"prestart": [{"path": "/usr/bin/nvidia-container-runtime-hook"}]},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/var/lib/kubelet/pods/p/etc-hosts",
+             "options": ["rbind", "rprivate", "rw"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/containerd/s/shm", "options": ["rbind", "ro"]},
+            {"destination": "/data", "source": "/srv/data", "options": ["bind", "ro", "rslave"]},
+            {"destination": "/host/sys", "type": "bind", "source": "/sys/kernel", "options": ["rbind"]}
+        ],
+        "linux": {
+            "cgroupsPath": "kubepods-besteffort.slice:cri-containerd:abc",
+            "mountLabel": "system_u:object_r:container_file_t:s0",
+            "resources": {
+                "devices": [{"allow": false, "access": "rwm"}],
+                "cpu": {"shares": 2, "cpus": "0-63", "mems": "1"},
+                "blockIO": {"weight": 10, "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]},
+                "network": {"classID": 1}
+            },
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"},
+                {"type": "ipc", "path": "/proc/4711/ns/ipc"}, {"type": "uts", "path": "/proc/4711/ns/uts"},
+                {"type": "network", "path": "/var/run/netns/cni-1"}
+            ],
+            "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1}
+        }
+    })
+}
+
+fn translated(spec: Value) -> Result<GuestSpec, GuestSpecError> {
+    translate("web", serde_json::from_value(spec).unwrap(), false)
+}
+
+#[test]
+fn what_belongs_to_the_host_does_not_reach_the_guest() {
+    let guest = translated(containerd_spec()).unwrap();
+    let spec = serde_json::to_value(&guest.spec).unwrap();
+    assert_eq!(spec["root"]["path"], "/run/kata-containers/shared/containers/web/rootfs");
+    assert_eq!(spec["root"]["readonly"], true);
+    assert_eq!(spec["linux"]["cgroupsPath"], "/web");
+    for gone in ["/hooks", "/process/apparmorProfile", "/process/selinuxLabel", "/linux/mountLabel"] {
+        assert_eq!(spec.pointer(gone), None, "{gone}");
+    }
+    let namespaces = json!([{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]);
+    assert_eq!(spec["linux"]["namespaces"], namespaces);
+    let resources = &spec["linux"]["resources"];
+    assert_eq!(resources["devices"][0]["access"], "rwm");
+    assert_eq!(resources["cpu"], json!({"shares": 2}));
+    assert_eq!(resources["blockIO"], json!({"weight": 10}));
+    assert_eq!(resources.get("network"), None);
+    assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+}
+
+#[test]
+fn bind_mounts_go_through_the_share() {
+    let guest = translated(containerd_spec()).unwrap();
+    let spec = serde_json::to_value(&guest.spec).unwrap();
+    let volume = |source: &str, name: &str, readonly, follows_host| Volume {
+        source: source.into(),
+        name: name.into(),
+        readonly,
+        follows_host,
+    };
+    assert_eq!(
+        guest.volumes,
+        [
+            volume("/var/lib/kubelet/pods/p/etc-hosts", "mounts/0", false, false),
+            volume("/srv/data", "mounts/1", true, true)
+        ]
+    );
+    let mounts = &spec["mounts"];
+    assert_eq!(mounts[1]["source"], "/run/kata-containers/shared/containers/web/mounts/0");
+    assert_eq!(mounts[2]["type"], "tmpfs");
+    assert_eq!(mounts[2]["options"][4], "size=65536k");
+    assert_eq!((&mounts[3]["type"], &mounts[3]["options"][1]), (&json!("bind"), &json!("ro")));
+    assert_eq!(mounts[4]["source"], "/sys/kernel");
+}
+
+#[test]
+fn seccomp_can_be_switched_off() {
+    let spec = serde_json::from_value(containerd_spec()).unwrap();
+    let guest = translate("web", spec, true).unwrap();
+    assert!(guest.spec.linux().as_ref().unwrap().seccomp().is_none());
+}
+
+#[test]
+fn what_cannot_be_carried_out_is_refused_by_name() {
+    let cases = [
+        ("/linux/namespaces/0/path", json!("/proc/4711/ns/pid"), "linux.namespaces[].path"),
+        ("/linux/seccomp/listenerPath", json!("/run/notify.sock"), "linux.seccomp.listenerPath"),
+        ("/linux/seccomp/defaultErrnoRet", json!(38), "linux.seccomp.defaultErrnoRet"),
+        ("/linux/resources/unified", json!({"memory.high": "1"}), "linux.resources.unified"),
+        ("/linux/personality", json!({"domain": "LINUX32"}), "linux.personality"),
+        ("/process/user/umask", json!(18), "process.user.umask"),
+        ("/domainname", json!("example"), "domainname"),
+    ];
+    for (pointer, value, field) in cases {
+        let mut spec = containerd_spec();
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        spec.pointer_mut(parent).unwrap()[key] = value;
+        let error = translated(spec).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unimplemented, "{pointer}");
+        assert!(error.to_string().starts_with(&format!("{field} is not supported")), "{pointer}: {error}");
+    }
+}
+
+#[test]
+fn specification_without_a_process_is_refused() {
+    let mut spec = containerd_spec();
+    spec.as_object_mut().unwrap().remove("process");
+    let error = translated(spec).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.to_string()),
+        (ErrorKind::InvalidArgument, "the specification has no process".to_owned())
+    );
+}

@@ -1,0 +1,43 @@
+//! One pod is one virtual machine: everything between "make a pod" and "nothing of it is left".
+//!
+//! ```text
+//!   Sandbox (handle, cheap to clone)
+//!      │ requests                       ┌─ boot: virtiofsd, VMM, ready listener, agent
+//!      ▼                                ├─ create / start / exec / wait / delete: calls to the agent
+//!   ┌──────────────┐  spawns work as    ├─ stdio: client's FIFO ↔ vsock stream
+//!   │ one actor    │───────────────────▶├─ watchers: VMM exit, virtiofsd exit, OOM events
+//!   │ owns state   │◀───────────────────┘
+//!   └──────────────┘  completions and events come back through the same queue
+//! ```
+//!
+//! The queue orders *transitions*, not work: whatever takes time runs in a task of its own and posts its completion, so
+//! that a kill or a delete never stands behind a create. What the host gained on the way (processes, mounts,
+//! directories) is written to the leak record before it exists; [`release`] works from that record alone.
+
+mod agent_client;
+mod boot;
+mod error;
+mod guest_spec;
+mod hybrid;
+mod identity;
+mod lifecycle;
+mod pod;
+mod process_table;
+mod sandbox;
+mod spec;
+mod state;
+mod stdio;
+mod storage;
+mod teardown;
+mod timeline;
+
+pub use error::{ErrorKind, SandboxError};
+pub use kata_api::agent::StatsContainerResponse;
+pub use pod::{
+    ContainerSpec, ContainerView, Event, Exit, Inspection, ProcessId, ProcessState, RootfsMount, SandboxSpec,
+    Status, Stdio,
+};
+pub use sandbox::Sandbox;
+pub use state::{State, StateError};
+pub use teardown::release;
+pub use timeline::{Layer, Stage};

@@ -1,0 +1,294 @@
+//! What takes time: calls to the agent, files, streams. Each function runs in a task of its own.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kata_api::agent::{CreateContainerRequest, ExecProcessRequest};
+use tokio::sync::{Notify, watch};
+
+use super::message::{Created, Launched};
+use super::{Link, Pod};
+use crate::agent_client::{Agent, AgentError};
+use crate::error::{ErrorKind, SandboxError};
+use crate::guest_spec::{self, GuestSpecError, Volume};
+use crate::pod::{ContainerSpec, Exit, ProcessId, RootfsMount, Stdio};
+use crate::process_table::Pending;
+use crate::spec;
+use crate::stdio::{Connected, StdioError, Streams};
+use crate::storage::{ContainerFiles, StorageError};
+use crate::timeline::Layer;
+
+/// How long the removal of a process waits for its client to take the last output.
+pub(crate) const DRAIN: Duration = Duration::from_secs(5);
+/// How long an abandoned creation waits for the agent to forget it.
+const FORGET: Duration = Duration::from_secs(5);
+/// Between two requests to forget it.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+
+/// A failed call, as the failure of what it was for. A broken connection is the pod's death, once its cause is known.
+pub(super) fn agent_error(
+    action: &'static str,
+    process: &ProcessId,
+    error: AgentError,
+    link: &watch::Receiver<Link>,
+) -> SandboxError {
+    match (&*link.borrow(), &error) {
+        (Link::Down(cause), AgentError::Lost { .. }) => cause.clone(),
+        _ => SandboxError::Agent { action, process: process.clone(), source: Arc::new(error) },
+    }
+}
+
+/// Makes a container. What was made before a failure is undone.
+pub(super) async fn create(
+    pod: &Arc<Pod>,
+    link: &watch::Receiver<Link>,
+    container: ContainerSpec,
+    close_stdin: Arc<Notify>,
+    mut cancel: watch::Receiver<Option<u32>>,
+) -> Result<Created, SandboxError> {
+    let id = ProcessId::init(&container.id);
+    let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
+    let ContainerSpec { id: name, bundle, spec, rootfs, stdio } = container;
+    let root = match (&spec.root(), rootfs.is_empty()) {
+        (Some(root), true) => bundle.join(root.path()),
+        (Some(_), false) => bundle.join("rootfs"),
+        (None, _) => return Err(refused(GuestSpecError::Missing("root"))),
+    };
+    let guest =
+        guest_spec::translate(&name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
+    let mut timeline = pod.timeline.fork();
+    let start = Instant::now();
+    let files = add_files(pod, &id, root, rootfs, guest.volumes).await?;
+    timeline.add(Layer::Host, format!("files of {name}"), start);
+
+    let mut wire = spec::spec(&guest.spec);
+    if let Some(process) = wire.process.as_mut() {
+        process.terminal = stdio.terminal;
+    }
+    let mut created = Created { files, streams: Streams::default(), timeline };
+    let asked = tokio::select! {
+        biased;
+        _ = cancel.wait_for(Option::is_some) => Err(SandboxError::CreateCancelled(id.clone())),
+        asked = ask(pod, link, &id, wire, &stdio, close_stdin, &mut created) => asked,
+    };
+    match asked {
+        Ok(()) => Ok(created),
+        Err(error) => {
+            undo(link, &id, created).await;
+            Err(match (error, &*link.borrow()) {
+                (SandboxError::CreateCancelled(_), Link::Down(cause)) => cause.clone(),
+                (error, _) => error,
+            })
+        }
+    }
+}
+
+async fn add_files(
+    pod: &Arc<Pod>,
+    id: &ProcessId,
+    root: PathBuf,
+    rootfs: Vec<RootfsMount>,
+    volumes: Vec<Volume>,
+) -> Result<ContainerFiles, SandboxError> {
+    if pod.config.hypervisor.qemu.shared_fs == kata_config::SharedFs::None {
+        return Err(SandboxError::Storage { process: id.clone(), source: Arc::new(StorageError::NoShare) });
+    }
+    let (pod, name) = (pod.clone(), id.container.clone());
+    let add = move || pod.share.add(&name, &root, &rootfs, &volumes);
+    let added = tokio::task::spawn_blocking(add).await.unwrap_or(Err(StorageError::Interrupted));
+    added.map_err(|source| SandboxError::Storage { process: id.clone(), source: Arc::new(source) })
+}
+
+/// Has the agent make the container, with its streams.
+async fn ask(
+    pod: &Pod,
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+    spec: kata_api::oci::Spec,
+    stdio: &Stdio,
+    close_stdin: Arc<Notify>,
+    created: &mut Created,
+) -> Result<(), SandboxError> {
+    let agent = Link::agent(link).await?;
+    let start = Instant::now();
+    let connected = Connected::open(&pod.hybrid, stdio).await.map_err(|source| stdio_error(id, source))?;
+    let ports = connected.ports();
+    let request = CreateContainerRequest {
+        container_id: id.container.clone(),
+        oci: Some(spec).into(),
+        stdin_port: ports.stdin,
+        stdout_port: ports.stdout,
+        stderr_port: ports.stderr,
+        ..Default::default()
+    };
+    let bound = pod.config.agent.kata.create_container_bound();
+    let answer = agent.create_container(&request, bound).await;
+    answer.map_err(|error| match error {
+        AgentError::NoAnswer { .. } => SandboxError::CreateTimeout { process: id.clone(), bound },
+        error => agent_error("create", id, error, link),
+    })?;
+    created.streams = connected.carry(&agent, id, close_stdin);
+    created.timeline.add(Layer::Container, format!("create {}", id.container), start);
+    Ok(())
+}
+
+/// Takes a container back that was made, or half made. The agent may not know it.
+pub(super) async fn undo(link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
+    let Created { mut files, streams, .. } = created;
+    drop(streams);
+    let up = match &*link.borrow() {
+        Link::Up(agent) => Some(agent.clone()),
+        Link::Pending | Link::Down(_) => None,
+    };
+    if let Some(agent) = up {
+        match tokio::time::timeout(FORGET, forget(&agent, id)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(process = %id, %error, "the agent cannot remove what it was creating")
+            }
+            Err(_) => {
+                tracing::warn!(process = %id, "the agent goes on creating; what it makes stays in the guest")
+            }
+        }
+    }
+    // It can only fail by a panic, and what is left then is in the leak record.
+    let _ = tokio::task::spawn_blocking(move || files.release()).await;
+}
+
+/// Removes a container that the agent may still be making: it refuses until it is done.
+async fn forget(agent: &Agent, id: &ProcessId) -> Result<(), AgentError> {
+    loop {
+        match agent.remove_container(&id.container).await {
+            Err(error) if error.is_not_found() => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
+                tokio::time::sleep(ASK_AGAIN).await
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Starts a container's own process.
+pub(super) async fn start(
+    pod: &Pod,
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+) -> Result<Launched, SandboxError> {
+    let agent = Link::agent(link).await?;
+    let mut timeline = pod.timeline.fork();
+    let start = Instant::now();
+    let started = agent.start_container(&id.container, pod.config.agent.kata.create_container_bound()).await;
+    started.map_err(|error| agent_error("start", id, error, link))?;
+    timeline.add(Layer::Container, format!("start {}", id.container), start);
+    Ok(Launched { streams: None, timeline })
+}
+
+/// An exec that is to be launched.
+pub(super) struct Launch {
+    pub(super) command: Box<oci_spec::runtime::Process>,
+    pub(super) stdio: Stdio,
+    pub(super) close_stdin: Arc<Notify>,
+}
+
+/// Starts a process in a container.
+pub(super) async fn launch(
+    pod: &Pod,
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+    launch: Launch,
+) -> Result<Launched, SandboxError> {
+    let Launch { command, stdio, close_stdin } = launch;
+    let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
+    let command = guest_spec::guest_process(*command).map_err(refused)?;
+    let agent = Link::agent(link).await?;
+    let connected = Connected::open(&pod.hybrid, &stdio).await.map_err(|source| stdio_error(id, source))?;
+    let ports = connected.ports();
+    let mut process = spec::process(&command);
+    process.terminal = stdio.terminal;
+    let request = ExecProcessRequest {
+        container_id: id.container.clone(),
+        exec_id: id.exec.clone().unwrap_or_default(),
+        process: Some(process).into(),
+        stdin_port: ports.stdin,
+        stdout_port: ports.stdout,
+        stderr_port: ports.stderr,
+        ..Default::default()
+    };
+    let bound = pod.config.agent.kata.create_container_bound();
+    agent.exec_process(&request, bound).await.map_err(|error| agent_error("start", id, error, link))?;
+    // Execs are not part of the pod's start.
+    let streams = Some(connected.carry(&agent, id, close_stdin));
+    Ok(Launched { streams, timeline: pod.timeline.fork() })
+}
+
+/// Freezes or thaws a container.
+pub(super) async fn freeze(
+    link: &watch::Receiver<Link>,
+    container: &str,
+    to: Pending,
+) -> Result<(), SandboxError> {
+    let agent: Agent = Link::agent(link).await?;
+    let result =
+        if to == Pending::Pause { agent.pause(container).await } else { agent.resume(container).await };
+    result.map_err(|error| agent_error(to.as_str(), &ProcessId::init(container), error, link))
+}
+
+/// What the host has of a process that is to be removed.
+pub(super) struct Remains {
+    pub(super) streams: Vec<Streams>,
+    pub(super) files: Option<ContainerFiles>,
+}
+
+/// Removes a process that does not run. Where the agent refuses, the files come back: the container is still there.
+pub(super) async fn delete(
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+    remains: Remains,
+) -> (Result<(), SandboxError>, Option<ContainerFiles>) {
+    let Remains { streams, mut files } = remains;
+    drain(streams, &id.to_string()).await;
+    if id.exec.is_none() {
+        let up = match &*link.borrow() {
+            Link::Up(agent) => Some(agent.clone()),
+            // The guest is gone, and the container with it.
+            Link::Pending | Link::Down(_) => None,
+        };
+        if let Some(agent) = up {
+            match agent.remove_container(&id.container).await {
+                Ok(()) | Err(AgentError::Lost { .. }) => {}
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return (Err(agent_error("delete", id, error, link)), files),
+            }
+        }
+    }
+    if let Some(mut files) = files.take() {
+        let _ = tokio::task::spawn_blocking(move || files.release()).await;
+    }
+    (Ok(()), None)
+}
+
+/// Waits until the clients have the last output, within a bound.
+pub(crate) async fn drain(streams: Vec<Streams>, of: &str) {
+    let mut drains: tokio::task::JoinSet<bool> =
+        streams.into_iter().map(|streams| streams.drain(DRAIN)).collect();
+    while let Some(delivered) = drains.join_next().await {
+        if !delivered.unwrap_or(false) {
+            tracing::warn!(of, bound = ?DRAIN, "the client did not take all output; the rest is dropped");
+        }
+    }
+}
+
+/// Waits for a process to end.
+pub(crate) async fn wait(
+    id: &ProcessId,
+    watch: Result<watch::Receiver<Option<Exit>>, SandboxError>,
+) -> Result<Exit, SandboxError> {
+    let mut watch = watch?;
+    let exit = watch.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+    exit.ok_or_else(|| SandboxError::UnknownProcess(id.clone()))
+}
+
+fn stdio_error(id: &ProcessId, source: StdioError) -> SandboxError {
+    SandboxError::Stdio { process: id.clone(), source: Arc::new(source) }
+}

@@ -1,0 +1,288 @@
+//! The host files that the guest sees: one shared directory for the pod, one directory in it for each container.
+//!
+//! ```text
+//!   <bundle>/rootfs ◀── overlay, … (the mounts of Task.Create)
+//!         │ clone                              <run_dir>/shared          served by kata-virtiofsd
+//!         └──────────────────────────────────▶   <container>/rootfs
+//!   volume on the host ── clone, read-only ──▶   <container>/mounts/<n>
+//! ```
+//!
+//! `shared` is a mount of its own with shared propagation: the daemon's mount namespace follows it, so that what is bound
+//! here later shows up there, and what is taken down here does not stay busy there. Each clone is cut off from its origin
+//! before it is attached, or taking it down would reach back and unmount the host's own.
+
+mod mount;
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use kata_hypervisor::process::{Record, RecordError};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
+
+use crate::error::ErrorKind;
+use crate::guest_spec::{ROOTFS, Volume};
+use crate::pod::RootfsMount;
+
+/// Why a container's files could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// A volume, or a part of the rootfs, is not there.
+    #[error("{path} does not exist on the host", path = .0.display())]
+    Absent(PathBuf),
+    /// A device node would mean another device in the guest.
+    #[error("{path} is a device: devices of the host cannot be mounted into a container yet", path = .0.display())]
+    Device(PathBuf),
+    /// A rootfs mount that leads out of the rootfs.
+    #[error("rootfs mount target {0:?} is not below the rootfs")]
+    Target(String),
+    /// A rootfs mount with an option that contradicts its type.
+    #[error("mount of {fs_type} at {target}: {reason}", target = .target.display())]
+    Options {
+        /// Its type.
+        fs_type: String,
+        /// Where.
+        target: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A mount failed.
+    #[error("cannot mount {source_text} ({fs_type}) at {target}", target = .target.display())]
+    Mount {
+        /// Its type.
+        fs_type: String,
+        /// Its source.
+        source_text: String,
+        /// Where.
+        target: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file operation failed.
+    #[error("cannot {action} {path}", path = .path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no way for files into the guest.
+    #[error(
+        "containers need hypervisor.qemu.shared_fs = \"virtio-fs\": there is no other way for their files yet"
+    )]
+    NoShare,
+    /// The work was interrupted by a fault of this program.
+    #[error("interrupted")]
+    Interrupted,
+    /// The leak record could not be written, so nothing was made.
+    #[error("cannot record what is about to be mounted")]
+    Record(#[from] RecordError),
+}
+
+impl StorageError {
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            // Not NotFound: that says "no such command" to whoever creates a container.
+            Self::Absent(_) | Self::Target(_) | Self::Options { .. } => ErrorKind::InvalidArgument,
+            Self::Device(_) | Self::NoShare => ErrorKind::Unimplemented,
+            Self::Mount { .. } | Self::File { .. } | Self::Interrupted | Self::Record(_) => {
+                ErrorKind::Internal
+            }
+        }
+    }
+
+    fn file(action: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self::File { action, path: path.to_owned(), source: source.into() }
+    }
+}
+
+/// The pod's directory that the guest sees.
+#[derive(Clone, Debug)]
+pub(crate) struct Share {
+    dir: PathBuf,
+    record: Record,
+}
+
+impl Share {
+    /// Makes `<run_dir>/shared` a mount that the daemon's namespace can follow.
+    pub(crate) fn prepare(run_dir: &Path, record: &Record) -> Result<Self, StorageError> {
+        let dir = run_dir.join("shared");
+        record.dir(&dir)?;
+        make_dir(&dir, 0o700)?;
+        record.mount(&dir)?;
+        rustix::mount::mount_bind(&dir, &dir).map_err(|error| bind_error(&dir, &dir, error))?;
+        // Private first: as a child of a shared mount the bind starts in its parent's peer group, and would be
+        // copied to every namespace of the host that follows it.
+        for change in [MountPropagationFlags::PRIVATE, MountPropagationFlags::SHARED] {
+            rustix::mount::mount_change(&dir, change)
+                .map_err(|error| StorageError::file("set the propagation of", &dir, error))?;
+        }
+        Ok(Self { dir, record: record.clone() })
+    }
+
+    /// Where it is on the host.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Puts a container's files into the share. What was made before a failure is undone.
+    pub(crate) fn add(
+        &self,
+        id: &str,
+        rootfs: &Path,
+        mounts: &[RootfsMount],
+        volumes: &[Volume],
+    ) -> Result<ContainerFiles, StorageError> {
+        let mut files =
+            ContainerFiles { dir: self.dir.join(id), mounts: Vec::new(), record: self.record.clone() };
+        match files.fill(rootfs, mounts, volumes) {
+            Ok(()) => Ok(files),
+            Err(error) => {
+                files.release();
+                Err(error)
+            }
+        }
+    }
+}
+
+/// One container's files in the share.
+#[derive(Debug)]
+pub(crate) struct ContainerFiles {
+    dir: PathBuf,
+    /// Newest last.
+    mounts: Vec<PathBuf>,
+    record: Record,
+}
+
+impl ContainerFiles {
+    fn fill(
+        &mut self,
+        rootfs: &Path,
+        mounts: &[RootfsMount],
+        volumes: &[Volume],
+    ) -> Result<(), StorageError> {
+        if !mounts.is_empty() {
+            make_dir(rootfs, 0o755)?;
+        }
+        for part in mounts {
+            self.mount_rootfs(rootfs, part)?;
+        }
+        self.record.dir(&self.dir)?;
+        make_dir(&self.dir, 0o700)?;
+        let root = Volume {
+            source: rootfs.to_owned(),
+            name: PathBuf::from(ROOTFS),
+            // The agent makes mount points in it, and then makes it read-only where that is asked.
+            readonly: false,
+            follows_host: false,
+        };
+        self.clone_in(&root)?;
+        volumes.iter().try_for_each(|volume| self.clone_in(volume))
+    }
+
+    fn mount_rootfs(&mut self, rootfs: &Path, part: &RootfsMount) -> Result<(), StorageError> {
+        let target = match inside(rootfs, &part.target)? {
+            None => rootfs.to_owned(),
+            Some(below) => resolve_inside(rootfs, &below)?,
+        };
+        self.record.mount(&target)?;
+        mount::mount(part, &target)?;
+        self.mounts.push(target);
+        Ok(())
+    }
+
+    /// Makes `volume` appear in the share.
+    fn clone_in(&mut self, volume: &Volume) -> Result<(), StorageError> {
+        let target = self.dir.join(&volume.name);
+        let stat = rustix::fs::stat(&volume.source).map_err(|error| match error {
+            rustix::io::Errno::NOENT => StorageError::Absent(volume.source.clone()),
+            error => StorageError::file("look at", &volume.source, error),
+        })?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => make_dir(&target, 0o700)?,
+            FileType::CharacterDevice | FileType::BlockDevice => {
+                return Err(StorageError::Device(volume.source.clone()));
+            }
+            kind => {
+                if kind != FileType::RegularFile {
+                    tracing::warn!(volume = %volume.source.display(), "a socket or FIFO of the host is seen in the guest, and cannot be spoken to");
+                }
+                if let Some(parent) = target.parent() {
+                    make_dir(parent, 0o700)?;
+                }
+                std::fs::File::create(&target)
+                    .map_err(|error| StorageError::file("create", &target, error))?;
+            }
+        }
+        self.record.mount(&target)?;
+        mount::clone(&volume.source, &target, volume.readonly, volume.follows_host)?;
+        self.mounts.push(target);
+        Ok(())
+    }
+
+    /// Takes everything down again, newest first. What fails stays in the leak record for the teardown.
+    pub(crate) fn release(&mut self) {
+        while let Some(target) = self.mounts.pop() {
+            match rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+                Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+                Err(error) => {
+                    // Removing below a mount that is still up would delete what somebody shared with the pod.
+                    tracing::warn!(mount = %target.display(), %error, "cannot unmount; left to the teardown");
+                    return;
+                }
+            }
+        }
+        match std::fs::remove_dir_all(&self.dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(dir = %self.dir.display(), %error, "cannot remove a container's directory; left to the teardown");
+            }
+        }
+    }
+}
+
+fn bind_error(source: &Path, target: &Path, error: impl Into<io::Error>) -> StorageError {
+    StorageError::Mount {
+        fs_type: "bind".to_owned(),
+        source_text: source.display().to_string(),
+        target: target.to_owned(),
+        source: error.into(),
+    }
+}
+
+fn make_dir(path: &Path, mode: u32) -> Result<(), StorageError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(mode).create(path);
+    made.map_err(|error| StorageError::file("create directory", path, error))
+}
+
+/// The part of `target` below the rootfs; `None` for the rootfs itself.
+fn inside(rootfs: &Path, target: &str) -> Result<Option<PathBuf>, StorageError> {
+    let refused = || StorageError::Target(target.to_owned());
+    let path = Path::new(target);
+    // containerd names targets both ways: relative to the rootfs, and as a host path below it.
+    let below = path.strip_prefix(rootfs).or_else(|_| path.strip_prefix("/")).unwrap_or(path);
+    if below.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
+        return Err(refused());
+    }
+    Ok(Some(below.to_owned()).filter(|below| !below.as_os_str().is_empty()))
+}
+
+/// Where `below` is on the host, with the image's symbolic links followed as if the rootfs were `/`.
+fn resolve_inside(rootfs: &Path, below: &Path) -> Result<PathBuf, StorageError> {
+    let look =
+        |error: rustix::io::Errno| StorageError::file("find the mount target", &rootfs.join(below), error);
+    let root = rustix::fs::open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let target = rustix::fs::openat2(root.map_err(look)?, below, flags, Mode::empty(), ResolveFlags::IN_ROOT);
+    mount::path_of(&target.map_err(look)?)
+        .map_err(|error| StorageError::file("find the mount target", below, error))
+}
+
+#[cfg(test)]
+mod tests;

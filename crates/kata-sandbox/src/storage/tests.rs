@@ -1,0 +1,208 @@
+//! Real mounts. Each test undoes its own, and checks that.
+
+use std::fs;
+
+use super::*;
+
+struct World {
+    dir: tempfile::TempDir,
+    record: Record,
+}
+
+impl World {
+    /// `None` where mounts cannot be made.
+    fn new() -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            kata_testkit::skip("mounts need root");
+            return None;
+        }
+        let dir = tempfile::Builder::new().prefix("ks-").tempdir_in("/run").unwrap();
+        fs::create_dir(dir.path().join("pod")).unwrap();
+        let record = Record::open(dir.path().join("resources.jsonl")).unwrap();
+        Some(Self { dir, record })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn share(&self) -> Share {
+        Share::prepare(&self.path("pod"), &self.record).unwrap()
+    }
+
+    fn made(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    fn mounts(&self) -> Vec<String> {
+        let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let ours = text.lines().filter(|line| line.contains(self.dir.path().to_str().unwrap()));
+        ours.map(str::to_owned).collect()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let released = Record::release(&self.path("resources.jsonl"));
+        if !std::thread::panicking() {
+            released.unwrap();
+            assert_eq!(self.mounts(), Vec::<String>::new());
+        }
+    }
+}
+
+fn volume(source: PathBuf, name: &str, readonly: bool) -> Volume {
+    Volume { source, name: name.into(), readonly, follows_host: false }
+}
+
+fn mount_tmpfs(at: &Path) {
+    rustix::mount::mount("tmpfs", at, "tmpfs", rustix::mount::MountFlags::empty(), c"size=64k").unwrap();
+}
+
+#[test]
+fn share_is_a_peer_group_of_its_own() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let mounts = world.mounts();
+    assert_eq!(mounts.len(), 1, "{mounts:?}");
+    assert!(mounts[0].contains(" shared:") && !mounts[0].contains(" master:"), "{mounts:?}");
+    let whole = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let group = mounts[0].split_whitespace().find(|word| word.starts_with("shared:")).unwrap();
+    assert_eq!(whole.lines().filter(|line| line.split_whitespace().any(|word| word == group)).count(), 1);
+    assert!(share.dir().ends_with("pod/shared"));
+}
+
+#[test]
+fn readonly_volume_cannot_be_written_and_a_writable_one_can() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let (data, root) = (world.made("data"), world.made("root"));
+    fs::write(data.join("file"), "old").unwrap();
+    let volumes = [
+        volume(data.clone(), "mounts/0", true),
+        volume(data.join("file"), "mounts/1", true),
+        volume(data.clone(), "mounts/2", false),
+    ];
+    let mut files = share.add("c", &root, &[], &volumes).unwrap();
+    let inside = share.dir().join("c/mounts");
+    let readonly = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::ReadOnlyFilesystem;
+    assert!(readonly(fs::write(inside.join("0/new"), "x")));
+    assert!(readonly(fs::write(inside.join("1"), "x")));
+    fs::write(inside.join("2/file"), "new").unwrap();
+    assert_eq!(fs::read_to_string(inside.join("1")).unwrap(), "new");
+    files.release();
+    assert_eq!(world.mounts().len(), 1);
+    assert!(!share.dir().join("c").exists());
+    assert_eq!(fs::read_to_string(data.join("file")).unwrap(), "new");
+}
+
+#[test]
+fn release_does_not_reach_back_to_the_host() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let (data, root) = (world.made("data"), world.made("root"));
+    world.record.mount(&data).unwrap();
+    mount_tmpfs(&data);
+    rustix::mount::mount_change(&data, MountPropagationFlags::SHARED).unwrap();
+    let below = world.made("data/below");
+    world.record.mount(&below).unwrap();
+    mount_tmpfs(&below);
+    fs::write(below.join("file"), "kept").unwrap();
+
+    let mut files = share.add("c", &root, &[], &[volume(data, "mounts/0", false)]).unwrap();
+    assert_eq!(fs::read_to_string(share.dir().join("c/mounts/0/below/file")).unwrap(), "kept");
+    files.release();
+    assert_eq!(fs::read_to_string(below.join("file")).unwrap(), "kept");
+    assert_eq!(world.mounts().len(), 3);
+}
+
+#[test]
+fn later_mounts_of_the_host_appear_only_where_asked() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let (data, root) = (world.made("data"), world.made("root"));
+    world.record.mount(&data).unwrap();
+    mount_tmpfs(&data);
+    rustix::mount::mount_change(&data, MountPropagationFlags::SHARED).unwrap();
+    let follower = Volume { follows_host: true, ..volume(data.clone(), "mounts/0", false) };
+    let mut files = share.add("c", &root, &[], &[follower, volume(data, "mounts/1", false)]).unwrap();
+    let below = world.made("data/below");
+    world.record.mount(&below).unwrap();
+    mount_tmpfs(&below);
+    fs::write(below.join("file"), "late").unwrap();
+    assert!(share.dir().join("c/mounts/0/below/file").exists());
+    assert!(!share.dir().join("c/mounts/1/below/file").exists());
+    files.release();
+}
+
+#[test]
+fn overlay_of_more_layers_than_a_page_holds_is_mounted() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let layers: Vec<String> = (0..100)
+        .map(|n| {
+            let layer = world.made(&format!("{}-layer-{n:03}", "long".repeat(10)));
+            fs::write(layer.join(format!("file{n}")), "").unwrap();
+            layer.display().to_string()
+        })
+        .collect();
+    let option = |name: &str, dir: PathBuf| format!("{name}={}", dir.display());
+    let part = RootfsMount {
+        fs_type: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        options: vec![
+            "index=off".to_owned(),
+            option("workdir", world.made("work")),
+            option("upperdir", world.made("upper")),
+            format!("lowerdir={}", layers.join(":")),
+        ],
+        ..Default::default()
+    };
+    assert!(part.options.join(",").len() > 4096);
+    let rootfs = world.path("bundle/rootfs");
+    let mut files = share.add("c", &rootfs, &[part], &[]).unwrap();
+    let seen = share.dir().join("c/rootfs");
+    assert_eq!(fs::read_dir(&seen).unwrap().count(), 100);
+    fs::write(seen.join("new"), "x").unwrap();
+    assert!(world.path("upper/new").exists());
+    files.release();
+    assert_eq!(world.mounts().len(), 1);
+}
+
+#[test]
+fn failure_half_way_undoes_what_was_done() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let tmpfs = RootfsMount { fs_type: "tmpfs".to_owned(), source: "tmpfs".to_owned(), ..Default::default() };
+    let bad = RootfsMount { fs_type: "nosuchfs".to_owned(), ..tmpfs.clone() };
+    let error = share.add("c", &world.path("bundle/rootfs"), &[tmpfs, bad], &[]).unwrap_err();
+    assert!(matches!(&error, StorageError::Mount { fs_type, .. } if fs_type == "nosuchfs"), "{error}");
+    assert_eq!(world.mounts().len(), 1);
+}
+
+#[test]
+fn devices_are_refused() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let null = volume("/dev/null".into(), "mounts/0", false);
+    let error = share.add("c", &world.made("root"), &[], &[null]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unimplemented);
+}
+
+#[test]
+fn rootfs_targets_stay_inside() {
+    let rootfs = Path::new("/b/rootfs");
+    assert_eq!(inside(rootfs, "").unwrap(), None);
+    assert_eq!(inside(rootfs, "/").unwrap(), None);
+    assert_eq!(inside(rootfs, "/b/rootfs").unwrap(), None);
+    assert_eq!(inside(rootfs, "/b/rootfs/data").unwrap().unwrap(), Path::new("data"));
+    assert_eq!(inside(rootfs, "/data").unwrap().unwrap(), Path::new("data"));
+    inside(rootfs, "a/../../etc").unwrap_err();
+
+    let Some(world) = World::new() else { return };
+    let root = world.made("root/etc");
+    std::os::unix::fs::symlink("/etc", world.path("root/link")).unwrap();
+    assert_eq!(resolve_inside(&world.path("root"), Path::new("link")).unwrap(), root);
+}
