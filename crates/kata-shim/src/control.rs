@@ -1,0 +1,77 @@
+//! `kata.control.v1.Control`: what the operator's tools ask beside the Task service.
+
+use async_trait::async_trait;
+use kata_api::control::{self, DestroyRequest, DestroyResponse, InspectRequest};
+use kata_api::control_ttrpc::Control;
+use kata_sandbox::{ContainerView, Inspection, Sandbox, Stage};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::fault;
+use crate::life::Reins;
+
+pub(crate) struct ControlService {
+    sandbox: Sandbox,
+    reins: Reins,
+}
+
+impl ControlService {
+    pub(crate) fn new(sandbox: Sandbox, reins: Reins) -> Self {
+        Self { sandbox, reins }
+    }
+}
+
+#[async_trait]
+impl Control for ControlService {
+    async fn inspect(&self, _: &TtrpcContext, _: InspectRequest) -> ttrpc::Result<control::Pod> {
+        let inspection = self.sandbox.inspect().await;
+        if inspection.state == "stopped" {
+            self.reins.told();
+        }
+        Ok(pod(inspection))
+    }
+
+    async fn destroy(&self, _: &TtrpcContext, _: DestroyRequest) -> ttrpc::Result<DestroyResponse> {
+        let destroyed = self.reins.destroy().await;
+        destroyed.map(|()| DestroyResponse::new()).map_err(|chain| fault::internal("destroy", chain))
+    }
+}
+
+fn pod(pod: Inspection) -> control::Pod {
+    control::Pod {
+        id: pod.id,
+        state: pod.state,
+        owner_pid: pod.owner_pid,
+        vmm_pid: pod.vmm_pid,
+        created_at_ms: pod.created_at_ms,
+        hypervisor: pod.hypervisor,
+        accelerator: pod.accelerator,
+        choice: pod.choice,
+        guest_kernel: pod.guest_kernel,
+        agent_version: pod.agent_version,
+        timeline: pod.timeline.into_iter().map(stage).collect(),
+        containers: pod.containers.into_iter().map(container).collect(),
+        fault: pod.fault.unwrap_or_default(),
+        ..control::Pod::default()
+    }
+}
+
+fn stage(stage: Stage) -> control::Stage {
+    control::Stage {
+        layer: stage.layer.as_str().to_owned(),
+        name: stage.name,
+        start_us: stage.start_us,
+        duration_us: stage.duration_us,
+        ..control::Stage::default()
+    }
+}
+
+fn container(view: ContainerView) -> control::Container {
+    control::Container {
+        id: view.id,
+        state: view.state.to_string(),
+        args: view.args,
+        exit_code: view.exit_code.map_or(0, |code| i32::try_from(code).unwrap_or(i32::MAX)),
+        exited_at_ms: view.exited_at_ms.unwrap_or_default(),
+        ..control::Container::default()
+    }
+}

@@ -1,0 +1,358 @@
+//! When a pod is over, and when its owner may go.
+//!
+//! ```text
+//!   until_over ──▶ teardown ──▶ linger ──▶ exit
+//!     first container ended       a client may still ask how it ended: until one was told and all have hung up,
+//!     virtual machine ended       2 s at most; where no container was ever made, as long as one may still come
+//!     client or bound ended
+//!     SIGTERM, SIGINT, Destroy, Shutdown
+//! ```
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use kata_sandbox::{Event, ProcessId, Sandbox, SandboxError, Status};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::fault::chain;
+use crate::ground::{Ground, GroundError};
+
+/// How long a pod waits for its first container.
+const UNUSED_BOUND: Duration = Duration::from_secs(60);
+/// How long an ended pod waits for clients that want to know how it ended.
+const LINGER: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Error)]
+pub(crate) enum LifeError {
+    #[error("the pod was not torn down completely")]
+    Teardown(#[source] SandboxError),
+    #[error("the pod's directories were not removed")]
+    Clear(#[source] GroundError),
+}
+
+#[derive(Debug, Error)]
+pub(crate) enum WatchError {
+    #[error("cannot watch for signals")]
+    Signals(#[source] io::Error),
+    #[error("cannot watch the client process {pid}")]
+    Client { pid: i32, source: io::Error },
+}
+
+/// What the services tell the pod's life.
+#[derive(Debug)]
+enum Request {
+    CreateBegan,
+    CreateEnded,
+    Told,
+    End(&'static str),
+    Destroy(oneshot::Sender<Result<(), String>>),
+}
+
+/// The services' end of a pod's life.
+#[derive(Clone, Debug)]
+pub(crate) struct Reins(mpsc::UnboundedSender<Request>);
+
+impl Reins {
+    /// A first container is being made while the answer lives: the pod is in use.
+    pub(crate) fn creating(&self) -> Creating {
+        self.send(Request::CreateBegan);
+        Creating(self.clone())
+    }
+
+    /// A client is told how the pod ended, or that it cannot be used.
+    pub(crate) fn told(&self) {
+        self.send(Request::Told);
+    }
+
+    /// Ends the pod.
+    pub(crate) fn end(&self, cause: &'static str) {
+        self.send(Request::End(cause));
+    }
+
+    /// Ends the pod and comes back once nothing of it is left on the host.
+    ///
+    /// # Errors
+    /// What is left, and why.
+    pub(crate) async fn destroy(&self) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Request::Destroy(answer));
+        answered.await.unwrap_or_else(|_| Err("the owner is leaving; ask again".to_owned()))
+    }
+
+    fn send(&self, request: Request) {
+        // Without a receiver the process is about to exit.
+        let _ = self.0.send(request);
+    }
+}
+
+/// See [`Reins::creating`].
+pub(crate) struct Creating(Reins);
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        self.0.send(Request::CreateEnded);
+    }
+}
+
+/// Why a pod is over, and what follows.
+struct End {
+    cause: String,
+    /// Nobody will look at what is left of it.
+    remove: bool,
+    /// Nobody has to be told any more: those who are connected are waited for, nobody else.
+    told: bool,
+}
+
+impl End {
+    fn new(cause: impl Into<String>) -> Self {
+        Self { cause: cause.into(), remove: false, told: false }
+    }
+}
+
+/// The life of a pod, from its launch to the exit of its owner.
+pub(crate) struct Life {
+    ground: Ground,
+    /// Remove the directories at the end.
+    rm: bool,
+    sandbox: Sandbox,
+    events: broadcast::Receiver<Event>,
+    requests: mpsc::UnboundedReceiver<Request>,
+    connections: watch::Receiver<usize>,
+    watch: Watch,
+    /// The container that the pod lives for.
+    first: Option<String>,
+    started: bool,
+    /// Creations under way.
+    creating: usize,
+    /// When the pod is given up for want of a container.
+    unused: Instant,
+    told: bool,
+    destroyers: Vec<oneshot::Sender<Result<(), String>>>,
+}
+
+impl Life {
+    /// The life of `sandbox`, and the reins for its services.
+    pub(crate) fn new(
+        sandbox: Sandbox,
+        ground: Ground,
+        rm: bool,
+        watch: Watch,
+        connections: watch::Receiver<usize>,
+    ) -> (Self, Reins) {
+        let (reins, requests) = mpsc::unbounded_channel();
+        let life = Self {
+            ground,
+            rm,
+            events: sandbox.events(),
+            sandbox,
+            requests,
+            connections,
+            watch,
+            first: None,
+            started: false,
+            creating: 0,
+            unused: Instant::now() + UNUSED_BOUND,
+            told: false,
+            destroyers: Vec::new(),
+        };
+        (life, Reins(reins))
+    }
+
+    /// Lives until the pod is over and torn down, and the process may exit.
+    pub(crate) async fn run(mut self) -> Result<(), LifeError> {
+        let end = self.until_over().await;
+        tracing::info!(cause = end.cause, "the pod is over");
+        self.told |= end.told;
+        let mut result = self.sandbox.shutdown().await.map_err(LifeError::Teardown);
+        if end.remove {
+            result = result.and_then(|()| self.clear());
+        }
+        for answer in self.destroyers.drain(..) {
+            let _ = answer.send(told(&result));
+        }
+        let mut result = self.linger(result).await;
+        // One that never held a container has nothing to show once its client knows why.
+        if self.rm || (self.first.is_none() && self.told) {
+            result = result.and_then(|()| self.clear());
+        } else {
+            self.ground.close();
+        }
+        result
+    }
+
+    fn clear(&self) -> Result<(), LifeError> {
+        self.ground.clear().map_err(LifeError::Clear)
+    }
+
+    async fn until_over(&mut self) -> End {
+        let Watch { client, terminate, interrupt } = &mut self.watch;
+        loop {
+            let idle = self.first.is_none() && self.creating == 0;
+            let end = tokio::select! {
+                event = self.events.recv() => match event {
+                    Ok(event) => after(event, &mut self.first, &mut self.started),
+                    Err(RecvError::Lagged(_)) => caught_up(&self.sandbox, &mut self.first).await,
+                    Err(RecvError::Closed) => Some(End::new("the pod's task ended")),
+                },
+                Some(request) = self.requests.recv() => match request {
+                    Request::CreateBegan => { self.creating += 1; None }
+                    Request::CreateEnded => {
+                        self.creating = self.creating.saturating_sub(1);
+                        self.unused = Instant::now() + UNUSED_BOUND;
+                        None
+                    }
+                    Request::Told => { self.told = true; None }
+                    Request::End(cause) => Some(End { told: true, ..End::new(cause) }),
+                    Request::Destroy(answer) => {
+                        self.destroyers.push(answer);
+                        Some(End { remove: true, told: true, ..End::new("a client destroyed it") })
+                    }
+                },
+                () = tokio::time::sleep_until(self.unused), if idle => {
+                    let cause = format!("no container was created within {} s", UNUSED_BOUND.as_secs());
+                    Some(End { remove: true, told: true, ..End::new(cause) })
+                }
+                () = client.gone(), if !self.started => {
+                    Some(End { remove: true, told: true, ..End::new("its client ended before a container started") })
+                }
+                _ = terminate.recv() => Some(End { told: true, ..End::new("SIGTERM") }),
+                _ = interrupt.recv() => Some(End { told: true, ..End::new("SIGINT") }),
+            };
+            if let Some(end) = end {
+                return end;
+            }
+        }
+    }
+
+    /// Stays for clients that want to know how the pod ended.
+    async fn linger(&mut self, mut result: Result<(), LifeError>) -> Result<(), LifeError> {
+        let until = if self.first.is_some() || self.told { Instant::now() + LINGER } else { self.unused };
+        while !self.told || self.creating > 0 || *self.connections.borrow_and_update() > 0 {
+            tokio::select! {
+                Ok(()) = self.connections.changed() => {}
+                Some(request) = self.requests.recv() => match request {
+                    Request::CreateBegan => self.creating += 1,
+                    Request::CreateEnded => self.creating = self.creating.saturating_sub(1),
+                    Request::Told => self.told = true,
+                    Request::End(_) => {}
+                    Request::Destroy(answer) => {
+                        result = result.and_then(|()| self.clear());
+                        self.told = true;
+                        let _ = answer.send(told(&result));
+                    }
+                },
+                () = self.watch.client.gone(), if !self.started => {
+                    self.told = true;
+                    break;
+                }
+                () = tokio::time::sleep_until(until) => break,
+            }
+        }
+        result
+    }
+}
+
+/// What an event means for the pod's life.
+fn after(event: Event, first: &mut Option<String>, started: &mut bool) -> Option<End> {
+    let is_first = |process: &ProcessId, first: &Option<String>| {
+        process.exec.is_none() && first.as_ref() == Some(&process.container)
+    };
+    match event {
+        Event::Created { process: ProcessId { container, exec: None } } => {
+            first.get_or_insert(container);
+            None
+        }
+        Event::Started { process } => {
+            *started |= is_first(&process, first);
+            None
+        }
+        Event::Exited { process, exit } if is_first(&process, first) => {
+            Some(End::new(format!("{process} ended with {}", exit.code)))
+        }
+        Event::Stopped { fault } => {
+            Some(End::new(fault.unwrap_or_else(|| "the pod was shut down".to_owned())))
+        }
+        Event::Created { .. } | Event::Exited { .. } | Event::Oom { .. } => None,
+    }
+}
+
+/// Makes up for events that were missed.
+async fn caught_up(sandbox: &Sandbox, first: &mut Option<String>) -> Option<End> {
+    let pod = sandbox.inspect().await;
+    if first.is_none() {
+        *first = pod.containers.first().map(|container| container.id.clone());
+    }
+    let ended = pod
+        .containers
+        .iter()
+        .any(|container| first.as_ref() == Some(&container.id) && container.state == Status::Stopped);
+    (ended || pod.state == "stopped")
+        .then(|| End::new(pod.fault.unwrap_or_else(|| "its container ended".to_owned())))
+}
+
+fn told(result: &Result<(), LifeError>) -> Result<(), String> {
+    result.as_ref().map_err(|error| chain(error)).copied()
+}
+
+/// What ends a pod from outside its socket.
+pub(crate) struct Watch {
+    client: Client,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Watch {
+    /// Watches for signals, and for the end of the process `client` that asked for the pod.
+    pub(crate) fn new(client: Option<i32>) -> Result<Self, WatchError> {
+        let watched = |kind| signal(kind).map_err(WatchError::Signals);
+        Ok(Self {
+            client: Client::watch(client)?,
+            terminate: watched(SignalKind::terminate())?,
+            interrupt: watched(SignalKind::interrupt())?,
+        })
+    }
+}
+
+/// The process that asked for the pod.
+enum Client {
+    /// Nobody to watch.
+    None,
+    Watched(AsyncFd<OwnedFd>),
+    Gone,
+}
+
+impl Client {
+    fn watch(pid: Option<i32>) -> Result<Self, WatchError> {
+        let Some((number, pid)) = pid.and_then(|pid| Some((pid, Pid::from_raw(pid)?))) else {
+            return Ok(Self::None);
+        };
+        let fault = |source| WatchError::Client { pid: number, source };
+        match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+            Ok(fd) => {
+                // SAFETY: an OwnedFd stays the same open descriptor until it is dropped, and the AsyncFd owns it.
+                let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+                Ok(Self::Watched(fd.map_err(|error| fault(error.into()))?))
+            }
+            Err(rustix::io::Errno::SRCH) => Ok(Self::Gone),
+            Err(error) => Err(fault(error.into())),
+        }
+    }
+
+    /// Comes back once the process has ended.
+    async fn gone(&self) {
+        match self {
+            Self::None => std::future::pending().await,
+            // A pidfd is readable from the end of its process on, and stays so.
+            Self::Watched(fd) => drop(fd.readable().await),
+            Self::Gone => {}
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! `pod`: owns one pod from its launch until nothing of it runs any more.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use containerd_shim_protos::shim_async::create_task;
+use kata_api::control_ttrpc::create_control;
+use kata_config::{ArtefactError, Artefacts, Config, ConfigErrors};
+use kata_hypervisor::Vm;
+use kata_hypervisor::host::{Choice, Host, HostError, choose};
+use kata_sandbox::{Sandbox, SandboxError, SandboxSpec};
+use thiserror::Error;
+use ttrpc::asynchronous::Server;
+
+use crate::cli::{EXISTS, FAILED, PodArgs};
+use crate::connections::counted;
+use crate::control::ControlService;
+use crate::fault::chain;
+use crate::ground::{Ground, GroundError};
+use crate::life::{Life, LifeError, Watch, WatchError};
+use crate::task::TaskService;
+use crate::trace;
+
+/// The name that containerd before 2.0 calls the Task service by. Messages and methods are those of v3.
+const TASK_V2: &str = "containerd.task.v2.Task";
+
+#[derive(Debug, Error)]
+pub(crate) enum OwnerError {
+    #[error("the configuration cannot be used:\n{0}")]
+    Config(ConfigErrors),
+    #[error(transparent)]
+    Artefacts(ArtefactError),
+    #[error(transparent)]
+    Host(HostError),
+    #[error(transparent)]
+    Ground(GroundError),
+    #[error("cannot write the log {path}")]
+    Log { path: PathBuf, source: io::Error },
+    #[error("cannot start the runtime")]
+    Runtime(#[source] io::Error),
+    #[error("cannot launch the pod")]
+    Launch(#[source] SandboxError),
+    #[error("cannot serve {path}")]
+    Serve { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Watch(WatchError),
+    #[error(transparent)]
+    Life(LifeError),
+}
+
+impl OwnerError {
+    pub(crate) fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Ground(GroundError::Exists { .. })) { EXISTS } else { FAILED }
+    }
+}
+
+/// Everything that can be wrong before the pod exists.
+struct Plan {
+    config: Config,
+    artefacts: Artefacts,
+    choice: Choice,
+}
+
+impl Plan {
+    fn make(args: &PodArgs) -> Result<Self, OwnerError> {
+        let config = args.sources.load().map_err(OwnerError::Config)?;
+        let artefacts = Artefacts::locate(&config).map_err(OwnerError::Artefacts)?;
+        let choice = choose(&config, &Host::probe()).map_err(OwnerError::Host)?;
+        Ok(Self { config, artefacts, choice })
+    }
+}
+
+/// Owns the pod that `args` describe. `started` is the zero of its timeline.
+///
+/// # Errors
+/// Before the pod serves, why there is none: nothing is left of it then. Later, what was left behind.
+pub(crate) fn run(args: &PodArgs, started: Instant) -> Result<(), OwnerError> {
+    let plan = Plan::make(args)?;
+    let ground = Ground::of(&args.id);
+    let listener = ground.claim(&args.id).map_err(OwnerError::Ground)?;
+    let served = own(args, plan, &ground, listener, started);
+    if let Err(error) = &served {
+        tracing::error!("{}", chain(error));
+        // A pod that lived keeps its directory, for those who ask what became of it; one that never did leaves no trace.
+        if !matches!(error, OwnerError::Life(_)) {
+            ground.clear().map_err(OwnerError::Ground)?;
+        }
+    }
+    served
+}
+
+fn own(
+    args: &PodArgs,
+    plan: Plan,
+    ground: &Ground,
+    listener: UnixListener,
+    started: Instant,
+) -> Result<(), OwnerError> {
+    let log = ground.run_dir.join("owner.log");
+    let level = plan.config.runtime.effective_log_level();
+    trace::to_file(&log, level).map_err(|source| OwnerError::Log { path: log, source })?;
+    trace::release_on_panic(ground.run_dir.clone());
+    // One thread: the owner waits for others most of its life, and each thread would cost stack and arena.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(OwnerError::Runtime)?;
+    let driver = kata_hypervisor::driver(plan.choice.driver);
+    let spec = SandboxSpec {
+        id: args.id.clone(),
+        config: plan.config,
+        artefacts: plan.artefacts,
+        run_dir: ground.run_dir.clone(),
+        started,
+        choice: plan.choice,
+    };
+    let pod = Pod { ground: ground.clone(), rm: args.rm, client: args.client_pid };
+    let served = runtime.block_on(async {
+        let (life, server) = pod.serve(spec, driver, listener).await?;
+        let detached = trace::detach_stdio();
+        if let Err(error) = detached {
+            tracing::warn!(%error, "cannot leave the standard streams");
+        }
+        let lived = life.run().await.map_err(OwnerError::Life);
+        drop(server);
+        lived
+    });
+    // Whatever is still under way serves nobody.
+    runtime.shutdown_background();
+    served
+}
+
+/// What the command line says of a pod's life.
+pub(crate) struct Pod {
+    pub(crate) ground: Ground,
+    pub(crate) rm: bool,
+    pub(crate) client: Option<i32>,
+}
+
+impl Pod {
+    /// Launches the pod and serves its socket. The pod lives as long as its [`Life`] runs and the server is kept.
+    pub(crate) async fn serve(
+        self,
+        spec: SandboxSpec,
+        vm: Box<dyn Vm>,
+        listener: UnixListener,
+    ) -> Result<(Life, Server), OwnerError> {
+        let path = self.ground.socket();
+        let serve = |source| OwnerError::Serve { path: path.clone(), source };
+        let listener = tokio::net::UnixListener::from_std(listener).map_err(serve)?;
+        // Last of what can fail before there is something to undo.
+        let watch = Watch::new(self.client).map_err(OwnerError::Watch)?;
+        let sandbox = Sandbox::launch(spec, vm).await.map_err(OwnerError::Launch)?;
+        let (listener, connections) = counted(listener);
+        let (life, reins) = Life::new(sandbox.clone(), self.ground, self.rm, watch, connections);
+        let task = Arc::new(TaskService::new(sandbox.clone(), reins.clone()));
+        let v3 = create_task(task.clone());
+        let v2 = create_task(task).into_values().map(|service| (TASK_V2.to_owned(), service)).collect();
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(v3)
+            .register_service(v2)
+            .register_service(create_control(Arc::new(ControlService::new(sandbox.clone(), reins))));
+        if let Err(error) = server.start().await {
+            sandbox.shutdown().await.map_err(OwnerError::Launch)?;
+            return Err(serve(io::Error::other(error)));
+        }
+        Ok((life, server))
+    }
+}
