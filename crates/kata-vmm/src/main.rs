@@ -1,0 +1,132 @@
+//! `kata-vmm`: device back ends as processes of their own.
+
+use std::error::Error;
+use std::io::IsTerminal;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use kata_vmm::seccomp;
+use kata_vmm::vhost_user;
+use kata_vmm::vsock::{Vsock, VsockConfig};
+use thiserror::Error;
+use tracing::level_filters::LevelFilter;
+
+/// Virtual devices for VMMs.
+#[derive(Parser)]
+#[command(name = "kata-vmm", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a socket device to one vhost-user front end, until it closes the connection
+    Vsock(VsockArgs),
+}
+
+#[derive(Args)]
+struct VsockArgs {
+    /// Listening unix socket on which the vhost-user front end connects
+    #[arg(long, value_name = "FD")]
+    listen_fd: RawFd,
+    /// Listening unix socket, bound to the hybrid path, on which clients reach the guest
+    #[arg(long, value_name = "FD")]
+    hybrid_fd: RawFd,
+    /// Path of that socket; the guest reaches host port N at <PATH>_N
+    #[arg(long, value_name = "PATH")]
+    hybrid_path: PathBuf,
+    /// Context id of the guest
+    #[arg(long, value_name = "CID", default_value_t = 3)]
+    guest_cid: u64,
+    /// Least level of the messages on stderr: error, warn, info, debug, trace or off
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    log_level: LevelFilter,
+}
+
+#[derive(Debug, Error)]
+enum CommandError {
+    #[error("--{flag} {fd}: not a descriptor this process may take")]
+    Descriptor {
+        flag: &'static str,
+        fd: RawFd,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("--listen-fd and --hybrid-fd are the same descriptor, {0}")]
+    SameDescriptor(RawFd),
+    #[error("--listen-fd: the front end cannot be accepted")]
+    Accept(#[source] std::io::Error),
+}
+
+fn main() -> ExitCode {
+    let Command::Vsock(args) = Cli::parse().command;
+    tracing_subscriber::fmt()
+        .with_max_level(args.log_level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    match serve_vsock(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut line = format!("kata-vmm: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                line.push_str(&format!(": {error}"));
+                cause = error.source();
+            }
+            eprintln!("{line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve_vsock(args: VsockArgs) -> Result<(), Box<dyn Error>> {
+    if args.listen_fd == args.hybrid_fd {
+        return Err(CommandError::SameDescriptor(args.listen_fd).into());
+    }
+    let front_ends = UnixListener::from(inherited("listen-fd", args.listen_fd)?);
+    let listener = inherited("hybrid-fd", args.hybrid_fd)?;
+    raise_descriptor_limit();
+    return_large_buffers();
+    let device = Vsock::new(VsockConfig { guest_cid: args.guest_cid, listener, path: args.hybrid_path })?;
+    seccomp::confine()?;
+    let (front_end, _) = front_ends.accept().map_err(CommandError::Accept)?;
+    drop(front_ends);
+    Ok(vhost_user::serve(front_end, device)?)
+}
+
+/// Takes over a descriptor that the parent process left open for this one.
+fn inherited(flag: &'static str, fd: RawFd) -> Result<OwnedFd, CommandError> {
+    let failed = |source| CommandError::Descriptor { flag, fd, source };
+    if fd <= 2 {
+        return Err(failed(std::io::Error::other("0, 1 and 2 are the standard streams")));
+    }
+    // SAFETY: borrowed only for the check that it is open, which harms no other owner.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+    // SAFETY: it is open, and at this point nothing of this process has opened or taken descriptors but by its flags.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Lets the process have a descriptor per stream; with fewer it serves fewer streams.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        tracing::info!(error = %e, "the limit of open files stays as it is");
+    }
+}
+
+/// Makes the allocator give buffers of slow streams back to the kernel; by itself it would keep the largest so far.
+fn return_large_buffers() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: changes a parameter of the allocator; there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+}
