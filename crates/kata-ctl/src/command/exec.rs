@@ -1,0 +1,56 @@
+//! `exec`
+
+use super::{Outcome, exit_code};
+use crate::bundle::{self, RootStack, User};
+use crate::cli::ExecArgs;
+use crate::failure::Failure;
+use crate::pod::{
+    self, Client, PodDir, RawTerminal, Session, Signals, StreamPaths, Streams, Wanted, is_terminal,
+    random_name,
+};
+
+/// Runs the command in the pod's container, as its main process is run but for what the flags change.
+pub async fn run(args: &ExecArgs) -> Outcome {
+    let raw = args.tty && args.interactive;
+    if raw && !is_terminal() {
+        return Err(Failure::text("-i with -t needs a terminal at the standard input"));
+    }
+    let pod = PodDir::alive(&args.name)?;
+    let process = process(args, &pod)?;
+    let mut signals = Signals::catch()?;
+    let client = Client::connect(&pod).await?;
+    let id = random_name()?;
+    let wanted = Wanted { stdin: args.interactive, stderr: !args.tty };
+    let streams = Streams::make(&pod.io(), &format!("{id}-"), wanted)?;
+    let exec = client.exec(&id, &process, &StreamPaths::of(&streams)).await;
+    let exec = exec.map_err(pod::CallError::into_start_failure)?;
+    exec.start().await.map_err(pod::CallError::into_start_failure)?;
+    let terminal = if raw { Some(RawTerminal::enter()?) } else { None };
+    let code = Session::attach(exec.clone(), streams, terminal).run(&mut signals).await?;
+    if let Err(error) = exec.delete().await {
+        // The pod may have ended with it.
+        tracing::debug!("the exec was not deleted: {error}");
+    }
+    Ok(exit_code(code))
+}
+
+fn process(args: &ExecArgs, pod: &PodDir) -> Result<oci_spec::runtime::Process, Failure> {
+    let mut process = bundle::process_of(&pod.bundle())?;
+    process.set_args(Some(args.command.clone())).set_terminal(Some(args.tty));
+    let mut env = process.env().clone().unwrap_or_default();
+    if args.tty && !env.iter().any(|entry| entry.starts_with("TERM=")) {
+        env.push(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned())));
+    }
+    bundle::extend_env(&mut env, &args.env)?;
+    process.set_env(Some(env));
+    if let Some(workdir) = &args.workdir {
+        process.set_cwd(bundle::absolute(workdir)?.into());
+    }
+    if let Some(user) = &args.user {
+        let user = User::resolve(user, &RootStack::load(&pod.bundle())?)?;
+        let mut runtime_user = oci_spec::runtime::User::default();
+        runtime_user.set_uid(user.uid).set_gid(user.gid).set_additional_gids(Some(user.groups));
+        process.set_user(runtime_user);
+    }
+    Ok(process)
+}

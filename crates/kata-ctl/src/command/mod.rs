@@ -1,0 +1,28 @@
+//! The commands, one module each.
+
+pub mod build;
+pub mod check;
+pub mod exec;
+pub mod kill;
+pub mod logs;
+pub mod ps;
+pub mod rm;
+pub mod run;
+mod timing;
+
+use std::path::{Path, PathBuf};
+
+use crate::failure::Failure;
+
+/// Exit code of the command, or why there is none.
+pub type Outcome = Result<u8, Failure>;
+
+/// The exit code that a process's wait status (0 to 255, 128 + signal) is as this process's own.
+fn exit_code(status: u32) -> u8 {
+    u8::try_from(status & 0xff).unwrap_or(u8::MAX)
+}
+
+/// The same path from any directory: the owner runs in another one.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}

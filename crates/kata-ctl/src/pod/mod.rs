@@ -1,0 +1,173 @@
+//! Pods, as a client sees them: directories, an owner process, a socket.
+//!
+//! ```text
+//!   run ─▶ Owner (spawned, boots the VM at once) ─▶ Client (Task + Control) ─▶ Session (streams, signals, terminal)
+//!   exec, kill, logs, ps, rm ─▶ PodDir ─────────────▶ Client
+//! ```
+
+mod client;
+mod owner;
+mod session;
+mod signals;
+mod state;
+mod stdio;
+mod terminal;
+
+use std::io;
+use std::path::PathBuf;
+
+use kata_config::paths;
+
+pub use client::{CallError, Client, CreateContainer, Process, StreamPaths};
+pub use owner::{Owner, OwnerError, OwnerOptions, SHIM, delete};
+pub use session::Session;
+pub use signals::{Signals, signal_number};
+pub use state::{ContainerState, PodState};
+pub use stdio::{Streams, Wanted, dump};
+pub use terminal::{RawTerminal, is_terminal, restore};
+
+/// Longest name of a pod.
+const NAME_MAX: usize = 64;
+
+/// A name that no pod can have, or that none has.
+#[derive(Debug, thiserror::Error)]
+pub enum NameError {
+    /// Not a good name.
+    #[error(
+        "{0:?} is not a pod's name: expected 1 to {NAME_MAX} characters of [a-zA-Z0-9_.-], the first a letter or digit"
+    )]
+    Malformed(String),
+    /// Nobody has it.
+    #[error("there is no pod named {0}; see `kata-ctl ps -a`")]
+    Unknown(String),
+    /// Its pod is over.
+    #[error("pod {0} has ended; remove it with `kata-ctl rm {0}`")]
+    Ended(String),
+    /// Its pod lost its owner.
+    #[error("pod {0} is dead: its owner process was killed; clean up with `kata-ctl rm {0}`")]
+    Dead(String),
+    /// No randomness for a generated one.
+    #[error("cannot make up a name")]
+    Random(#[source] io::Error),
+}
+
+/// Where a pod keeps its things.
+#[derive(Clone, Debug)]
+pub struct PodDir {
+    /// The pod, and its only container.
+    pub name: String,
+    /// `/run/kata/<name>`, made by the owner.
+    pub run_dir: PathBuf,
+    /// `/var/lib/kata/pods/<name>`: the writable layer.
+    pub state_dir: PathBuf,
+}
+
+impl PodDir {
+    /// Of the pod called `name`, which need not exist.
+    ///
+    /// # Errors
+    /// `name` cannot be one.
+    pub fn of(name: &str) -> Result<Self, NameError> {
+        check_name(name)?;
+        Ok(Self {
+            name: name.to_owned(),
+            run_dir: paths::run_dir().join(name),
+            state_dir: paths::state_dir().join("pods").join(name),
+        })
+    }
+
+    /// Of the pod called `name`, which has to exist.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn existing(name: &str) -> Result<Self, NameError> {
+        let pod = Self::of(name)?;
+        if pod.run_dir.is_dir() { Ok(pod) } else { Err(NameError::Unknown(name.to_owned())) }
+    }
+
+    /// Of the pod called `name`, which has to be alive as far as its directory tells.
+    ///
+    /// # Errors
+    /// There is none, or it is over.
+    pub fn alive(name: &str) -> Result<Self, NameError> {
+        let pod = Self::existing(name)?;
+        // What cannot be read is found out by connecting.
+        match PodState::load(&pod.run_dir) {
+            Ok(Some(state)) if state.is_stopped() => Err(NameError::Ended(name.to_owned())),
+            Ok(Some(state)) if !state.owner_lives() => Err(NameError::Dead(name.to_owned())),
+            _ => Ok(pod),
+        }
+    }
+
+    /// What the owner listens on.
+    pub fn socket(&self) -> PathBuf {
+        self.run_dir.join("pod.sock")
+    }
+
+    /// The OCI bundle.
+    pub fn bundle(&self) -> PathBuf {
+        self.run_dir.join("bundle")
+    }
+
+    /// FIFOs of attached clients.
+    pub fn io(&self) -> PathBuf {
+        self.run_dir.join("io")
+    }
+
+    /// Output of a detached pod.
+    pub fn stdout_log(&self) -> PathBuf {
+        self.run_dir.join("stdout.log")
+    }
+
+    /// Error output of a detached pod.
+    pub fn stderr_log(&self) -> PathBuf {
+        self.run_dir.join("stderr.log")
+    }
+
+    /// The owner's log.
+    pub fn owner_log(&self) -> PathBuf {
+        self.run_dir.join("owner.log")
+    }
+}
+
+fn check_name(name: &str) -> Result<(), NameError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    let good = name.len() <= NAME_MAX
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(allowed);
+    if good { Ok(()) } else { Err(NameError::Malformed(name.to_owned())) }
+}
+
+/// Twelve random hexadecimal digits: the name of a pod that was given none, or of an exec.
+///
+/// # Errors
+/// The kernel has no randomness.
+pub fn random_name() -> Result<String, NameError> {
+    let mut bytes = [0_u8; 6];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| NameError::Random(error.into()))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_file_names_and_host_names_only() {
+        for good in ["a", "0", "web-1.test_x", &"a".repeat(64)] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "-a", ".a", "a/b", "a b", "ä", "a\n", &"a".repeat(65)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn made_up_names_are_good_and_differ() {
+        let (one, two) = (random_name().unwrap(), random_name().unwrap());
+        assert_eq!(one.len(), 12);
+        assert!(check_name(&one).is_ok());
+        assert_ne!(one, two);
+    }
+}
