@@ -18,7 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-hypervisor", &["kata-config"]),
     // Of kata-image only the manifest's types: see docs/adr/0002.
     ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image"]),
-    ("kata-shim", &["kata-api", "kata-config", "kata-sandbox"]),
+    ("kata-shim", &["kata-api", "kata-config", "kata-hypervisor", "kata-sandbox"]),
     ("kata-ctl", &["kata-api", "kata-config", "kata-image"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
     ("xtask", &[]),

@@ -1,0 +1,432 @@
+//! The engine proper: which containers there are, and the talk with their helpers.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use kata_api::agent::CgroupStats;
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::MountAttrFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+
+use super::cgroup::{Cgroup, OomEvents};
+use super::filesystem::{Change, change, clone_mount};
+use super::plan::{Plan, ProcessPlan};
+use super::wire::{self, Answer, Attached, Request, Task};
+use super::{Engine, EngineError, HELPER_NAME, ProcessIo};
+use crate::reaper::Reaper;
+
+/// Where the engine finds what it needs.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// Mount point of the cgroup v2 hierarchy, `/sys/fs/cgroup` in the guest.
+    pub cgroup_root: PathBuf,
+    /// An executable that calls [`helper_main`](super::helper_main); `None` is this one.
+    pub helper: Option<PathBuf>,
+}
+
+/// Containers made with the kernel's own means. See the module for how.
+pub struct NativeEngine {
+    cgroup_root: PathBuf,
+    helper: PathBuf,
+    /// Keeps the read-only view of this executable that `helper` names.
+    _sealed: Option<OwnedFd>,
+    reaper: Reaper,
+    containers: Table,
+}
+
+type Table = Arc<Mutex<HashMap<String, Slot>>>;
+
+fn lock(table: &Table) -> MutexGuard<'_, HashMap<String, Slot>> {
+    table.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What an id stands for.
+enum Slot {
+    /// Taken by a create that is under way.
+    Reserved,
+    Made(Arc<Container>),
+}
+
+struct Container {
+    id: String,
+    cgroup: Cgroup,
+    init: Pid,
+    /// Names the init even after its number is used again.
+    pidfd: OwnedFd,
+    /// `CLONE_NEW*` that an exec has to enter.
+    namespaces: u32,
+    /// The compiled seccomp filter; empty without a profile.
+    filter: Vec<u8>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// The control socket of an init that waits to be started.
+    gate: Option<UnixStream>,
+    paused: bool,
+}
+
+impl NativeEngine {
+    /// An engine without containers. Helpers' exit statuses go to `reaper`.
+    ///
+    /// # Errors
+    /// Only where `helper` is not given and this executable cannot be found.
+    pub fn new(layout: Layout, reaper: Reaper) -> io::Result<Self> {
+        let (helper, sealed) = match layout.helper {
+            Some(helper) => (helper, None),
+            None => sealed_executable()?,
+        };
+        let cgroup_root = layout.cgroup_root;
+        Ok(Self { cgroup_root, helper, _sealed: sealed, reaper, containers: Table::default() })
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, EngineError> {
+        match lock(&self.containers).get(id) {
+            Some(Slot::Made(container)) => Ok(Arc::clone(container)),
+            Some(Slot::Reserved) => {
+                Err(EngineError::WrongState { id: id.to_owned(), state: "still being created" })
+            }
+            None => Err(EngineError::NoContainer(id.to_owned())),
+        }
+    }
+
+    /// Spawns a helper and gives it the request.
+    async fn ask(
+        &self,
+        request: &Request,
+        filter: &[u8],
+        attached: Attached<BorrowedFd<'_>>,
+    ) -> Result<UnixStream, EngineError> {
+        let failed = |error: io::Error| EngineError::setup("run the container helper", error);
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|error| failed(error.into()))?;
+        let mut command = Command::new(&self.helper);
+        command.arg0(HELPER_NAME).env_clear().stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        self.reaper.spawn(&mut command).map_err(failed)?;
+        // The command holds the helper's end until now; only the helper may keep it, or its end would go unnoticed.
+        drop(command);
+        let ours = std::os::unix::net::UnixStream::from(ours);
+        ours.set_nonblocking(true).map_err(failed)?;
+        let mut socket = UnixStream::from_std(ours).map_err(failed)?;
+        wire::send_request(&mut socket, request, filter, attached).await.map_err(failed)?;
+        Ok(socket)
+    }
+
+    /// Makes the cgroup into `unfinished` and the process in it.
+    async fn make(
+        &self,
+        unfinished: &mut Unfinished,
+        spec: &Spec,
+        bundle: &Path,
+        io: &ProcessIo,
+    ) -> Result<Init, EngineError> {
+        let id = unfinished.id.clone();
+        let plan = Plan::of(&id, spec, bundle)?;
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let nodes = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
+        let cgroup = unfinished.cgroup.insert(Cgroup::create(&self.cgroup_root, &plan.cgroup)?);
+        if let Some(resources) = resources {
+            cgroup.limit(resources)?;
+        }
+        cgroup.filter_devices(resources, nodes)?;
+        let namespaces = plan.container.namespaces();
+        let request = Request { process: plan.process, task: Task::Create(Box::new(plan.container)) };
+        let mut gate = self.ask(&request, &[], attach(io, cgroup.directory(), None)).await?;
+        let made = Made::read(&id, &mut gate).await?;
+        let (Some(init), true) = (made.pid, made.ready) else { return Err(EngineError::Ended(id)) };
+        // A child of this process that nobody has waited for: its number is still its own.
+        let pidfd = pidfd_open(init, PidfdFlags::empty())
+            .map_err(|error| EngineError::setup("hold the init", error))?;
+        Ok(Init { init, pidfd, namespaces, filter: made.filter, gate })
+    }
+}
+
+/// The init of a container, waiting at its gate.
+struct Init {
+    init: Pid,
+    pidfd: OwnedFd,
+    namespaces: u32,
+    filter: Vec<u8>,
+    gate: UnixStream,
+}
+
+impl Init {
+    fn container(self, id: &str, cgroup: Cgroup) -> Container {
+        let Self { init, pidfd, namespaces, filter, gate } = self;
+        let state = Mutex::new(State { gate: Some(gate), paused: false });
+        Container { id: id.to_owned(), cgroup, init, pidfd, namespaces, filter, state }
+    }
+}
+
+/// A read-only view of this executable, so that no container can write to it through a process's `/proc/<pid>/exe`.
+/// Where the kernel does not give one, the executable itself.
+fn sealed_executable() -> io::Result<(PathBuf, Option<OwnedFd>)> {
+    let path = std::env::current_exe()?;
+    let readonly = Change { set: MountAttrFlags::MOUNT_ATTR_RDONLY, ..Change::default() };
+    let sealed =
+        clone_mount(CWD, &path, false).and_then(|view| change(view.as_fd(), readonly).map(|()| view));
+    match sealed {
+        Ok(view) => {
+            let number = std::os::fd::AsRawFd::as_raw_fd(&view);
+            Ok((PathBuf::from(format!("/proc/self/fd/{number}")), Some(view)))
+        }
+        Err(error) => {
+            tracing::warn!(%error, path = %path.display(), "the container helper runs from a writable mount");
+            Ok((path, None))
+        }
+    }
+}
+
+/// A container that is not there yet: its id is taken, and dropped it goes away with whatever it has by then.
+struct Unfinished {
+    containers: Table,
+    id: String,
+    cgroup: Option<Cgroup>,
+    done: bool,
+}
+
+impl Unfinished {
+    fn take(containers: &Table, id: &str) -> Result<Self, EngineError> {
+        match lock(containers).entry(id.to_owned()) {
+            Entry::Occupied(_) => Err(EngineError::Exists(id.to_owned())),
+            Entry::Vacant(vacant) => {
+                vacant.insert(Slot::Reserved);
+                Ok(Self { containers: Arc::clone(containers), id: id.to_owned(), cgroup: None, done: false })
+            }
+        }
+    }
+
+    /// The container is made.
+    fn finish(mut self, of: impl FnOnce(Cgroup) -> Container) -> Result<Pid, EngineError> {
+        let cgroup = self.cgroup.take().ok_or_else(|| EngineError::setup("keep the cgroup", Errno::NOENT))?;
+        let container = of(cgroup);
+        let init = container.init;
+        lock(&self.containers).insert(self.id.clone(), Slot::Made(Arc::new(container)));
+        self.done = true;
+        Ok(init)
+    }
+
+    /// Undoes what there is; goes on by itself when nobody waits for it.
+    fn undo(&mut self) -> Option<tokio::task::JoinHandle<()>> {
+        if std::mem::replace(&mut self.done, true) {
+            return None;
+        }
+        let (containers, id) = (Arc::clone(&self.containers), std::mem::take(&mut self.id));
+        let Some(cgroup) = self.cgroup.take() else {
+            lock(&containers).remove(&id);
+            return None;
+        };
+        // Without a runtime the agent is on its way down, and the guest with it.
+        let runtime = tokio::runtime::Handle::try_current().ok()?;
+        Some(runtime.spawn(async move {
+            if let Err(error) = cgroup.destroy().await {
+                tracing::warn!(id, %error, "a container that could not be created leaves its cgroup");
+            }
+            // Only now: the next of this id would have the same cgroup.
+            lock(&containers).remove(&id);
+        }))
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.undo();
+    }
+}
+
+fn attach<'fd>(
+    io: &'fd ProcessIo,
+    cgroup: BorrowedFd<'fd>,
+    init: Option<BorrowedFd<'fd>>,
+) -> Attached<BorrowedFd<'fd>> {
+    let borrow = |fd: &'fd Option<OwnedFd>| fd.as_ref().map(AsFd::as_fd);
+    Attached {
+        cgroup: Some(cgroup),
+        stdin: borrow(&io.stdin),
+        stdout: borrow(&io.stdout),
+        stderr: borrow(&io.stderr),
+        terminal: borrow(&io.terminal),
+        init,
+    }
+}
+
+/// What a helper and its child said until the process was ready, or gone from the socket.
+#[derive(Default)]
+struct Made {
+    filter: Vec<u8>,
+    pid: Option<Pid>,
+    ready: bool,
+}
+
+impl Made {
+    async fn read(id: &str, socket: &mut UnixStream) -> Result<Self, EngineError> {
+        let mut made = Self::default();
+        // Both may come first: the helper's pid and its child's readiness.
+        while !(made.ready && made.pid.is_some()) {
+            match next(id, socket).await? {
+                None => break,
+                Some(Answer::Filter(filter)) => made.filter = filter,
+                Some(Answer::Pid(pid)) => made.pid = Pid::from_raw(pid),
+                Some(Answer::Ready) => made.ready = true,
+                Some(Answer::Failed(failure)) => return Err(failure.into_error()),
+            }
+        }
+        Ok(made)
+    }
+}
+
+async fn next(id: &str, socket: &mut UnixStream) -> Result<Option<Answer>, EngineError> {
+    let answer = wire::next_answer(socket).await;
+    answer.map_err(|error| EngineError::setup(format!("hear from the process of container {id:?}"), error))
+}
+
+impl Container {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wrong(&self, state: &'static str) -> EngineError {
+        EngineError::WrongState { id: self.id.clone(), state }
+    }
+
+    /// Enters the container with a new process and gives its pid once it has run its program.
+    async fn enter(
+        &self,
+        engine: &NativeEngine,
+        process: &Process,
+        io: &ProcessIo,
+    ) -> Result<Pid, EngineError> {
+        let process = ProcessPlan::of(process)?;
+        if self.state().paused {
+            return Err(self.wrong("paused"));
+        }
+        let request = Request { process, task: Task::Exec { namespaces: self.namespaces } };
+        match self.enter_cgroup(engine, &request, io, self.cgroup.directory()).await {
+            // The container has handed its controllers to children, so processes live in those only.
+            Err(EngineError::Setup { step, source })
+                if step == wire::ENTER_CGROUP && source.raw_os_error() == Some(libc::EBUSY) =>
+            {
+                let cgroup = self.cgroup.of_process(self.init)?;
+                self.enter_cgroup(engine, &request, io, cgroup.as_fd()).await
+            }
+            Err(EngineError::Setup { step, source })
+                if step == wire::ENTER_NAMESPACES && source.raw_os_error() == Some(libc::ESRCH) =>
+            {
+                Err(self.wrong("stopped"))
+            }
+            result => result,
+        }
+    }
+
+    async fn enter_cgroup(
+        &self,
+        engine: &NativeEngine,
+        request: &Request,
+        io: &ProcessIo,
+        cgroup: BorrowedFd<'_>,
+    ) -> Result<Pid, EngineError> {
+        let attached = attach(io, cgroup, Some(self.pidfd.as_fd()));
+        let mut socket = engine.ask(request, &self.filter, attached).await?;
+        let made = Made::read(&self.id, &mut socket).await?;
+        made.pid.ok_or_else(|| EngineError::Ended(self.id.clone()))
+    }
+}
+
+#[async_trait]
+impl Engine for NativeEngine {
+    async fn create(&self, id: &str, spec: &Spec, bundle: &Path, io: ProcessIo) -> Result<Pid, EngineError> {
+        let mut unfinished = Unfinished::take(&self.containers, id)?;
+        match self.make(&mut unfinished, spec, bundle, &io).await {
+            Ok(process) => unfinished.finish(|cgroup| process.container(id, cgroup)),
+            Err(error) => {
+                if let Some(undone) = unfinished.undo() {
+                    // It does not panic, and one that is cancelled has no runtime to wait in either.
+                    let _ = undone.await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn start(&self, id: &str) -> Result<(), EngineError> {
+        let container = self.container(id)?;
+        let gate = container.state().gate.take();
+        let mut gate = gate.ok_or_else(|| container.wrong("started already"))?;
+        // One that was killed while it waited is a started container that has ended.
+        if gate.write_all(&[1]).await.is_err() {
+            return Ok(());
+        }
+        match next(id, &mut gate).await? {
+            Some(Answer::Failed(failure)) => Err(failure.into_error()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Pid, EngineError> {
+        self.container(id)?.enter(self, process, &io).await
+    }
+
+    async fn signal_all(&self, id: &str, signal: Signal) -> Result<(), EngineError> {
+        Ok(self.container(id)?.cgroup.signal(signal)?)
+    }
+
+    async fn pause(&self, id: &str) -> Result<(), EngineError> {
+        let container = self.container(id)?;
+        container.state().paused = true;
+        let frozen = container.cgroup.freeze().await;
+        if frozen.is_err() {
+            container.state().paused = false;
+        }
+        Ok(frozen?)
+    }
+
+    async fn resume(&self, id: &str) -> Result<(), EngineError> {
+        let container = self.container(id)?;
+        container.cgroup.thaw().await?;
+        container.state().paused = false;
+        Ok(())
+    }
+
+    async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), EngineError> {
+        let container = self.container(id)?;
+        container.cgroup.limit(resources)?;
+        if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
+            container.cgroup.filter_devices(Some(resources), &[])?;
+        }
+        Ok(())
+    }
+
+    async fn stats(&self, id: &str) -> Result<CgroupStats, EngineError> {
+        Ok(self.container(id)?.cgroup.stats()?)
+    }
+
+    async fn pids(&self, id: &str) -> Result<Vec<Pid>, EngineError> {
+        Ok(self.container(id)?.cgroup.pids()?)
+    }
+
+    async fn delete(&self, id: &str) -> Result<(), EngineError> {
+        let container = self.container(id)?;
+        // Its init, if it still waits, ends with this; the rest is killed with the cgroup.
+        container.state().gate = None;
+        container.cgroup.destroy().await?;
+        lock(&self.containers).remove(id);
+        Ok(())
+    }
+
+    fn oom_events(&self, id: &str) -> Result<OomEvents, EngineError> {
+        Ok(self.container(id)?.cgroup.oom_events()?)
+    }
+}

@@ -1,0 +1,142 @@
+//! The container engine of the guest: namespaces, mounts, cgroups and seccomp, without a runtime binary.
+//!
+//! ```text
+//!  agent (async, many tasks)                     helper (one thread)             init
+//!  plan = Plan::of(spec)  ── refused or whole
+//!  cgroup made, limits and device filter set
+//!  spawn /proc/self/exe ─────────────────────▶ reads request and fds
+//!                         ◀── seccomp filter ── compiles the profile
+//!                         ◀── pid ───────────── clone3(PARENT, INTO_CGROUP) ──▶ mounts, pivot_root,
+//!                                               exits                           ids, capabilities, lookup
+//!                         ◀── ready ─────────────────────────────────────────── waits at the gate
+//!  start: opens the gate  ───────────────────────────────────────────────────▶ seccomp, execve
+//!                         ◀── socket closed by exec, or the error ─────────────
+//! ```
+//!
+//! The agent itself never forks: a process with many threads and a heap must not run code between fork and exec. The
+//! helper has one thread, so its child may do all of that. `CLONE_PARENT` makes the child a child of the agent, which
+//! therefore gets its exit status first hand.
+//!
+//! What a spec asks for and this engine does not do is refused by [`EngineError::Unsupported`] before anything is
+//! made. Hooks that belong to the host side (`prestart`, `createRuntime`, `poststart`, `poststop`) are the business of
+//! the runtime there and are not looked at.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use async_trait::async_trait;
+use kata_api::agent::CgroupStats;
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+use rustix::process::{Pid, Signal};
+
+mod capabilities;
+mod cgroup;
+mod devices;
+mod engine;
+mod error;
+mod filesystem;
+mod helper;
+mod init;
+mod lookup;
+mod plan;
+mod rootfs;
+mod seccomp;
+mod tree;
+mod wire;
+
+pub use cgroup::{CgroupError, OomEvents};
+pub use engine::{Layout, NativeEngine};
+pub use error::{EngineError, Fault};
+pub use helper::helper_main;
+pub use rootfs::make_root_pivotable;
+
+/// `argv[0]` of the helper process. `main` calls [`helper_main`] when it sees this, before anything else.
+pub const HELPER_NAME: &str = "kata-agent-container";
+
+/// The standard streams of a process. `None` is `/dev/null`.
+#[derive(Debug, Default)]
+pub struct ProcessIo {
+    /// Read end of a pipe.
+    pub stdin: Option<OwnedFd>,
+    /// Write end of a pipe.
+    pub stdout: Option<OwnedFd>,
+    /// Write end of a pipe.
+    pub stderr: Option<OwnedFd>,
+    /// The slave of a pseudo terminal, opened in the agent's mount namespace: it becomes all three streams and the
+    /// controlling terminal, and the other fields are not looked at.
+    pub terminal: Option<OwnedFd>,
+}
+
+/// Runs containers in this guest. All methods may be called at the same time, for one container or many.
+#[async_trait]
+pub trait Engine: Send + Sync {
+    /// Makes the container and its init, which waits before its `execve` with everything else done.
+    ///
+    /// `bundle` is what a relative `root.path` is relative to. The pid is a child of the agent: register it with the
+    /// reaper. Nothing is left behind when this fails or is dropped halfway.
+    ///
+    /// # Errors
+    /// Spec refused, command not found or not executable, or the step of the setup that failed.
+    async fn create(&self, id: &str, spec: &Spec, bundle: &Path, io: ProcessIo) -> Result<Pid, EngineError>;
+
+    /// Lets the init run; returns once its `execve` has succeeded.
+    ///
+    /// # Errors
+    /// Unknown container, started before, or `execve` failed (the init is gone then).
+    async fn start(&self, id: &str) -> Result<(), EngineError>;
+
+    /// Runs another process in the container and returns its pid once its `execve` has succeeded. The pid is a child
+    /// of the agent: register it with the reaper (it may have ended already).
+    ///
+    /// # Errors
+    /// As [`create`](Self::create); also a container whose init has ended or that is paused.
+    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Pid, EngineError>;
+
+    /// Sends `signal` to every process of the container, those of execs included.
+    ///
+    /// # Errors
+    /// Unknown container; a cgroup file that cannot be read or written.
+    async fn signal_all(&self, id: &str, signal: Signal) -> Result<(), EngineError>;
+
+    /// Freezes all processes; returns when the last one is frozen.
+    ///
+    /// # Errors
+    /// Unknown container; [`CgroupError::TimedOut`] where the kernel does not get there.
+    async fn pause(&self, id: &str) -> Result<(), EngineError>;
+
+    /// Thaws what [`pause`](Self::pause) froze.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    async fn resume(&self, id: &str) -> Result<(), EngineError>;
+
+    /// Changes the limits that `resources` names and leaves the others alone.
+    ///
+    /// # Errors
+    /// Unknown container, a limit that is not supported, a controller that the guest kernel lacks.
+    async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), EngineError>;
+
+    /// Usage by the container's cgroup. Controllers that the kernel lacks are absent from the answer.
+    ///
+    /// # Errors
+    /// Unknown container; a cgroup file that cannot be read.
+    async fn stats(&self, id: &str) -> Result<CgroupStats, EngineError>;
+
+    /// The container's processes, by the agent's pid namespace.
+    ///
+    /// # Errors
+    /// Unknown container; a cgroup file that cannot be read.
+    async fn pids(&self, id: &str) -> Result<Vec<Pid>, EngineError>;
+
+    /// Kills what is left of the container, waits for its end (bounded) and removes its cgroup.
+    ///
+    /// # Errors
+    /// Unknown container; [`CgroupError::TimedOut`] where a process cannot be killed.
+    async fn delete(&self, id: &str) -> Result<(), EngineError>;
+
+    /// The container's out-of-memory kills from now on.
+    ///
+    /// # Errors
+    /// Unknown container; a kernel without the memory controller.
+    fn oom_events(&self, id: &str) -> Result<OomEvents, EngineError>;
+}

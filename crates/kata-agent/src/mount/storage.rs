@@ -1,0 +1,376 @@
+//! Storages: what the host asks to be mounted in the guest for a sandbox or a container.
+//!
+//! A storage that several containers name by the same mount point is made once and goes with the last of them.
+
+use std::collections::HashMap;
+use std::ffi::{CString, NulError};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use kata_api::agent::Storage;
+use rustix::fs::{Gid, Mode, chmod, chown};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount,
+};
+use tokio::sync::Mutex;
+
+use super::options::{self, MountOptions};
+use crate::modules::{ModuleError, Modules};
+
+/// Drivers that are served, as told to the host.
+pub const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "overlayfs", "bind"];
+
+/// Drivers of the protocol that this agent does not serve.
+const UNSUPPORTED: [&str; 8] = [
+    "blk",
+    "blk-ccw",
+    "mmioblk",
+    "scsi",
+    "nvdimm",
+    "watchable-bind",
+    "image_guest_pull",
+    "erofs.multi-layer",
+];
+
+/// Driver option that asks for a directory of an overlay (upper, work) to be made first.
+const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory";
+
+/// A storage that was not made, or not undone.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The driver is one of the protocol's that this agent has not.
+    #[error("storage driver {driver:?} is not supported")]
+    Unsupported {
+        /// As asked.
+        driver: String,
+    },
+    /// The request makes no sense.
+    #[error("storage at {mount_point:?}: {reason}")]
+    Invalid {
+        /// Where it was to be.
+        mount_point: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A kernel module that it needs.
+    #[error("storage at {mount_point:?}")]
+    Module {
+        /// Where it was to be.
+        mount_point: PathBuf,
+        #[source]
+        /// Which module, and why.
+        source: ModuleError,
+    },
+    /// Making a directory, mounting or unmounting.
+    #[error("{what} {path:?}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// With which path.
+        path: PathBuf,
+        #[source]
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// An option that the kernel cannot be given.
+    #[error("options of the storage at {mount_point:?}")]
+    Data {
+        /// Where it was to be.
+        mount_point: PathBuf,
+        #[source]
+        /// Why.
+        source: NulError,
+    },
+    /// The work was dropped before it was done.
+    #[error("the mount at {mount_point:?} was interrupted")]
+    Interrupted {
+        /// Where it was to be.
+        mount_point: String,
+    },
+}
+
+fn system<'a, E: Into<std::io::Error>>(
+    what: &'static str,
+    path: &'a Path,
+) -> impl Fn(E) -> StorageError + use<'a, E> {
+    move |source| StorageError::System { what, path: path.to_owned(), source: source.into() }
+}
+
+/// A storage that is there.
+#[derive(Debug)]
+struct Made {
+    mounted: bool,
+    /// Whether its directory was made for it and goes with it.
+    own_directory: bool,
+    users: usize,
+}
+
+/// All storages of the guest. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Storages {
+    made: Arc<Mutex<HashMap<PathBuf, Made>>>,
+    modules: Arc<Modules>,
+}
+
+impl Storages {
+    /// None so far; `modules` are loaded as storages need them.
+    #[must_use]
+    pub fn new(modules: Arc<Modules>) -> Self {
+        Self { made: Arc::default(), modules }
+    }
+
+    /// Makes `storages` in order and gives the mount points, for [`remove`](Self::remove). All or none.
+    ///
+    /// # Errors
+    /// [`StorageError`] of the first that fails.
+    pub async fn add(&self, storages: Vec<Storage>) -> Result<Vec<PathBuf>, StorageError> {
+        let mut points = Vec::with_capacity(storages.len());
+        for storage in storages {
+            match self.add_one(storage).await {
+                Ok(point) => points.push(point),
+                Err(error) => {
+                    if let Err(undo) = self.remove(points).await {
+                        tracing::warn!(error = crate::chain(&undo), "undoing storages");
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(points)
+    }
+
+    async fn add_one(&self, storage: Storage) -> Result<PathBuf, StorageError> {
+        let point = mount_point(&storage)?;
+        let mut all = self.made.lock().await;
+        if let Some(made) = all.get_mut(&point) {
+            made.users += 1;
+            return Ok(point);
+        }
+        let modules = self.modules.clone();
+        let (place, name) = (point.clone(), storage.mount_point.clone());
+        // A mount may wait for the host's answer: not on the thread that serves everybody else.
+        let made = tokio::task::spawn_blocking(move || make(&storage, &place, &modules)).await;
+        let made = made.map_err(|_| StorageError::Interrupted { mount_point: name })??;
+        all.insert(point.clone(), made);
+        Ok(point)
+    }
+
+    /// Remounts ephemeral storages that are there with new options (the size).
+    ///
+    /// # Errors
+    /// A storage that is not there or not ephemeral; what the system says.
+    pub async fn resize(&self, storages: &[Storage]) -> Result<(), StorageError> {
+        let all = self.made.lock().await;
+        for storage in storages {
+            let point = mount_point(storage)?;
+            if storage.driver != "ephemeral" || !all.contains_key(&point) {
+                return Err(invalid(storage, "there is no ephemeral storage to update"));
+            }
+            let (_, words) = take_group(storage)?;
+            let options = options::parse(&words);
+            let remounted = rustix::mount::mount_remount(&point, options.flags, options.data.as_str());
+            remounted.map_err(system("remounting", &point))?;
+        }
+        Ok(())
+    }
+
+    /// Gives up `points` in reverse order; what nobody else uses is unmounted. All are tried.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub async fn remove(&self, points: Vec<PathBuf>) -> Result<(), StorageError> {
+        let mut all = self.made.lock().await;
+        let mut result = Ok(());
+        for point in points.into_iter().rev() {
+            let Some(made) = all.get_mut(&point) else { continue };
+            made.users -= 1;
+            if made.users == 0
+                && let Some(made) = all.remove(&point)
+            {
+                let undone = undo(&point, &made);
+                result = result.and(undone);
+            }
+        }
+        result
+    }
+}
+
+fn invalid(storage: &Storage, reason: impl Into<String>) -> StorageError {
+    StorageError::Invalid { mount_point: storage.mount_point.clone(), reason: reason.into() }
+}
+
+fn mount_point(storage: &Storage) -> Result<PathBuf, StorageError> {
+    let path = PathBuf::from(&storage.mount_point);
+    let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if path.is_absolute() && plain && path != Path::new("/") {
+        Ok(path)
+    } else {
+        Err(invalid(storage, "the mount point must be an absolute path without . and .."))
+    }
+}
+
+fn make(storage: &Storage, point: &Path, modules: &Modules) -> Result<Made, StorageError> {
+    let driver = storage.driver.as_str();
+    if UNSUPPORTED.contains(&driver) {
+        return Err(StorageError::Unsupported { driver: driver.to_owned() });
+    }
+    if !DRIVERS.contains(&driver) && driver != "tmpfs" {
+        return Err(invalid(storage, format!("unknown storage driver {driver:?}")));
+    }
+    let own_directory = !point.exists();
+    let made = Made { mounted: driver != "local", own_directory, users: 1 };
+    let done = match driver {
+        "local" => make_local(storage, point),
+        "bind" => make_bind(storage, point),
+        "virtio-fs" => mount_filesystem(storage, point, modules, "virtiofs"),
+        "overlayfs" => make_overlay(storage, point, modules),
+        _ => make_ephemeral(storage, point, modules),
+    };
+    if done.is_err() && own_directory {
+        // The failure is what matters; an empty directory left behind is not.
+        let _ = std::fs::remove_dir(point);
+    }
+    done.map(|()| made)
+}
+
+fn make_directory(path: &Path) -> Result<(), StorageError> {
+    std::fs::create_dir_all(path).map_err(system("making directory", path))
+}
+
+/// Mounts the storage's own type, or `default` where it names none.
+fn mount_filesystem(
+    storage: &Storage,
+    point: &Path,
+    modules: &Modules,
+    default: &str,
+) -> Result<(), StorageError> {
+    let kind = if storage.fstype.is_empty() { default } else { storage.fstype.as_str() };
+    let options = options::parse(&storage.options);
+    modules.want(kind).map_err(|source| StorageError::Module { mount_point: point.to_owned(), source })?;
+    make_directory(point)?;
+    let source = if storage.source.is_empty() { kind } else { storage.source.as_str() };
+    mount_with(source, point, kind, &options)
+}
+
+fn mount_with(source: &str, point: &Path, kind: &str, options: &MountOptions) -> Result<(), StorageError> {
+    let data = CString::new(options.data.as_str())
+        .map_err(|source| StorageError::Data { mount_point: point.to_owned(), source })?;
+    let data = Some(data.as_c_str()).filter(|data| !data.is_empty());
+    mount(source, point, kind, options.flags, data).map_err(system("mounting on", point))?;
+    propagate(point, options)
+}
+
+fn propagate(point: &Path, options: &MountOptions) -> Result<(), StorageError> {
+    let Some(propagation) = options.propagation else { return Ok(()) };
+    mount_change(point, propagation).map_err(system("setting the propagation of", point))
+}
+
+fn make_overlay(storage: &Storage, point: &Path, modules: &Modules) -> Result<(), StorageError> {
+    for option in &storage.driver_options {
+        match option.split_once('=') {
+            Some((CREATE_DIRECTORY, path)) => make_directory(Path::new(path))?,
+            _ => return Err(invalid(storage, format!("unknown driver option {option:?}"))),
+        }
+    }
+    mount_filesystem(storage, point, modules, "overlay")
+}
+
+fn make_bind(storage: &Storage, point: &Path) -> Result<(), StorageError> {
+    let source = Path::new(&storage.source);
+    let options = options::parse(&storage.options);
+    let metadata = std::fs::metadata(source).map_err(system("looking at", source))?;
+    if metadata.is_dir() {
+        make_directory(point)?;
+    } else {
+        make_directory(point.parent().unwrap_or(point))?;
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(point);
+        file.map_err(system("making file", point))?;
+    }
+    let bind =
+        if options.recursive { mount_bind_recursive(source, point) } else { mount_bind(source, point) };
+    bind.map_err(system("binding to", point))?;
+    if !options.flags.is_empty() {
+        // The kernel ignores all flags of the first call.
+        let flags = options.flags | MountFlags::BIND;
+        rustix::mount::mount_remount(point, flags, "").map_err(system("setting the flags of", point))?;
+    }
+    propagate(point, &options)
+}
+
+fn make_ephemeral(storage: &Storage, point: &Path, modules: &Modules) -> Result<(), StorageError> {
+    let (group, options) = take_group(storage)?;
+    let plain = Storage { options, ..storage.clone() };
+    mount_filesystem(&plain, point, modules, "tmpfs")?;
+    give_to_group(point, group)
+}
+
+/// A directory on the guest's own root, gone with the sandbox.
+fn make_local(storage: &Storage, point: &Path) -> Result<(), StorageError> {
+    let (group, options) = take_group(storage)?;
+    make_directory(point)?;
+    for option in &options {
+        let Some(mode) = option.strip_prefix("mode=") else {
+            return Err(invalid(storage, format!("unknown option {option:?} of a local directory")));
+        };
+        let mode =
+            u32::from_str_radix(mode, 8).map_err(|_| invalid(storage, format!("bad mode {mode:?}")))?;
+        chmod(point, Mode::from_raw_mode(mode)).map_err(system("setting the mode of", point))?;
+    }
+    give_to_group(point, group)
+}
+
+/// Splits `fsgid=`, which is ours, from the filesystem's options; the request's group wins over it.
+fn take_group(storage: &Storage) -> Result<(Option<u32>, Vec<String>), StorageError> {
+    let mut group = None;
+    let mut options = Vec::new();
+    for option in &storage.options {
+        match option.strip_prefix("fsgid=") {
+            Some(id) => {
+                let id = id.parse().map_err(|_| invalid(storage, format!("bad group {id:?}")))?;
+                group = Some(id);
+            }
+            None => options.push(option.clone()),
+        }
+    }
+    Ok((storage.fs_group.as_ref().map(|wanted| wanted.group_id).or(group), options))
+}
+
+/// Makes the directory the group's, with its new files inheriting that.
+fn give_to_group(point: &Path, group: Option<u32>) -> Result<(), StorageError> {
+    let Some(group) = group else { return Ok(()) };
+    chown(point, None, Some(Gid::from_raw(group))).map_err(system("giving to its group", point))?;
+    let mode = Mode::from_raw_mode(0o2770) | mode_of(point)?;
+    chmod(point, mode).map_err(system("setting the mode of", point))
+}
+
+fn mode_of(path: &Path) -> Result<Mode, StorageError> {
+    let status = rustix::fs::stat(path).map_err(system("looking at", path))?;
+    Ok(Mode::from_raw_mode(status.st_mode & 0o7777))
+}
+
+fn undo(point: &Path, made: &Made) -> Result<(), StorageError> {
+    if made.mounted {
+        match unmount(point, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            Err(Errno::BUSY) => {
+                tracing::warn!(mount_point = ?point, "still in use: detached");
+                let flags = UnmountFlags::NOFOLLOW | UnmountFlags::DETACH;
+                unmount(point, flags).map_err(system("detaching", point))?;
+            }
+            Err(error) => return Err(system("unmounting", point)(error)),
+        }
+    }
+    if !made.own_directory {
+        return Ok(());
+    }
+    let removed = match (made.mounted, point.is_dir()) {
+        (true, true) => std::fs::remove_dir(point),
+        (true, false) => std::fs::remove_file(point),
+        (false, _) => std::fs::remove_dir_all(point),
+    };
+    removed.map_err(system("removing", point))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,218 @@
+//! Requests about containers as a whole.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kata_api::agent::{
+    CreateContainerRequest, NetworkStats, RemoveContainerRequest, StatsContainerResponse,
+    UpdateContainerRequest,
+};
+
+use super::agent::{Agent, Container, Process};
+use super::error::RpcError;
+use super::spec;
+use crate::stdio::{self, Ports};
+
+/// Makes a container; its init waits for [`start`].
+///
+/// # Errors
+/// What the specification, the storages, the streams or the engine refuse. Nothing is left then.
+pub async fn create(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<(), RpcError> {
+    check_id(&request.container_id)?;
+    refuse_foreign_parts(&request)?;
+    agent.reserve(&request.container_id)?;
+    // In a task of its own: a caller that gives up must not leave a half-made container behind.
+    let (owned, id) = (agent.clone(), request.container_id.clone());
+    let made = tokio::spawn(async move {
+        let made = make(&owned, request).await;
+        match made {
+            Ok(container) => {
+                owned.insert(&id, container);
+                watch_oom(&owned, &id);
+                Ok(())
+            }
+            Err(error) => {
+                owned.forget(&id);
+                Err(error)
+            }
+        }
+    });
+    made.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+}
+
+/// Ids become names of directories and cgroups.
+fn check_id(id: &str) -> Result<(), RpcError> {
+    let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    if plain && !id.is_empty() && id.len() <= 255 && !id.starts_with('.') {
+        Ok(())
+    } else {
+        Err(RpcError::Invalid(format!("container id {id:?} is not of letters, digits, '_', '.' and '-'")))
+    }
+}
+
+fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError> {
+    if !request.devices.is_empty() {
+        return Err(RpcError::Unsupported("passing devices to a container"));
+    }
+    if !request.shared_mounts.is_empty() {
+        return Err(RpcError::Unsupported("sharing mounts between containers"));
+    }
+    if request.sandbox_pidns {
+        return Err(RpcError::Unsupported("a pid namespace for the sandbox"));
+    }
+    if request.string_user.is_some() {
+        return Err(RpcError::Unsupported("a user by name"));
+    }
+    Ok(())
+}
+
+async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Container, RpcError> {
+    let wire =
+        request.oci.into_option().ok_or_else(|| RpcError::Invalid("the request has no spec".to_owned()))?;
+    let spec = spec::spec(wire)?;
+    let mounts = agent.storages.add(request.storages).await?;
+    let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
+    let made = make_init(agent, &request.container_id, &spec, ports).await;
+    match made {
+        Ok(init) => Ok(Container::new(init, mounts)),
+        Err(error) => {
+            if let Err(undo) = agent.storages.remove(mounts).await {
+                tracing::warn!(error = crate::chain(&undo), "undoing the storages of a container");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn make_init(
+    agent: &Agent,
+    id: &str,
+    spec: &oci_spec::runtime::Spec,
+    ports: Ports,
+) -> Result<Process, RpcError> {
+    let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false);
+    let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
+    let bundle = Path::new(kata_api::guest::CONTAINER_DIR).join(id);
+    let pid = agent.engine.create(id, spec, &bundle, io).await?;
+    let exit = agent.reaper.register(pid);
+    tracing::info!(container = id, pid = pid.as_raw_nonzero().get(), "container created");
+    let stdio = stdio.attach(&exit);
+    Ok(Process::new(pid, exit, stdio))
+}
+
+fn watch_oom(agent: &Arc<Agent>, id: &str) {
+    let mut events = match agent.engine.oom_events(id) {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::debug!(container = id, error = crate::chain(&error), "OOM kills are not reported");
+            return;
+        }
+    };
+    let (agent, id) = (agent.clone(), id.to_owned());
+    tokio::spawn(async move {
+        while events.next().await.is_some() {
+            agent.report_oom(&id);
+        }
+    });
+}
+
+/// Lets the init run.
+///
+/// # Errors
+/// The engine's.
+pub async fn start(agent: &Agent, id: &str) -> Result<(), RpcError> {
+    agent.container(id)?;
+    Ok(agent.engine.start(id).await?)
+}
+
+/// Kills what is left of the container and removes all of it, within the request's time (seconds; zero is no limit).
+///
+/// # Errors
+/// Unknown container, the engine's, or [`RpcError::TimedOut`]: it is still there then.
+pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(), RpcError> {
+    let id = &request.container_id;
+    let container = agent.container(id)?;
+    let delete = agent.engine.delete(id);
+    if request.timeout == 0 {
+        delete.await?;
+    } else {
+        let limit = Duration::from_secs(request.timeout.into());
+        let late =
+            |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
+        tokio::time::timeout(limit, delete).await.map_err(late)??;
+    }
+    agent.forget(id);
+    agent.storages.remove(container.mounts.clone()).await?;
+    tracing::info!(container = id, "container removed");
+    Ok(())
+}
+
+/// Changes limits.
+///
+/// # Errors
+/// Unknown container, bad or unsupported limits.
+pub async fn update(agent: &Agent, request: UpdateContainerRequest) -> Result<(), RpcError> {
+    agent.container(&request.container_id)?;
+    let wire = request.resources.into_option();
+    let wire = wire.ok_or_else(|| RpcError::Invalid("the request has no resources".to_owned()))?;
+    let resources = spec::resources(wire)?;
+    Ok(agent.engine.update(&request.container_id, &resources).await?)
+}
+
+/// Usage of the container, and of the guest's network, which all containers share.
+///
+/// # Errors
+/// Unknown container, the engine's.
+pub async fn stats(agent: &Agent, id: &str) -> Result<StatsContainerResponse, RpcError> {
+    agent.container(id)?;
+    let mut response = StatsContainerResponse::new();
+    response.cgroup_stats = Some(agent.engine.stats(id).await?).into();
+    let path = "/proc/net/dev";
+    let table = std::fs::read_to_string(path).map_err(RpcError::file("reading", path))?;
+    response.network_stats = network_stats(&table);
+    Ok(response)
+}
+
+/// The interfaces of a `/proc/net/dev`, without the loopback.
+fn network_stats(table: &str) -> Vec<NetworkStats> {
+    let interface = |line: &str| {
+        let (name, counters) = line.split_once(':')?;
+        let counters: Vec<u64> = counters.split_whitespace().map_while(|word| word.parse().ok()).collect();
+        let counter = |at: usize| counters.get(at).copied().unwrap_or_default();
+        let mut stats = NetworkStats::new();
+        stats.name = name.trim().to_owned();
+        (stats.rx_bytes, stats.rx_packets) = (counter(0), counter(1));
+        (stats.rx_errors, stats.rx_dropped) = (counter(2), counter(3));
+        (stats.tx_bytes, stats.tx_packets) = (counter(8), counter(9));
+        (stats.tx_errors, stats.tx_dropped) = (counter(10), counter(11));
+        (stats.name != "lo").then_some(stats)
+    };
+    table.lines().filter_map(interface).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_could_leave_their_directory_are_refused() {
+        for id in ["", ".", "..", "a/b", "a b", ".hidden", "ä"] {
+            assert!(check_id(id).is_err(), "{id:?}");
+        }
+        for id in ["a", "0123abc", "web-1_2.3"] {
+            check_id(id).unwrap();
+        }
+    }
+
+    #[test]
+    fn network_counters_are_read_by_column_and_lo_is_left_out() {
+        let table = "Inter-|   Receive\n face |bytes\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n\
+                     \x20 eth0: 10 2 3 4 0 0 0 0 50 6 7 8 0 0 0 0\n";
+        let stats = network_stats(table);
+        assert_eq!(stats.len(), 1);
+        let eth0 = &stats[0];
+        assert_eq!((eth0.name.as_str(), eth0.rx_bytes, eth0.rx_dropped), ("eth0", 10, 4));
+        assert_eq!((eth0.tx_bytes, eth0.tx_errors, eth0.tx_dropped), (50, 7, 8));
+    }
+}

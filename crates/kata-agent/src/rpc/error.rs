@@ -1,0 +1,161 @@
+//! What a request may fail with, and the status code that each failure is on the wire.
+
+use std::path::PathBuf;
+
+use ttrpc::Code;
+
+use super::spec::SpecError;
+use crate::container::{EngineError, Fault};
+use crate::modules::ModuleError;
+use crate::mount::StorageError;
+use crate::stdio::StdioError;
+use crate::stream::StreamError;
+
+/// A request that was refused or that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RpcError {
+    /// No container of this id.
+    #[error("container {0:?} does not exist")]
+    NoContainer(String),
+    /// No process of this id in the container.
+    #[error("container {container:?} has no process {process:?}")]
+    NoProcess {
+        /// The container.
+        container: String,
+        /// The exec id.
+        process: String,
+    },
+    /// The id is taken.
+    #[error("{0} exists already")]
+    Exists(String),
+    /// A bad argument.
+    #[error("{0}")]
+    Invalid(String),
+    /// Not in the present state.
+    #[error("{0}")]
+    State(String),
+    /// A part of the protocol that this agent does not have.
+    #[error("{0} is not supported")]
+    Unsupported(&'static str),
+    /// Took longer than the request allows.
+    #[error("{0}")]
+    TimedOut(String),
+    /// The specification of the container or process.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The container engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A mount for the sandbox or the container.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A kernel module.
+    #[error(transparent)]
+    Module(#[from] ModuleError),
+    /// Stream connections.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// Reading, writing or resizing by request.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// Something of the guest's system.
+    #[error("{what}")]
+    System {
+        /// What was tried.
+        what: String,
+        #[source]
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// The same with a file.
+    #[error("{what} {path:?}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        #[source]
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl RpcError {
+    /// For `map_err`: a failed system call, by what it was for.
+    pub fn system<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { what: what.into(), source: source.into() }
+    }
+
+    /// For `map_err`: a failed use of a file.
+    pub fn file<E: Into<std::io::Error>>(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(E) -> Self {
+        move |source| Self::File { what, path: path.into(), source: source.into() }
+    }
+
+    /// The code of the project's contract for this failure.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NoContainer(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
+            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
+            Self::State(_) => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::TimedOut(_) => Code::DEADLINE_EXCEEDED,
+            Self::Engine(error) => of_fault(error.fault()),
+            Self::Storage(error) => of_storage(error),
+            Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
+            Self::Module(ModuleError::Parameters { .. }) => Code::INVALID_ARGUMENT,
+            Self::Stream(StreamError::NotConnected { .. } | StreamError::Claimed { .. }) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Stdio(StdioError::Absent(_) | StdioError::NoTerminal) => Code::FAILED_PRECONDITION,
+            Self::Stdio(StdioError::End(_)) => Code::OUT_OF_RANGE,
+            Self::Module(_) | Self::Stream(_) | Self::Stdio(_) | Self::System { .. } | Self::File { .. } => {
+                Code::INTERNAL
+            }
+        }
+    }
+}
+
+fn of_fault(fault: Fault) -> Code {
+    match fault {
+        Fault::CommandNotFound | Fault::NoContainer => Code::NOT_FOUND,
+        Fault::NotExecutable => Code::PERMISSION_DENIED,
+        Fault::Exists => Code::ALREADY_EXISTS,
+        Fault::Invalid => Code::INVALID_ARGUMENT,
+        Fault::Unsupported => Code::UNIMPLEMENTED,
+        Fault::WrongState => Code::FAILED_PRECONDITION,
+        Fault::Failed => Code::INTERNAL,
+    }
+}
+
+fn of_storage(error: &StorageError) -> Code {
+    match error {
+        StorageError::Unsupported { .. } => Code::UNIMPLEMENTED,
+        StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
+        StorageError::Module { .. } | StorageError::System { .. } | StorageError::Interrupted { .. } => {
+            Code::INTERNAL
+        }
+    }
+}
+
+/// The answer on the wire: a failure becomes its code and its chain of causes.
+///
+/// # Errors
+/// `result`'s.
+pub fn answer<T>(method: &'static str, result: Result<T, RpcError>) -> ttrpc::Result<T> {
+    result.map_err(|error| {
+        let text = crate::chain(&error);
+        let code = error.code();
+        // A reader that reads until the end is told so once a stream.
+        if code == Code::OUT_OF_RANGE {
+            tracing::debug!(method, error = text, "request ended");
+        } else {
+            tracing::warn!(method, ?code, error = text, "request failed");
+        }
+        ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
+    })
+}

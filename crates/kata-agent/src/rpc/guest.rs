@@ -1,0 +1,185 @@
+//! Requests about the guest's machine: details, clock, entropy, processors and memory, metrics.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use kata_api::agent::{
+    AgentDetails, GuestDetailsRequest, GuestDetailsResponse, OnlineCPUMemRequest, SetGuestDateTimeRequest,
+};
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use super::error::RpcError;
+use crate::{entropy, mount};
+
+const CPUS: &str = "/sys/devices/system/cpu";
+const MEMORY: &str = "/sys/devices/system/memory";
+
+/// What this agent and its kernel can do.
+///
+/// # Errors
+/// If the memory block size was asked for and cannot be read.
+pub fn details(request: &GuestDetailsRequest) -> Result<GuestDetailsResponse, RpcError> {
+    let mut response = GuestDetailsResponse::new();
+    let block_size = Path::new(MEMORY).join("block_size_bytes");
+    // A kernel without memory hotplug has no such file, and no block size: zero.
+    if request.mem_block_size && block_size.exists() {
+        let text = read(&block_size)?;
+        let bytes = u64::from_str_radix(text.trim(), 16);
+        response.mem_block_size_bytes =
+            bytes.map_err(|_| RpcError::Invalid(format!("{block_size:?} holds {text:?}")))?;
+    }
+    response.support_mem_hotplug_probe =
+        request.mem_hotplug_probe && Path::new(MEMORY).join("probe").exists();
+    let mut agent = AgentDetails::new();
+    agent.version = env!("CARGO_PKG_VERSION").to_owned();
+    agent.init_daemon = std::process::id() == 1;
+    agent.storage_handlers = mount::DRIVERS.map(str::to_owned).into();
+    agent.supports_seccomp = true;
+    response.agent_details = Some(agent).into();
+    Ok(response)
+}
+
+/// Sets the wall clock.
+///
+/// # Errors
+/// A time that is none, or what the system says.
+pub fn set_time(request: &SetGuestDateTimeRequest) -> Result<(), RpcError> {
+    if !(0..1_000_000).contains(&request.usec) {
+        return Err(RpcError::Invalid(format!("{} microseconds", request.usec)));
+    }
+    let time = Timespec { tv_sec: request.sec, tv_nsec: request.usec * 1000 };
+    clock_settime(ClockId::Realtime, time).map_err(RpcError::system("setting the clock"))
+}
+
+/// Mixes the host's bytes into the random numbers of the kernel.
+///
+/// # Errors
+/// No bytes, or what the system says.
+pub fn reseed(data: &[u8]) -> Result<(), RpcError> {
+    if data.is_empty() {
+        return Err(RpcError::Invalid("no entropy in the request".to_owned()));
+    }
+    entropy::add(data).map_err(RpcError::system("reseeding random numbers"))
+}
+
+/// Brings hot-plugged processors and memory to use: what is there now.
+///
+/// # Errors
+/// [`RpcError::State`] if fewer processors than `nb_cpus` could be brought up.
+pub fn online(request: &OnlineCPUMemRequest) -> Result<(), RpcError> {
+    let wanted = usize::try_from(request.nb_cpus).unwrap_or(usize::MAX);
+    let mut brought = 0;
+    for cpu in offline(Path::new(CPUS), "cpu")? {
+        if request.nb_cpus > 0 && brought == wanted {
+            break;
+        }
+        std::fs::write(&cpu, "1").map_err(RpcError::file("bringing up", &cpu))?;
+        brought += 1;
+    }
+    if !request.cpu_only && Path::new(MEMORY).exists() {
+        for block in offline(Path::new(MEMORY), "memory")? {
+            std::fs::write(&block, "1").map_err(RpcError::file("bringing up", &block))?;
+        }
+    }
+    if brought < wanted && request.nb_cpus > 0 {
+        return Err(RpcError::State(format!("{brought} of {wanted} processors were there to bring up")));
+    }
+    Ok(())
+}
+
+/// The `online` files below `directory` that hold 0, of entries called `prefix` and a number.
+fn offline(directory: &Path, prefix: &str) -> Result<Vec<PathBuf>, RpcError> {
+    let entries = std::fs::read_dir(directory).map_err(RpcError::file("listing", directory))?;
+    let mut files: Vec<(u32, PathBuf)> = Vec::new();
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let number =
+            name.to_str().and_then(|name| name.strip_prefix(prefix)).and_then(|rest| rest.parse().ok());
+        let file = entry.path().join("online");
+        if let Some(number) = number
+            && std::fs::read_to_string(&file).is_ok_and(|text| text.trim() == "0")
+        {
+            files.push((number, file));
+        }
+    }
+    files.sort();
+    Ok(files.into_iter().map(|(_, file)| file).collect())
+}
+
+/// Load, memory and the agent's own size, in the text format of Prometheus.
+///
+/// # Errors
+/// A file of /proc that cannot be read.
+pub fn metrics() -> Result<String, RpcError> {
+    let mut text = String::new();
+    let load = read(Path::new("/proc/loadavg"))?;
+    text.push_str("# TYPE kata_guest_load gauge\n");
+    for (item, value) in ["load1", "load5", "load15"].iter().zip(load.split_whitespace()) {
+        let _ = writeln!(text, "kata_guest_load{{item=\"{item}\"}} {value}");
+    }
+    text.push_str("# TYPE kata_guest_meminfo gauge\n");
+    for (name, value) in colon_lines(&read(Path::new("/proc/meminfo"))?) {
+        let name = name.to_lowercase().replace('(', "_").replace(')', "");
+        let _ = writeln!(text, "kata_guest_meminfo{{item=\"{name}\"}} {value}");
+    }
+    text.push_str("# TYPE kata_agent_proc_status gauge\n");
+    for (name, value) in colon_lines(&read(Path::new("/proc/self/status"))?) {
+        if name.starts_with("Vm") || name.starts_with("Rss") || name == "Threads" {
+            let _ = writeln!(text, "kata_agent_proc_status{{item=\"{}\"}} {value}", name.to_lowercase());
+        }
+    }
+    Ok(text)
+}
+
+/// `Name:   number …` lines, as /proc writes them.
+fn colon_lines(text: &str) -> Vec<(String, u64)> {
+    let line = |line: &str| {
+        let (name, rest) = line.split_once(':')?;
+        Some((name.to_owned(), rest.split_whitespace().next()?.parse().ok()?))
+    };
+    text.lines().filter_map(line).collect()
+}
+
+fn read(path: &Path) -> Result<String, RpcError> {
+    std::fs::read_to_string(path).map_err(RpcError::file("reading", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offline_processors_are_found_in_order_of_number() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, online) in [("cpu10", "0"), ("cpu2", "0\n"), ("cpu1", "1"), ("cpufreq", "0")] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            std::fs::write(dir.path().join(name).join("online"), online).unwrap();
+        }
+        std::fs::create_dir(dir.path().join("cpu0")).unwrap();
+        let found = offline(dir.path(), "cpu").unwrap();
+        assert_eq!(found, ["cpu2/online", "cpu10/online"].map(|file| dir.path().join(file)));
+    }
+
+    #[test]
+    fn metrics_tell_load_memory_and_the_agents_own_size() {
+        let text = metrics().unwrap();
+        for item in ["kata_guest_load{item=\"load1\"}", "{item=\"memavailable\"}", "{item=\"rssanon\"}"] {
+            assert!(text.contains(item), "{item} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn details_name_the_drivers_that_are_served() {
+        let request =
+            GuestDetailsRequest { mem_block_size: true, mem_hotplug_probe: true, ..Default::default() };
+        let details = details(&request).unwrap();
+        assert_eq!(details.agent_details.storage_handlers, mount::DRIVERS);
+        assert!(!details.agent_details.init_daemon && details.agent_details.supports_seccomp);
+    }
+
+    #[test]
+    fn a_time_of_too_many_microseconds_is_refused() {
+        let request = SetGuestDateTimeRequest { usec: 1_000_000, ..Default::default() };
+        assert!(matches!(set_time(&request), Err(RpcError::Invalid(_))));
+    }
+}

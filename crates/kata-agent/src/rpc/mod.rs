@@ -1,0 +1,278 @@
+//! The services of the agent: one thin method per request here, the work in a module per concern.
+
+pub mod agent;
+mod container;
+mod error;
+mod files;
+mod guest;
+mod process;
+mod sandbox;
+mod signal;
+pub mod spec;
+mod stdio;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kata_api::agent as wire;
+use kata_api::agent_ttrpc::{AgentService, create_agent_service};
+use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response};
+use kata_api::health_ttrpc::{Health, create_health};
+use ttrpc::r#async::{Service, TtrpcContext};
+
+pub use agent::Agent;
+pub use error::RpcError;
+use error::answer;
+
+/// Version of the agent protocol that Health tells.
+const PROTOCOL_VERSION: &str = "0.0.1";
+
+/// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
+/// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
+const SERVED: [&str; 27] = [
+    "CreateContainer",
+    "StartContainer",
+    "RemoveContainer",
+    "ExecProcess",
+    "SignalProcess",
+    "WaitProcess",
+    "UpdateContainer",
+    "StatsContainer",
+    "PauseContainer",
+    "ResumeContainer",
+    "WriteStdin",
+    "ReadStdout",
+    "ReadStderr",
+    "CloseStdin",
+    "TtyWinResize",
+    "GetMetrics",
+    "CreateSandbox",
+    "DestroySandbox",
+    "OnlineCPUMem",
+    "ReseedRandomDev",
+    "GetGuestDetails",
+    "SetGuestDateTime",
+    "CopyFile",
+    "GetOOMEvent",
+    "UpdateEphemeralMounts",
+    "Check",
+    "Version",
+];
+
+/// Both services, for a ttrpc server.
+#[must_use]
+pub fn services(agent: &Arc<Agent>) -> HashMap<String, Service> {
+    let mut services = create_agent_service(Arc::new(Handlers(agent.clone())));
+    services.extend(create_health(Arc::new(Handlers(agent.clone()))));
+    for service in services.values_mut() {
+        service.methods.retain(|name, _| SERVED.contains(&name.as_str()));
+    }
+    services
+}
+
+/// The generated traits on the shared state.
+struct Handlers(Arc<Agent>);
+
+type Answer<T> = ttrpc::Result<T>;
+
+fn empty<T>(_: T) -> wire::Empty {
+    wire::Empty::new()
+}
+
+#[async_trait]
+impl AgentService for Handlers {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::CreateContainerRequest,
+    ) -> Answer<wire::Empty> {
+        answer("CreateContainer", container::create(&self.0, req).await.map(empty))
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::StartContainerRequest,
+    ) -> Answer<wire::Empty> {
+        answer("StartContainer", container::start(&self.0, &req.container_id).await.map(empty))
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::RemoveContainerRequest,
+    ) -> Answer<wire::Empty> {
+        answer("RemoveContainer", container::remove(&self.0, &req).await.map(empty))
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::UpdateContainerRequest,
+    ) -> Answer<wire::Empty> {
+        answer("UpdateContainer", container::update(&self.0, req).await.map(empty))
+    }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::StatsContainerRequest,
+    ) -> Answer<wire::StatsContainerResponse> {
+        answer("StatsContainer", container::stats(&self.0, &req.container_id).await)
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::PauseContainerRequest,
+    ) -> Answer<wire::Empty> {
+        let paused = self.0.engine.pause(&req.container_id).await;
+        answer("PauseContainer", paused.map(empty).map_err(RpcError::from))
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        req: wire::ResumeContainerRequest,
+    ) -> Answer<wire::Empty> {
+        let resumed = self.0.engine.resume(&req.container_id).await;
+        answer("ResumeContainer", resumed.map(empty).map_err(RpcError::from))
+    }
+
+    async fn exec_process(&self, _: &TtrpcContext, req: wire::ExecProcessRequest) -> Answer<wire::Empty> {
+        answer("ExecProcess", process::exec(&self.0, req).await.map(empty))
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, req: wire::SignalProcessRequest) -> Answer<wire::Empty> {
+        answer("SignalProcess", process::send_signal(&self.0, &req).await.map(empty))
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        req: wire::WaitProcessRequest,
+    ) -> Answer<wire::WaitProcessResponse> {
+        let status = process::wait(&self.0, &req.container_id, &req.exec_id).await;
+        answer("WaitProcess", status.map(|status| wire::WaitProcessResponse { status, ..Default::default() }))
+    }
+
+    async fn write_stdin(
+        &self,
+        _: &TtrpcContext,
+        req: wire::WriteStreamRequest,
+    ) -> Answer<wire::WriteStreamResponse> {
+        let written = stdio::write(&self.0, &req).await;
+        answer("WriteStdin", written.map(|len| wire::WriteStreamResponse { len, ..Default::default() }))
+    }
+
+    async fn read_stdout(
+        &self,
+        _: &TtrpcContext,
+        req: wire::ReadStreamRequest,
+    ) -> Answer<wire::ReadStreamResponse> {
+        let data = stdio::read(&self.0, &req, false).await;
+        answer("ReadStdout", data.map(|data| wire::ReadStreamResponse { data, ..Default::default() }))
+    }
+
+    async fn read_stderr(
+        &self,
+        _: &TtrpcContext,
+        req: wire::ReadStreamRequest,
+    ) -> Answer<wire::ReadStreamResponse> {
+        let data = stdio::read(&self.0, &req, true).await;
+        answer("ReadStderr", data.map(|data| wire::ReadStreamResponse { data, ..Default::default() }))
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, req: wire::CloseStdinRequest) -> Answer<wire::Empty> {
+        let process = answer("CloseStdin", self.0.process(&req.container_id, &req.exec_id))?;
+        process.stdio.close_stdin().await;
+        Ok(wire::Empty::new())
+    }
+
+    async fn tty_win_resize(&self, _: &TtrpcContext, req: wire::TtyWinResizeRequest) -> Answer<wire::Empty> {
+        answer("TtyWinResize", stdio::resize(&self.0, &req).map(empty))
+    }
+
+    async fn get_metrics(&self, _: &TtrpcContext, _: wire::GetMetricsRequest) -> Answer<wire::Metrics> {
+        let metrics = guest::metrics();
+        answer("GetMetrics", metrics.map(|metrics| wire::Metrics { metrics, ..Default::default() }))
+    }
+
+    async fn create_sandbox(&self, _: &TtrpcContext, req: wire::CreateSandboxRequest) -> Answer<wire::Empty> {
+        answer("CreateSandbox", sandbox::create(&self.0, req).await.map(empty))
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: wire::DestroySandboxRequest) -> Answer<wire::Empty> {
+        answer("DestroySandbox", sandbox::destroy(&self.0).await.map(empty))
+    }
+
+    async fn update_ephemeral_mounts(
+        &self,
+        _: &TtrpcContext,
+        req: wire::UpdateEphemeralMountsRequest,
+    ) -> Answer<wire::Empty> {
+        let updated = self.0.storages.resize(&req.storages).await;
+        answer("UpdateEphemeralMounts", updated.map(empty).map_err(RpcError::from))
+    }
+
+    async fn online_cpu_mem(&self, _: &TtrpcContext, req: wire::OnlineCPUMemRequest) -> Answer<wire::Empty> {
+        answer("OnlineCPUMem", guest::online(&req).map(empty))
+    }
+
+    async fn reseed_random_dev(
+        &self,
+        _: &TtrpcContext,
+        req: wire::ReseedRandomDevRequest,
+    ) -> Answer<wire::Empty> {
+        answer("ReseedRandomDev", guest::reseed(&req.data).map(empty))
+    }
+
+    async fn get_guest_details(
+        &self,
+        _: &TtrpcContext,
+        req: wire::GuestDetailsRequest,
+    ) -> Answer<wire::GuestDetailsResponse> {
+        answer("GetGuestDetails", guest::details(&req))
+    }
+
+    async fn set_guest_date_time(
+        &self,
+        _: &TtrpcContext,
+        req: wire::SetGuestDateTimeRequest,
+    ) -> Answer<wire::Empty> {
+        answer("SetGuestDateTime", guest::set_time(&req).map(empty))
+    }
+
+    async fn copy_file(&self, _: &TtrpcContext, req: wire::CopyFileRequest) -> Answer<wire::Empty> {
+        answer("CopyFile", files::copy(Path::new(kata_api::guest::CONTAINER_DIR), &req).map(empty))
+    }
+
+    async fn get_oom_event(&self, _: &TtrpcContext, _: wire::GetOOMEventRequest) -> Answer<wire::OOMEvent> {
+        let container =
+            self.0.oom_kill().await.ok_or_else(|| RpcError::State("the agent is ending".to_owned()));
+        let event = |container_id| wire::OOMEvent { container_id, ..Default::default() };
+        answer("GetOOMEvent", container.map(event))
+    }
+}
+
+#[async_trait]
+impl Health for Handlers {
+    async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> Answer<HealthCheckResponse> {
+        let status = health_check_response::ServingStatus::SERVING.into();
+        Ok(HealthCheckResponse { status, ..Default::default() })
+    }
+
+    async fn version(&self, _: &TtrpcContext, _: CheckRequest) -> Answer<VersionCheckResponse> {
+        let agent_version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(VersionCheckResponse {
+            grpc_version: PROTOCOL_VERSION.to_owned(),
+            agent_version,
+            ..Default::default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+//! Requests about the sandbox: what the containers of the guest share.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kata_api::agent::{CreateSandboxRequest, RemoveContainerRequest};
+use kata_api::guest;
+
+use super::agent::{Agent, Sandbox};
+use super::container;
+use super::error::RpcError;
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Seconds that each container has to go when the sandbox goes.
+const REMOVE_WITHIN: u32 = 10;
+
+/// Sets up what containers rely on: name, name servers, modules, storages.
+///
+/// # Errors
+/// A second sandbox, an unsupported part, or the step that failed. Nothing stays mounted then.
+pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result<(), RpcError> {
+    if request.sandbox_pidns {
+        return Err(RpcError::Unsupported("a pid namespace for the sandbox"));
+    }
+    if !request.guest_hook_path.is_empty() {
+        return Err(RpcError::Unsupported("a directory of guest hooks"));
+    }
+    {
+        let mut sandbox = agent.sandbox();
+        if let Some(sandbox) = sandbox.as_ref() {
+            return Err(RpcError::Exists(format!("sandbox {:?}", sandbox.id)));
+        }
+        *sandbox = Some(Sandbox { id: request.sandbox_id.clone(), mounts: Vec::new() });
+    }
+    // In a task of its own, so that a caller that gives up leaves no half of it.
+    let owned = agent.clone();
+    let made = tokio::spawn(async move {
+        let made = set_up(&owned, request).await;
+        let mut sandbox = owned.sandbox();
+        match made {
+            Ok(mounts) => {
+                if let Some(sandbox) = sandbox.as_mut() {
+                    sandbox.mounts = mounts;
+                }
+                Ok(())
+            }
+            Err(error) => {
+                *sandbox = None;
+                Err(error)
+            }
+        }
+    });
+    made.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+}
+
+async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<Vec<std::path::PathBuf>, RpcError> {
+    if !request.hostname.is_empty() {
+        let set = rustix::system::sethostname(request.hostname.as_bytes());
+        set.map_err(RpcError::system(format!("setting the host name {:?}", request.hostname)))?;
+    }
+    if !request.dns.is_empty() {
+        let path = Path::new(RESOLV_CONF);
+        std::fs::create_dir_all("/etc").map_err(RpcError::file("making directory", "/etc"))?;
+        std::fs::write(path, resolv_conf(&request.dns)).map_err(RpcError::file("writing", path))?;
+    }
+    for module in &request.kernel_modules {
+        agent.modules.require(&module.name, &module.parameters.join(" "))?;
+    }
+    let shared = Path::new(guest::SANDBOX_DIR);
+    std::fs::create_dir_all(shared).map_err(RpcError::file("making directory", shared))?;
+    Ok(agent.storages.add(request.storages).await?)
+}
+
+/// Lines of a resolv.conf as they are; bare addresses become name servers.
+fn resolv_conf(lines: &[String]) -> String {
+    lines.iter().fold(String::new(), |mut text, line| {
+        if line.parse::<std::net::IpAddr>().is_ok() {
+            text.push_str("nameserver ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+        text
+    })
+}
+
+/// Removes all containers and the sandbox's mounts, writes back what is dirty, and lets the agent end.
+///
+/// # Errors
+/// The first failure; the rest is undone all the same.
+pub async fn destroy(agent: &Arc<Agent>) -> Result<(), RpcError> {
+    let mut result = Ok(());
+    for container_id in agent.container_ids() {
+        let request = RemoveContainerRequest { container_id, timeout: REMOVE_WITHIN, ..Default::default() };
+        let removed = container::remove(agent, &request).await;
+        result = result.and(removed);
+    }
+    let sandbox = agent.sandbox().take();
+    if let Some(sandbox) = sandbox {
+        tracing::info!(sandbox = sandbox.id, "sandbox destroyed");
+        let unmounted = agent.storages.remove(sandbox.mounts).await.map_err(RpcError::from);
+        result = result.and(unmounted);
+    }
+    // May take as long as the host's disks do.
+    let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
+    agent.done.notify_one();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_become_name_servers_and_lines_stay() {
+        let lines =
+            ["10.0.0.1", "search a.example b.example", "nameserver ::1", "fe80::1"].map(str::to_owned);
+        assert_eq!(
+            resolv_conf(&lines),
+            "nameserver 10.0.0.1\nsearch a.example b.example\nnameserver ::1\nnameserver fe80::1\n"
+        );
+    }
+}

@@ -1,0 +1,193 @@
+//! Listening, and the word to the host that the guest is ready.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use kata_api::{Announcement, ports};
+use tokio::io::AsyncWriteExt;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use ttrpc::r#async::Server;
+
+use crate::boot::Timeline;
+use crate::cmdline::Settings;
+use crate::console;
+use crate::container::{Layout, NativeEngine};
+use crate::log::LogBuffer;
+use crate::modules::Modules;
+use crate::reaper::Reaper;
+use crate::rpc::{self, Agent};
+
+/// The agent cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The runtime, or signals.
+    #[error("{what}")]
+    Runtime {
+        /// What was tried.
+        what: &'static str,
+        #[source]
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A port that cannot be listened on.
+    #[error("listening on vsock port {port}")]
+    Listen {
+        /// The port.
+        port: u32,
+        #[source]
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The RPC server.
+    #[error("serving RPCs on {address}")]
+    Rpc {
+        /// Where.
+        address: String,
+        #[source]
+        /// Why it failed.
+        source: ttrpc::Error,
+    },
+}
+
+/// Serves until the sandbox is destroyed.
+///
+/// # Errors
+/// What cannot be listened on.
+pub fn run(
+    settings: Settings,
+    logs: LogBuffer,
+    modules: Modules,
+    timeline: &mut Timeline,
+) -> Result<(), ServeError> {
+    let failed = |what| move |source| ServeError::Runtime { what, source };
+    // One thread: it is enough for copying bytes, and a second would cost memory in every guest.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().max_blocking_threads(4).thread_stack_size(256 << 10);
+    let runtime = runtime.build().map_err(failed("starting the runtime"))?;
+    runtime.block_on(async {
+        let reaper = Reaper::new();
+        let reaping = tokio::spawn(reaper.clone().run());
+        for word in &settings.ignored {
+            tracing::warn!(word, "ignored a word of the command line");
+        }
+        let listening = crate::boot::now_us();
+        let layout = Layout { cgroup_root: "/sys/fs/cgroup".into(), helper: None };
+        let engine =
+            NativeEngine::new(layout, reaper.clone()).map_err(failed("finding the agent's executable"))?;
+        let engine = Arc::new(engine);
+        let agent = Arc::new(Agent::new(engine, reaper, Arc::new(modules), settings));
+        listen(&agent, logs)?;
+        let mut server = serve_rpc(&agent).await?;
+        timeline.note("listen", listening);
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), address = agent.settings.server_addr, "serving");
+        tokio::spawn(announce(timeline.clone()));
+        tokio::select! {
+            () = agent.done.notified() => {}
+            ended = reaping => {
+                let source = ended.map_err(io::Error::other).and_then(|ended| ended).err();
+                let source = source.unwrap_or_else(|| io::Error::other("it ended by itself"));
+                return Err(ServeError::Runtime { what: "reaping processes", source });
+            }
+        }
+        // The answer to the request that ended the sandbox is still to be written.
+        let _ = server.shutdown().await;
+        Ok(())
+    })
+}
+
+async fn serve_rpc(agent: &Arc<Agent>) -> Result<Server, ServeError> {
+    let address = agent.settings.server_addr.clone();
+    let failed = |source| ServeError::Rpc { address: address.clone(), source };
+    let mut server = Server::new().bind(&address).map_err(failed)?.register_service(rpc::services(agent));
+    server.start().await.map_err(failed)?;
+    Ok(server)
+}
+
+/// Listens for logs, streams and, where enabled, the debug console.
+fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
+    let settings = &agent.settings;
+    let log_listener = bind(settings.log_port)?;
+    tokio::spawn(async move {
+        // One reader at a time: a line goes to one of them.
+        while let Some((peer, _)) = accept(&log_listener).await {
+            logs.serve(peer).await;
+        }
+    });
+    let stream_listener = bind(settings.stream_port)?;
+    let streams = agent.streams.clone();
+    tokio::spawn(async move {
+        while let Some((peer, address)) = accept(&stream_listener).await {
+            match plain(&peer) {
+                Ok(peer) => streams.offer(address.port(), peer),
+                Err(error) => tracing::warn!(%error, "taking a stream connection"),
+            }
+        }
+    });
+    match (settings.debug_console, console::shell()) {
+        (false, _) => {}
+        (true, None) => tracing::warn!("the debug console is enabled, but the image has no shell"),
+        (true, Some(shell)) => listen_for_consoles(agent, shell)?,
+    }
+    Ok(())
+}
+
+fn listen_for_consoles(agent: &Arc<Agent>, shell: &'static str) -> Result<(), ServeError> {
+    let listener = bind(agent.settings.console_port)?;
+    let agent = agent.clone();
+    tokio::spawn(async move {
+        while let Some((peer, _)) = accept(&listener).await {
+            let agent = agent.clone();
+            tokio::spawn(async move {
+                let served = match plain(&peer) {
+                    Ok(peer) => console::serve(&agent.reaper, shell, peer).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = served {
+                    tracing::warn!(%error, "debug console");
+                }
+            });
+        }
+    });
+    Ok(())
+}
+
+fn bind(port: u32) -> Result<VsockListener, ServeError> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .map_err(|source| ServeError::Listen { port, source })
+}
+
+async fn accept(listener: &VsockListener) -> Option<(VsockStream, VsockAddr)> {
+    match listener.accept().await {
+        Ok(accepted) => Some(accepted),
+        Err(error) => {
+            tracing::error!(%error, "accepting a connection: the port is closed");
+            None
+        }
+    }
+}
+
+/// The connection as a descriptor, which the stream no longer watches.
+fn plain(stream: &VsockStream) -> io::Result<OwnedFd> {
+    stream.as_fd().try_clone_to_owned()
+}
+
+/// Tells the host that the guest serves, and what it did until now. A host that does not listen is fine.
+async fn announce(timeline: Timeline) {
+    let announcement = Announcement {
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        timeline: timeline.stages(),
+    };
+    tracing::debug!(port = ports::READY, ?announcement, "announcing to the host");
+    let told = async {
+        let mut line = serde_json::to_vec(&announcement)?;
+        line.push(b'\n');
+        let mut host = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, ports::READY)).await?;
+        host.write_all(&line).await?;
+        host.shutdown(std::net::Shutdown::Write)
+    };
+    if let Err(error) = told.await {
+        tracing::debug!(%error, "the host does not want an announcement");
+    }
+}

@@ -1,0 +1,297 @@
+//! The standard streams of one process: what it gets, and what the agent keeps.
+//!
+//! With stream ports the host's connections are copied from and to ([`crate::stream`]). With none at all the peer is
+//! one that reads and writes by RPC, and the agent keeps the ends of the pipes for it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+
+use crate::container::ProcessIo;
+use crate::reaper::ExitReceiver;
+use crate::stream::{self, StreamError, Streams};
+
+/// Host ports of the stream connections; zero is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ports {
+    /// Carries what the process reads.
+    pub stdin: u32,
+    /// Carries what the process writes; with a terminal, all of it.
+    pub stdout: u32,
+    /// Carries what the process writes to its standard error.
+    pub stderr: u32,
+}
+
+impl Ports {
+    fn by_rpc(self) -> bool {
+        self == Self::default()
+    }
+}
+
+/// The agent's ends of a process that does not run yet.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    input: Option<AsyncFd<OwnedFd>>,
+    input_peer: Option<OwnedFd>,
+    output: Option<AsyncFd<OwnedFd>>,
+    output_peer: Option<OwnedFd>,
+    error: Option<AsyncFd<OwnedFd>>,
+    error_peer: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
+
+/// A failed use of a process's streams.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// It has no such stream for RPCs, or it is closed.
+    #[error("the process has no {0} for this request")]
+    Absent(&'static str),
+    /// Everything was read.
+    #[error("end of {0}")]
+    End(&'static str),
+    /// It runs without a terminal.
+    #[error("the process has no terminal")]
+    NoTerminal,
+    /// The system's word.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        #[source]
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+fn failed<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> StreamError {
+    move |source| StreamError::Io { what, source: source.into() }
+}
+
+/// Makes the streams of a process: the ends it gets, and the agent's.
+///
+/// # Errors
+/// A port without a connection; pipes or terminals that cannot be made.
+pub async fn prepare(
+    streams: &Streams,
+    ports: Ports,
+    terminal: bool,
+    pipe_size: usize,
+) -> Result<(ProcessIo, Stdio), StreamError> {
+    let (mut io, mut stdio) = (ProcessIo::default(), Stdio::default());
+    stdio.input_peer = claim(streams, ports.stdin).await?;
+    stdio.output_peer = claim(streams, ports.stdout).await?;
+    if terminal {
+        let (master, slave) = open_terminal().map_err(failed("opening a terminal"))?;
+        let watching = failed("watching a terminal");
+        let clone = || master.try_clone().map_err(failed("duplicating a terminal"));
+        stdio.input = Some(stream::watch(clone()?, Interest::WRITABLE).map_err(&watching)?);
+        stdio.output = Some(stream::watch(clone()?, Interest::READABLE).map_err(&watching)?);
+        stdio.terminal = Some(master);
+        io.terminal = Some(slave);
+        return Ok((io, stdio));
+    }
+    stdio.error_peer = claim(streams, ports.stderr).await?;
+    if ports.by_rpc() || ports.stdin != 0 {
+        let (theirs, ours) = pipe(pipe_size)?;
+        io.stdin = Some(theirs);
+        stdio.input = Some(stream::watch(ours, Interest::WRITABLE).map_err(failed("watching a pipe"))?);
+    }
+    if ports.by_rpc() || ports.stdout != 0 {
+        (io.stdout, stdio.output) = output_pipe(pipe_size)?;
+    }
+    if ports.by_rpc() || ports.stderr != 0 {
+        (io.stderr, stdio.error) = output_pipe(pipe_size)?;
+    }
+    Ok((io, stdio))
+}
+
+async fn claim(streams: &Streams, port: u32) -> Result<Option<OwnedFd>, StreamError> {
+    if port == 0 { Ok(None) } else { streams.claim(port).await.map(Some) }
+}
+
+fn pipe(size: usize) -> Result<(OwnedFd, OwnedFd), StreamError> {
+    let ends = pipe_with(PipeFlags::CLOEXEC).map_err(failed("making a pipe"))?;
+    // Beyond the limit for pipes the kernel's default has to do.
+    let _ = fcntl_setpipe_size(&ends.1, size);
+    Ok(ends)
+}
+
+type OutputPipe = (Option<OwnedFd>, Option<AsyncFd<OwnedFd>>);
+
+fn output_pipe(size: usize) -> Result<OutputPipe, StreamError> {
+    let (ours, theirs) = pipe(size)?;
+    Ok((Some(theirs), Some(stream::watch(ours, Interest::READABLE).map_err(failed("watching a pipe"))?)))
+}
+
+/// A new pseudo terminal: master, slave.
+///
+/// # Errors
+/// Whatever the system says.
+pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let slave = ioctl_tiocgptpeer(&master, flags)?;
+    Ok((master, slave))
+}
+
+/// The streams of a running process, for requests.
+#[derive(Debug)]
+pub struct Attached {
+    stdin: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
+    stdout: Option<AsyncFd<OwnedFd>>,
+    stderr: Option<AsyncFd<OwnedFd>>,
+    terminal: Option<OwnedFd>,
+    close_stdin: Arc<Notify>,
+}
+
+impl Stdio {
+    /// Starts copying for the process that ends with `exit`; what is not copied is left to requests.
+    #[must_use]
+    pub fn attach(mut self, exit: &ExitReceiver) -> Attached {
+        let close_stdin = Arc::new(Notify::new());
+        let is_terminal = self.terminal.is_some();
+        if let (Some(peer), Some(_)) = (self.input_peer.take(), &self.input)
+            && let Some(sink) = self.input.take()
+        {
+            let task = InputTask { peer, sink, is_terminal, close: close_stdin.clone(), exit: exit.clone() };
+            tokio::spawn(task.run());
+        }
+        let stdout = copy_output(self.output.take(), self.output_peer.take(), "stdout");
+        let stderr = copy_output(self.error.take(), self.error_peer.take(), "stderr");
+        let stdin = Mutex::new(self.input.map(Arc::new));
+        Attached { stdin, stdout, stderr, terminal: self.terminal, close_stdin }
+    }
+}
+
+/// Copies where there is a peer; gives back what is to be read by request.
+fn copy_output(
+    from: Option<AsyncFd<OwnedFd>>,
+    peer: Option<OwnedFd>,
+    name: &'static str,
+) -> Option<AsyncFd<OwnedFd>> {
+    let (from, peer) = match (from, peer) {
+        (Some(from), Some(peer)) => (from, peer),
+        (from, _) => return from,
+    };
+    tokio::spawn(async move {
+        if let Err(error) = stream::output(from, peer).await {
+            tracing::warn!(%error, stream = name, "copying a stream of a process");
+        }
+    });
+    None
+}
+
+struct InputTask {
+    peer: OwnedFd,
+    sink: AsyncFd<OwnedFd>,
+    is_terminal: bool,
+    close: Arc<Notify>,
+    exit: ExitReceiver,
+}
+
+impl InputTask {
+    async fn run(self) {
+        let peer = match stream::watch(self.peer, Interest::READABLE) {
+            Ok(peer) => peer,
+            Err(error) => {
+                tracing::warn!(%error, "watching a stream connection");
+                return;
+            }
+        };
+        let copied = tokio::select! {
+            copied = stream::input(&peer, &self.sink) => copied,
+            () = self.close.notified() => stream::input_present(&peer, &self.sink).await.map(|()| true),
+            // Whoever else may hold the read end, the process that the host meant is gone.
+            _ = self.exit.wait() => return,
+        };
+        match copied {
+            Ok(true) if self.is_terminal => type_end(&self.sink).await,
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "copying standard input"),
+        }
+    }
+}
+
+/// A terminal has no end of its own: in line mode the end-of-file character stands for it.
+async fn type_end(terminal: &AsyncFd<OwnedFd>) {
+    let Ok(modes) = tcgetattr(terminal.get_ref()) else { return };
+    if modes.local_modes.contains(LocalModes::ICANON) {
+        let end = modes.special_codes[SpecialCodeIndex::VEOF];
+        let _ = stream::write_all(terminal, &[end]).await;
+    }
+}
+
+impl Attached {
+    fn stdin(&self) -> Option<Arc<AsyncFd<OwnedFd>>> {
+        self.stdin.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Writes all of `data` to the process.
+    ///
+    /// # Errors
+    /// No such stream for requests; nobody reads.
+    pub async fn write_stdin(&self, data: &[u8]) -> Result<(), StdioError> {
+        let stdin = self.stdin().ok_or(StdioError::Absent("stdin"))?;
+        let written = stream::write_all(&stdin, data).await;
+        written.map_err(|source| StdioError::Io { what: "writing to stdin", source })
+    }
+
+    /// The process reads the end after what was written so far.
+    pub async fn close_stdin(&self) {
+        self.close_stdin.notify_one();
+        let taken = self.stdin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let (Some(stdin), true) = (taken, self.terminal.is_some()) {
+            type_end(&stdin).await;
+        }
+    }
+
+    /// Up to `length` bytes of what the process wrote to its standard output, or terminal.
+    ///
+    /// # Errors
+    /// [`StdioError::End`] after the last; no such stream for requests.
+    pub async fn read_stdout(&self, length: usize) -> Result<Vec<u8>, StdioError> {
+        Self::read(self.stdout.as_ref(), "stdout", length).await
+    }
+
+    /// As [`read_stdout`](Self::read_stdout), for standard error.
+    ///
+    /// # Errors
+    /// [`StdioError::End`] after the last; no such stream for requests.
+    pub async fn read_stderr(&self, length: usize) -> Result<Vec<u8>, StdioError> {
+        Self::read(self.stderr.as_ref(), "stderr", length).await
+    }
+
+    async fn read(
+        from: Option<&AsyncFd<OwnedFd>>,
+        name: &'static str,
+        length: usize,
+    ) -> Result<Vec<u8>, StdioError> {
+        let mut data = vec![0; length];
+        let count = stream::read(from.ok_or(StdioError::Absent(name))?, &mut data).await;
+        data.truncate(count.map_err(|source| StdioError::Io { what: "reading", source })?);
+        if data.is_empty() { Err(StdioError::End(name)) } else { Ok(data) }
+    }
+
+    /// Sets the size of the terminal.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn resize(&self, rows: u16, columns: u16) -> Result<(), StdioError> {
+        let terminal = self.terminal.as_ref().ok_or(StdioError::NoTerminal)?;
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(terminal.as_fd(), size)
+            .map_err(|source| StdioError::Io { what: "resizing the terminal", source: source.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,14 @@
+//! Real containers on this machine: the engine with the built agent as its helper and busybox as the root.
+//!
+//! They need root, a cgroup v2 hierarchy (an empty one will do) and a static `/bin/busybox`; without, each test says
+//! why it is skipped. `KATA_AGENT_PROGRAM` names another build of the agent to test.
+
+mod world;
+
+mod exec;
+mod figures;
+mod isolation;
+mod lifecycle;
+mod limits;
+mod mounts;
+mod rights;
