@@ -42,8 +42,6 @@ pub fn run() -> Chores {
     ]))?;
     say("documentation");
     shell::run(
-        cargo()
-            .args(["doc", "--workspace", "--no-deps", "--quiet", "--document-private-items"])
-            .env("RUSTDOCFLAGS", "-D warnings"),
+        cargo().args(["doc", "--workspace", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"),
     )
 }

@@ -210,7 +210,7 @@ pub struct BuildArgs {
     /// Where to put the image [default: guest-image beside this program]
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
-    /// Where to keep kernels for the next time [default: <state dir>/guest-kernels]
+    /// Where to keep kernels for the next time [default: STATE_DIR/guest-kernels]
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
 }

@@ -104,11 +104,11 @@ impl Sockets {
     }
 }
 
-/// A listener at `path`, recorded before it is made. Open to every user: the directory decides who gets there.
+/// A listener at `path`, recorded before it is made. Only root may connect: whoever reaches the guest's agent rules the pod.
 pub(crate) fn bind(path: &Path, record: &Record) -> Result<UnixListener, VsockError> {
     record.file(path).map_err(|source| VsockError::Record { path: path.to_owned(), source })?;
     let bound = UnixListener::bind(path).and_then(|listener| {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
         Ok(listener)
     });
     bound.map_err(|source| VsockError::Socket { path: path.to_owned(), source })

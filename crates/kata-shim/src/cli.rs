@@ -24,7 +24,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
-    /// Own a pod: boot its virtual machine and serve <run dir>/<id>/pod.sock until the pod is over
+    /// Own a pod: boot its virtual machine and serve `RUN_DIR/ID/pod.sock` until the pod is over
     Pod(PodArgs),
     /// End a pod whatever became of its owner, and remove all it has on the host
     Delete(DeleteArgs),

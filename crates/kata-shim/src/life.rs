@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use crate::fault::chain;
 use crate::ground::{Ground, GroundError};
 
-/// How long a pod waits for its first container.
+/// How long a pod that nobody is known to be busy with waits for its first container.
 const UNUSED_BOUND: Duration = Duration::from_secs(60);
 /// How long an ended pod waits for clients that want to know how it ended.
 const LINGER: Duration = Duration::from_secs(2);
@@ -195,7 +195,8 @@ impl Life {
     async fn until_over(&mut self) -> End {
         let Watch { client, terminate, interrupt } = &mut self.watch;
         loop {
-            let idle = self.first.is_none() && self.creating == 0;
+            // A client that is watched may take its time: its image may still be on the way.
+            let idle = self.first.is_none() && self.creating == 0 && matches!(client, Client::None);
             let end = tokio::select! {
                 event = self.events.recv() => match event {
                     Ok(event) => after(event, &mut self.first, &mut self.started),

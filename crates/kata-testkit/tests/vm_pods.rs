@@ -108,11 +108,11 @@ fn many_execs_run_side_by_side() {
 #[test]
 fn kill_ends_the_pod_and_its_status_stays_readable() {
     let Some(host) = Host::new() else { return };
-    detached(&host, "brief", "trap 'exit 9' USR1; while :; do sleep 0.1; done");
+    detached(&host, "brief", "trap 'exit 9' USR1; echo armed; while :; do sleep 0.1; done");
     // Without the trap in place the signal would end the shell.
-    std::thread::sleep(Duration::from_millis(500));
+    host.wait_for("the trap", || (stdout(&host.output(["logs", "brief"])) == "armed\n").then_some(()));
     assert!(host.output(["kill", "-s", "USR1", "brief"]).status.success());
-    host.wait_for("the pod's end", || ps(&host, true).contains("stopped").then_some(()));
+    host.wait_for("the pod's end", || ps(&host, true).contains("exited (9)").then_some(()));
     assert!(!ps(&host, false).contains("brief"));
     assert!(host.pids_of("qemu-system").is_empty(), "a stopped pod keeps no machine");
     let text = stdout(&host.output(["ps", "-a", "--json"]));

@@ -237,17 +237,31 @@ fn termination_signal_reaches_the_process() {
 fn interrupt_ends_a_process_that_has_no_handler_and_leaves_nothing() {
     let Some(host) = Host::new() else { return };
     let image = host.image();
-    let mut child = host
-        .ctl(["run", "--rm", &image, "sh", "-c", "echo ready; exec sleep 1000"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut ready = [0; 6];
-    child.stdout.take().unwrap().read_exact(&mut ready).unwrap();
+    // Not a shell: one catches the interrupt and raises it again, and the kernel spares an init that.
+    let mut child = host.ctl(["run", "--rm", &image, "sleep", "1000"]).spawn().unwrap();
+    host.wait_for("the container", || stdout(&host.output(["ps"])).contains("running").then_some(()));
     let begin = Instant::now();
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(begin.elapsed() < Duration::from_secs(5));
+    assert_eq!(host.leftovers(Duration::from_secs(3)), Vec::<String>::new());
+}
+
+#[test]
+fn third_interrupt_ends_a_process_that_ignores_it() {
+    let Some(host) = Host::new() else { return };
+    let image = host.image();
+    let script = "trap '' INT; echo ready; while :; do sleep 0.1; done";
+    let mut child =
+        host.ctl(["run", "--rm", &image, "sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut ready = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    for _ in 0..3 {
+        assert!(child.try_wait().unwrap().is_none());
+        kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(137));
     assert_eq!(host.leftovers(Duration::from_secs(3)), Vec::<String>::new());
 }
 

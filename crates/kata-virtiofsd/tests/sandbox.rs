@@ -1,5 +1,5 @@
 //! The sandbox seen from outside, on the real binary.
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::multiple_unsafe_ops_per_block, reason = "a test fails by panicking")]
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -4,27 +4,22 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use kata_api::agent::CgroupStats;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
-use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::MountAttrFlags;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use super::cgroup::{Cgroup, OomEvents};
-use super::filesystem::{Change, change, clone_mount};
 use super::plan::{Plan, ProcessPlan};
+use super::template::Template;
 use super::wire::{self, Answer, Attached, Request, Task};
-use super::{Engine, EngineError, HELPER_NAME, ProcessIo};
+use super::{Engine, EngineError, ProcessIo};
 use crate::reaper::Reaper;
 
 /// Where the engine finds what it needs.
@@ -39,10 +34,7 @@ pub struct Layout {
 /// Containers made with the kernel's own means. See the module for how.
 pub struct NativeEngine {
     cgroup_root: PathBuf,
-    helper: PathBuf,
-    /// Keeps the read-only view of this executable that `helper` names.
-    _sealed: Option<OwnedFd>,
-    reaper: Reaper,
+    template: Template,
     containers: Table,
 }
 
@@ -79,17 +71,15 @@ struct State {
 }
 
 impl NativeEngine {
-    /// An engine without containers. Helpers' exit statuses go to `reaper`.
+    /// An engine without containers. It starts the process that helpers are forked from, whose exit status, like
+    /// theirs, goes to `reaper`.
     ///
     /// # Errors
-    /// Only where `helper` is not given and this executable cannot be found.
+    /// The template process cannot be started.
     pub fn new(layout: Layout, reaper: Reaper) -> io::Result<Self> {
-        let (helper, sealed) = match layout.helper {
-            Some(helper) => (helper, None),
-            None => sealed_executable()?,
-        };
-        let cgroup_root = layout.cgroup_root;
-        Ok(Self { cgroup_root, helper, _sealed: sealed, reaper, containers: Table::default() })
+        let Layout { cgroup_root, helper } = layout;
+        let template = Template::start(helper, reaper)?;
+        Ok(Self { cgroup_root, template, containers: Table::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, EngineError> {
@@ -102,7 +92,7 @@ impl NativeEngine {
         }
     }
 
-    /// Spawns a helper and gives it the request.
+    /// Gets a helper and gives it the request.
     async fn ask(
         &self,
         request: &Request,
@@ -110,16 +100,7 @@ impl NativeEngine {
         attached: Attached<BorrowedFd<'_>>,
     ) -> Result<UnixStream, EngineError> {
         let failed = |error: io::Error| EngineError::setup("run the container helper", error);
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|error| failed(error.into()))?;
-        let mut command = Command::new(&self.helper);
-        command.arg0(HELPER_NAME).env_clear().stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        self.reaper.spawn(&mut command).map_err(failed)?;
-        // The command holds the helper's end until now; only the helper may keep it, or its end would go unnoticed.
-        drop(command);
-        let ours = std::os::unix::net::UnixStream::from(ours);
-        ours.set_nonblocking(true).map_err(failed)?;
-        let mut socket = UnixStream::from_std(ours).map_err(failed)?;
+        let mut socket = self.template.helper().map_err(failed)?;
         wire::send_request(&mut socket, request, filter, attached).await.map_err(failed)?;
         Ok(socket)
     }
@@ -168,25 +149,6 @@ impl Init {
         let Self { init, pidfd, namespaces, filter, gate } = self;
         let state = Mutex::new(State { gate: Some(gate), paused: false });
         Container { id: id.to_owned(), cgroup, init, pidfd, namespaces, filter, state }
-    }
-}
-
-/// A read-only view of this executable, so that no container can write to it through a process's `/proc/<pid>/exe`.
-/// Where the kernel does not give one, the executable itself.
-fn sealed_executable() -> io::Result<(PathBuf, Option<OwnedFd>)> {
-    let path = std::env::current_exe()?;
-    let readonly = Change { set: MountAttrFlags::MOUNT_ATTR_RDONLY, ..Change::default() };
-    let sealed =
-        clone_mount(CWD, &path, false).and_then(|view| change(view.as_fd(), readonly).map(|()| view));
-    match sealed {
-        Ok(view) => {
-            let number = std::os::fd::AsRawFd::as_raw_fd(&view);
-            Ok((PathBuf::from(format!("/proc/self/fd/{number}")), Some(view)))
-        }
-        Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "the container helper runs from a writable mount");
-            Ok((path, None))
-        }
     }
 }
 

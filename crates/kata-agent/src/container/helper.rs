@@ -1,7 +1,8 @@
 //! The helper process: takes one request, makes the container's process as a child of the agent, and is gone.
 //!
-//! One thread, so that its child may allocate and call anything. Not dumpable, so that a container cannot reach the
-//! agent's executable or memory through `/proc/<pid>` of a process that is about to be its own.
+//! Helpers are forked from a template process that waits for work (see `template`). Both have one thread, so that a
+//! child may allocate and call anything. Neither is dumpable, so that a container cannot reach the agent's executable
+//! or memory through `/proc/<pid>` of a process that is about to be its own.
 
 use std::io::Write;
 use std::mem::size_of;
@@ -28,25 +29,42 @@ const NEWCGROUP: u32 = flag_of(libc::CLONE_NEWCGROUP);
 const NEWTIME: u32 = flag_of(libc::CLONE_NEWTIME);
 const NEWUSER: u32 = flag_of(libc::CLONE_NEWUSER);
 
-/// Runs the helper: its standard input is the control socket. To be called by `main` when `argv[0]` is
-/// [`HELPER_NAME`](super::HELPER_NAME), while the process has one thread only.
+/// Runs the template process: its standard input is the socket that it gets others from, one for each helper. To be
+/// called by `main` when `argv[0]` is [`HELPER_NAME`](super::HELPER_NAME), while the process has one thread only.
 pub fn helper_main() -> ! {
-    // Reported by exit status alone: without its socket the helper has nobody to talk to.
-    let Ok(mut socket) = control_socket() else { exit(1) };
-    match serve(&mut socket) {
-        Ok(()) => exit(0),
-        Err(failure) => {
-            let told = wire::answer(&socket, &Answer::Failed(failure));
-            exit(if told.is_ok() { 0 } else { 1 })
+    // Reported by exit status alone: without its socket the process has nobody to talk to.
+    let Ok(requests) = requests() else { exit(1) };
+    loop {
+        match wire::receive_socket(requests.as_fd()) {
+            Ok(Some(socket)) => fork_helper(socket),
+            Ok(None) => exit(0),
+            Err(_) => exit(1),
         }
     }
 }
 
-fn control_socket() -> std::io::Result<UnixStream> {
+fn requests() -> rustix::io::Result<OwnedFd> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    // Away from the numbers that will be the process's streams.
-    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
-    Ok(UnixStream::from(socket))
+    // Away from the numbers that will be a process's streams.
+    rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
+}
+
+/// The helper is a child of the agent, too: only so can it make one.
+fn fork_helper(mut socket: UnixStream) {
+    match fork(0, None) {
+        Ok(0) => {}
+        Ok(_) => return,
+        Err(failure) => {
+            let _ = wire::answer(&socket, &Answer::Failed(failure));
+            return;
+        }
+    }
+    let told = match serve(&mut socket) {
+        Ok(()) => Ok(()),
+        Err(failure) => wire::answer(&socket, &Answer::Failed(failure)),
+    };
+    // SAFETY: ends the process without running exit handlers that belong to the one it was copied from.
+    unsafe { libc::_exit(i32::from(told.is_err())) }
 }
 
 fn serve(socket: &mut UnixStream) -> Result<(), Failure> {

@@ -1,21 +1,22 @@
 //! The container engine of the guest: namespaces, mounts, cgroups and seccomp, without a runtime binary.
 //!
 //! ```text
-//!  agent (async, many tasks)                     helper (one thread)             init
-//!  plan = Plan::of(spec)  ── refused or whole
+//!  agent (async, many tasks)        template         helper                       init
+//!  NativeEngine::new ─ spawns ────▶ waits for work
+//!  plan = Plan::of(spec)  ── refused, or whole
 //!  cgroup made, limits and device filter set
-//!  spawn /proc/self/exe ─────────────────────▶ reads request and fds
-//!                         ◀── seccomp filter ── compiles the profile
-//!                         ◀── pid ───────────── clone3(PARENT, INTO_CGROUP) ──▶ mounts, pivot_root,
-//!                                               exits                           ids, capabilities, lookup
-//!                         ◀── ready ─────────────────────────────────────────── waits at the gate
-//!  start: opens the gate  ───────────────────────────────────────────────────▶ seccomp, execve
-//!                         ◀── socket closed by exec, or the error ─────────────
+//!  a socket ──────────────────────▶ forks ─────────▶ reads request and fds
+//!                       ◀── seccomp filter ───────── compiles the profile
+//!                       ◀── pid ──────────────────── clone3(INTO_CGROUP) ───────▶ mounts, pivot_root,
+//!                                                    exits                        ids, lookup
+//!                       ◀── ready ─────────────────────────────────────────────── waits at the gate
+//!  start: opens the gate  ──────────────────────────────────────────────────────▶ seccomp, capabilities, execve
+//!                       ◀── socket closed by exec, or the error ─────────────────
 //! ```
 //!
 //! The agent itself never forks: a process with many threads and a heap must not run code between fork and exec. The
-//! helper has one thread, so its child may do all of that. `CLONE_PARENT` makes the child a child of the agent, which
-//! therefore gets its exit status first hand.
+//! template and its helpers have one thread, so their children may. All are cloned with `CLONE_PARENT`, which makes
+//! them children of the agent: it gets the exit status of a container's processes first hand.
 //!
 //! What a spec asks for and this engine does not do is refused by [`EngineError::Unsupported`] before anything is
 //! made. Hooks that belong to the host side (`prestart`, `createRuntime`, `poststart`, `poststop`) are the business of
@@ -41,6 +42,7 @@ mod lookup;
 mod plan;
 mod rootfs;
 mod seccomp;
+mod template;
 mod tree;
 mod wire;
 

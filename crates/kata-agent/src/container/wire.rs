@@ -1,6 +1,7 @@
 //! What passes between the agent and a helper: one request down, a few answers up, over a socket pair.
 //!
 //! ```text
+//!  template: one byte + SCM_RIGHTS, the socket of the request, on a socket of its own
 //!  request:  head (length u32, filter length u32, mask of file descriptors u32) + SCM_RIGHTS │ JSON │ filter
 //!  answer:   kind u8, length u32 │ payload
 //!  gate:     one byte down
@@ -153,6 +154,33 @@ fn length(length: usize) -> io::Result<[u8; 4]> {
     let fits = u32::try_from(length).ok().filter(|_| length <= LONGEST);
     fits.map(u32::to_ne_bytes)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the spec is too big"))
+}
+
+/// Agent side: gives the template process a socket, to fork a helper for it.
+pub(super) fn send_socket(template: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let list = [socket];
+    control.push(SendAncillaryMessage::ScmRights(&list));
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    sendmsg(template, &[IoSlice::new(b"s")], &mut control, flags)?;
+    Ok(())
+}
+
+/// Template side: the next socket; `None` when the agent has gone.
+pub(super) fn receive_socket(agent: BorrowedFd<'_>) -> io::Result<Option<UnixStream>> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let receive = || recvmsg(agent, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    if rustix::io::retry_on_intr(receive)?.bytes == 0 {
+        return Ok(None);
+    }
+    let socket = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut received) => received.next(),
+        _ => None,
+    });
+    socket.map(|socket| Some(socket.into())).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// Agent side: sends a request. The socket takes the head at once: it is new.

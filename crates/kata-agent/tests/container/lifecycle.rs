@@ -230,3 +230,41 @@ fn a_limit_is_set_or_its_controller_is_missed_by_name() {
         world.engine.delete(&id).await.unwrap();
     });
 }
+
+/// Children of this process that wait to make containers.
+fn templates() -> Vec<rustix::process::Pid> {
+    let mine = format!("PPid:\t{}\n", std::process::id());
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let read =
+        |pid: &i32, file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let templates = pids.filter(|pid| {
+        read(pid, "cmdline").starts_with(kata_agent::container::HELPER_NAME)
+            && read(pid, "status").contains(&mine)
+    });
+    templates.filter_map(rustix::process::Pid::from_raw).collect()
+}
+
+#[test]
+fn a_killed_template_process_is_started_again() {
+    with_world(|world| async move {
+        let (id, _exit) = world.sleeper("c", &spec()).await;
+        for template in templates() {
+            let exit = world.reaper.register(template);
+            rustix::process::kill_process(template, Signal::KILL).unwrap();
+            exit.wait().await;
+        }
+        assert_eq!(world.exec_sh(&id, "echo on").await.ok(), "on");
+        world.engine.delete(&id).await.unwrap();
+    });
+}
+
+#[test]
+fn only_the_template_process_is_left_of_the_engines_own() {
+    with_world(|world| async move {
+        for _ in 0..3 {
+            world.sh(&spec(), "true").await.ok();
+        }
+        assert_eq!(templates().len(), 1);
+    });
+}

@@ -118,7 +118,7 @@ fn a_user_that_is_not_root_can_open_its_own_streams() {
     });
 }
 
-fn profile(default: &str, rules: Value) -> Value {
+fn profile(default: &str, rules: &Value) -> Value {
     let mut spec = spec();
     spec["linux"]["seccomp"] = json!({"defaultAction": default, "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
         "syscalls": rules});
@@ -132,7 +132,7 @@ fn a_seccomp_profile_is_enforced_with_and_without_no_new_privs() {
             for uid in [0, 1000] {
                 let mut spec = profile(
                     "SCMP_ACT_ALLOW",
-                    json!([{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 27},
+                    &json!([{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 27},
                         {"names": ["sethostname"], "action": "SCMP_ACT_KILL_PROCESS"}]),
                 );
                 spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
@@ -153,7 +153,7 @@ fn an_allow_list_that_is_just_enough_is_enough() {
         // What busybox's `true` needs, and execve; nothing for the engine but capset, prctl where they come after.
         let mut spec = profile(
             "SCMP_ACT_ERRNO",
-            json!([{"names": ["execve", "exit_group", "exit", "brk", "arch_prctl", "set_tid_address", "set_robust_list",
+            &json!([{"names": ["execve", "exit_group", "exit", "brk", "arch_prctl", "set_tid_address", "set_robust_list",
                 "rseq", "prlimit64", "readlink", "readlinkat", "getrandom", "mprotect", "mmap", "munmap", "getuid", "setuid",
                 "setgid", "getgid", "write"], "action": "SCMP_ACT_ALLOW"}]),
         );
@@ -170,7 +170,7 @@ fn an_allow_list_that_is_just_enough_is_enough() {
 #[test]
 fn a_profile_that_cannot_be_enforced_is_refused() {
     with_world(|world| async move {
-        let spec = profile("SCMP_ACT_ALLOW", json!([{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]));
+        let spec = profile("SCMP_ACT_ALLOW", &json!([{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]));
         let error = world.run(&spec).await.unwrap_err();
         assert!(matches!(error, EngineError::Unsupported { .. }), "{error:?}");
     });

@@ -170,6 +170,20 @@ impl World {
     }
 }
 
+/// Takes along what a test that fails leaves running.
+impl Drop for World {
+    fn drop(&mut self) {
+        let Ok(entries) = fs::read_dir(self.cgroup_root.join("kata")) else { return };
+        for cgroup in entries.flatten().map(|entry| entry.path()) {
+            if cgroup.to_string_lossy().contains(&self.prefix) {
+                let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+                std::thread::sleep(Duration::from_millis(100));
+                let _ = fs::remove_dir(cgroup);
+            }
+        }
+    }
+}
+
 pub fn parse(spec: &Value) -> Spec {
     serde_json::from_value(spec.clone()).expect("a spec")
 }

@@ -18,6 +18,9 @@ use std::os::fd::RawFd;
 
 use crate::vm::{Accelerator, Machine};
 
+/// Ports that stay empty at start: on q35 only what sits below a root port can be plugged into a running machine.
+const SPARE_ROOT_PORTS: u8 = 4;
+
 /// File descriptors as QEMU sees them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fds {
@@ -161,6 +164,11 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
         );
         line.option("-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on");
         line.option("-device", format!("virtio-blk-{bus},drive=image"));
+    }
+    if plan.machine == Machine::Q35 {
+        for port in 1..=SPARE_ROOT_PORTS {
+            line.option("-device", format!("pcie-root-port,id=port{port},chassis={port}"));
+        }
     }
 }
 

@@ -9,7 +9,7 @@
 //!                                └────────────────────┘                 └─────────────┘
 //! ```
 //!
-//! The device knows virtqueues and sockets, but no transport: whoever embeds it waits until [`Vsock::as_fd`] is
+//! The device knows virtqueues and sockets, but no transport: whoever embeds it waits until its descriptor (`AsFd`) is
 //! readable or the driver kicked a queue, and then calls [`Vsock::handle_host`], [`Vsock::transmit`] and
 //! [`Vsock::fill`]. None of them blocks, and each does a bounded amount of work.
 //!

@@ -84,7 +84,7 @@ pub struct Header {
     pub dst_port: u32,
     /// Bytes of payload that follow.
     pub len: u32,
-    /// Socket type; see [`TYPE_STREAM`].
+    /// Socket type; only streams are served.
     pub kind: u16,
     /// Operation; see [`Op::from_raw`].
     pub op: u16,

@@ -268,7 +268,14 @@ pub(super) fn load(program: &[Instruction]) -> Result<OwnedFd, CgroupError> {
         kernel: 0,
         flags: 0,
     };
-    let fd = bpf(PROG_LOAD, &attributes).map_err(failed)?;
+    // The verifier gives up with EAGAIN when a signal comes in, and SIGCHLD often does.
+    let mut tries = 0;
+    let fd = loop {
+        match bpf(PROG_LOAD, &attributes) {
+            Err(Errno::AGAIN | Errno::INTR) if tries < 64 => tries += 1,
+            result => break result.map_err(failed)?,
+        }
+    };
     // SAFETY: the call has just made this descriptor (close-on-exec), and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
