@@ -10,6 +10,7 @@ mod bench;
 mod demo;
 mod directions;
 mod lint;
+mod newer_qemu;
 mod packages;
 mod products;
 mod shell;

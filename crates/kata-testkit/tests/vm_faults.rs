@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use kata_testkit::host::{Host, stderr, stdout};
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn kill(pid: u32) {
     kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL).unwrap();
@@ -196,4 +197,40 @@ fn kvm_where_there_is_none_is_refused_with_the_next_step() {
         return;
     }
     says(&host.sh(&["--set", "runtime.accelerator=kvm"], "true"), &["kvm", "svm", "auto"]);
+}
+
+/// Has the agent of a pod end its machine, behind the owner's back.
+async fn end_agent(host: &Host, pod: &str) {
+    let mut stream =
+        tokio::net::UnixStream::connect(host.run_dir().join(pod).join("kata.hvsock")).await.unwrap();
+    stream.write_all(format!("CONNECT {}\n", kata_api::ports::AGENT).as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    while answer.last() != Some(&b'\n') {
+        answer.push(stream.read_u8().await.unwrap());
+    }
+    assert!(answer.starts_with(b"OK "), "{answer:?}");
+    let client = ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
+    let agent = kata_api::agent_ttrpc::AgentServiceClient::new(client);
+    let request = kata_api::agent::DestroySandboxRequest::new();
+    // The machine may be gone before the answer is out.
+    let _ = agent.destroy_sandbox(ttrpc::context::with_timeout(5_000_000_000), &request).await;
+}
+
+#[test]
+fn agent_that_ends_while_running_ends_the_pod_with_the_reason() {
+    let Some(host) = Host::new() else { return };
+    let image = host.image();
+    let mut child = host
+        .ctl(["run", "--rm", "--name", "headless", &image, "sh", "-c", "echo up; exec sleep 1000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut up = [0; 3];
+    child.stdout.as_mut().unwrap().read_exact(&mut up).unwrap();
+    let begin = Instant::now();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(end_agent(&host, "headless"));
+    says(&child.wait_with_output().unwrap(), &["the pod has failed"]);
+    assert!(begin.elapsed() < Duration::from_secs(5));
 }

@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kata_testkit::host::{Host, stderr, stdout};
 
@@ -76,11 +76,37 @@ fn exec_passes_input_environment_directory_and_user() {
 }
 
 #[test]
+fn exec_on_a_terminal_has_a_size_and_a_name() {
+    let Some(host) = Host::new() else { return };
+    detached(&host, "box", "exec sleep 1000");
+    // `script` gives the client a terminal of its own.
+    let exec = format!(
+        "stty rows 27 cols 93; {} exec -it box sh -c 'tty; stty size; ls /dev/pts; echo own > /dev/tty'",
+        host.program("kata-ctl").display()
+    );
+    let output = std::process::Command::new("script")
+        .args(["-qec", &exec, "/dev/null"])
+        .env("KATA_RUN_DIR", host.run_dir())
+        .env("KATA_STATE_DIR", host.state_dir())
+        .env("KATA_CONF_FILE", host.config())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = stdout(&output);
+    assert!(text.contains("/dev/pts/0\r\n27 93\r\n"), "{text}{}", stderr(&output));
+    assert!(text.contains("ptmx"), "{text}");
+    assert!(text.contains("own\r\n"), "{text}");
+    remove(&host, "box");
+}
+
+#[test]
 fn exec_of_unknown_command_is_127_and_of_unknown_pod_125() {
     let Some(host) = Host::new() else { return };
     detached(&host, "box", "exec sleep 1000");
+    let begin = Instant::now();
     let output = host.output(["exec", "box", "no-such-command"]);
     assert_eq!(output.status.code(), Some(127), "{}", stderr(&output));
+    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
     let output = host.output(["exec", "nobody", "true"]);
     assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).contains("nobody"), "{}", stderr(&output));

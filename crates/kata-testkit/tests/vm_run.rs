@@ -300,3 +300,19 @@ fn microvm_machine_runs_a_container_too() {
     let output = host.sh(&["--set", "hypervisor.qemu.machine_type=microvm"], "echo small");
     assert_eq!(stdout(&output), "small\n", "{}", stderr(&output));
 }
+
+#[test]
+fn newer_qemu_runs_a_container_on_both_machines() {
+    let Some(host) = Host::new() else { return };
+    let Some(qemu) = std::env::var_os("KATA_TEST_NEWER_QEMU") else {
+        return kata_testkit::skip(
+            "KATA_TEST_NEWER_QEMU is not set: the backported QEMU could not be unpacked",
+        );
+    };
+    let path = format!("hypervisor.qemu.path={}", qemu.display());
+    for machine in ["q35", "microvm"] {
+        let machine = format!("hypervisor.qemu.machine_type={machine}");
+        let output = host.sh(&["--set", &path, "--set", &machine], "echo new");
+        assert_eq!(stdout(&output), "new\n", "{}", stderr(&output));
+    }
+}
