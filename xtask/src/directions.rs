@@ -16,8 +16,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-virtiofsd", &[]),
     ("kata-agent", &["kata-api"]),
     ("kata-hypervisor", &["kata-config"]),
-    // Of kata-image only the manifest's types: see docs/adr/0002.
+    // Of kata-image only the manifest's types: see docs/adr/0002
     ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image"]),
+    // Of kata-hypervisor only the choice of a machine: see docs/adr/0003.
     ("kata-shim", &["kata-api", "kata-config", "kata-hypervisor", "kata-sandbox"]),
     ("kata-ctl", &["kata-api", "kata-config", "kata-image"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),

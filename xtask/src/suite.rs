@@ -1,5 +1,9 @@
 //! The tests, all of them by default.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+
 use crate::products::Profile;
 use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::{Chores, demo, newer_qemu, packages, products, say};
@@ -14,6 +18,8 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     if !unit {
         let products = products::build(Profile::Quick, true)?;
         nextest.env("KATA_TEST_PROGRAMS", &products.dir).env("KATA_TEST_IMAGE", demo::busybox_image()?);
+        nextest.env("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux"));
+        nextest.env("KATA_TEST_INITRD", small_initrd()?);
         match newer_qemu::program() {
             Ok(program) => drop(nextest.env("KATA_TEST_NEWER_QEMU", program)),
             Err(error) => say(&format!("no newer QEMU to test: {}", shell::chain(&error))),
@@ -28,6 +34,20 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
         eprintln!("    {skip}");
     }
     outcome.and_then(|()| nothing_left())
+}
+
+/// An initramfs whose init says so and ends the machine, for tests of the VMM alone.
+fn small_initrd() -> Chores<PathBuf> {
+    let dir = tree().join("target/small-initrd");
+    let (bin, init) = (dir.join("bin"), dir.join("init"));
+    std::fs::create_dir_all(&bin).map_err(at("create", &bin))?;
+    std::fs::copy("/bin/busybox", bin.join("busybox")).map_err(at("copy busybox to", &bin))?;
+    let script = "#!/bin/busybox sh\n/bin/busybox echo INIT\n/bin/busybox reboot -f\n";
+    std::fs::write(&init, script).map_err(at("write", &init))?;
+    std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755)).map_err(at("mark", &init))?;
+    let pack = "find . | cpio --quiet -o -H newc > ../small-initrd.cpio";
+    shell::run(Command::new("sh").current_dir(&dir).args(["-c", pack]))?;
+    Ok(dir.with_extension("cpio"))
 }
 
 /// Tests that said `skipped: why`, from the runner's report: a skip that nobody sees hides everything.
