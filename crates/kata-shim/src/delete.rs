@@ -45,7 +45,8 @@ pub(crate) fn run(id: &str) -> Result<(), DeleteError> {
 
 fn delete(ground: &Ground) -> Result<(), DeleteError> {
     match UnixStream::connect(ground.socket()) {
-        Ok(stream) => destroy(stream)?,
+        // Nothing is left then, and what has the name from now on is another pod.
+        Ok(stream) => return destroy(stream),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             if let Some(pid) = recorded_owner(&ground.run_dir) {
                 left(pid).then_some(()).ok_or(DeleteError::Unreachable { pid: pid.as_raw_pid() })?;

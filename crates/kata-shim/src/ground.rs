@@ -61,7 +61,7 @@ impl Ground {
     /// Takes the name: makes the pod's directory, which must not exist, and listens in it. Clients can connect from here
     /// on; they are accepted once the pod serves.
     ///
-    /// Changes the umask of the process for a moment: to be called while there is one thread.
+    /// Changes the umask of the process: whatever the pod keeps from then on (state, logs, sockets) is its owner's alone.
     pub(crate) fn claim(&self, id: &str) -> Result<UnixListener, GroundError> {
         let longest = self.run_dir.join(LONGEST_SOCKET).as_os_str().len();
         if longest > SOCKET_PATH_MAX {
@@ -71,12 +71,10 @@ impl Ground {
             });
         }
         // The VMM and its helpers run as users without rights and must get through to their sockets: hence 0711.
-        let before = umask(Mode::WGRP | Mode::WOTH);
+        umask(Mode::WGRP | Mode::WOTH);
         let made = self.make(id);
         umask(Mode::RWXG | Mode::RWXO);
-        let listening = made.and_then(|()| self.listen());
-        umask(before);
-        listening
+        made.and_then(|()| self.listen())
     }
 
     fn make(&self, id: &str) -> Result<(), GroundError> {

@@ -1,7 +1,8 @@
 //! When a pod is over, and when its owner may go.
 //!
 //! ```text
-//!   until_over ──▶ teardown ──▶ linger ──▶ exit
+//!   until_over ──▶ until_delivered ──▶ teardown ──▶ linger ──▶ exit
+//!     │               a client that is still there has the output of the container that ended, however slowly it reads
 //!     first container ended       a client may still ask how it ended: until one was told and all have hung up,
 //!     virtual machine ended       2 s at most; where no container was ever made, as long as one may still come
 //!     client or bound ended
@@ -109,11 +110,13 @@ struct End {
     remove: bool,
     /// Nobody has to be told any more: those who are connected are waited for, nobody else.
     told: bool,
+    /// The container whose end this is.
+    ended: Option<ProcessId>,
 }
 
 impl End {
     fn new(cause: impl Into<String>) -> Self {
-        Self { cause: cause.into(), remove: false, told: false }
+        Self { cause: cause.into(), remove: false, told: false, ended: None }
     }
 }
 
@@ -135,6 +138,8 @@ pub(crate) struct Life {
     /// When the pod is given up for want of a container.
     unused: Instant,
     told: bool,
+    /// The directories are removed: what has their names now is another pod's.
+    cleared: bool,
     destroyers: Vec<oneshot::Sender<Result<(), String>>>,
 }
 
@@ -161,6 +166,7 @@ impl Life {
             creating: 0,
             unused: Instant::now() + UNUSED_BOUND,
             told: false,
+            cleared: false,
             destroyers: Vec::new(),
         };
         (life, Reins(reins))
@@ -168,8 +174,11 @@ impl Life {
 
     /// Lives until the pod is over and torn down, and the process may exit.
     pub(crate) async fn run(mut self) -> Result<(), LifeError> {
-        let end = self.until_over().await;
+        let mut end = self.until_over().await;
         tracing::info!(cause = end.cause, "the pod is over");
+        if let Some(process) = end.ended.take() {
+            self.until_delivered(&process, &mut end).await;
+        }
         self.told |= end.told;
         let mut result = self.sandbox.shutdown().await.map_err(LifeError::Teardown);
         if end.remove {
@@ -182,14 +191,48 @@ impl Life {
         // One that never held a container has nothing to show once its client knows why.
         if self.rm || (self.first.is_none() && self.told) {
             result = result.and_then(|()| self.clear());
-        } else {
+        } else if !self.cleared {
             self.ground.close();
         }
         result
     }
 
-    fn clear(&self) -> Result<(), LifeError> {
-        self.ground.clear().map_err(LifeError::Clear)
+    fn clear(&mut self) -> Result<(), LifeError> {
+        if !self.cleared {
+            self.ground.clear().map_err(LifeError::Clear)?;
+            self.cleared = true;
+        }
+        Ok(())
+    }
+
+    /// Waits for a client that reads slowly, as one with a pager behind it does. Whoever wants the pod's end does not wait,
+    /// and without a connection nobody is there to read.
+    async fn until_delivered(&mut self, process: &ProcessId, end: &mut End) {
+        let sandbox = self.sandbox.clone();
+        let delivered = sandbox.delivered(process);
+        tokio::pin!(delivered);
+        let wanted = loop {
+            if *self.connections.borrow_and_update() == 0 {
+                return;
+            }
+            tokio::select! {
+                // That there is no such process any more means that its client has deleted it.
+                _ = &mut delivered => return,
+                Ok(()) = self.connections.changed() => {}
+                Some(request) = self.requests.recv() => match request {
+                    Request::CreateBegan => self.creating += 1,
+                    Request::CreateEnded => self.creating = self.creating.saturating_sub(1),
+                    Request::Told => self.told = true,
+                    Request::End(_) => break None,
+                    Request::Destroy(answer) => break Some(answer),
+                },
+                _ = self.watch.terminate.recv() => break None,
+                _ = self.watch.interrupt.recv() => break None,
+            }
+        };
+        end.told = true;
+        end.remove |= wanted.is_some();
+        self.destroyers.extend(wanted);
     }
 
     async fn until_over(&mut self) -> End {
@@ -198,6 +241,8 @@ impl Life {
             // A client that is watched may take its time: its image may still be on the way.
             let idle = self.first.is_none() && self.creating == 0 && matches!(client, Client::None);
             let end = tokio::select! {
+                // A client may end the moment it was told of the start: what was said before its end comes first.
+                biased;
                 event = self.events.recv() => match event {
                     Ok(event) => after(event, &mut self.first, &mut self.started),
                     Err(RecvError::Lagged(_)) => caught_up(&self.sandbox, &mut self.first).await,
@@ -276,7 +321,8 @@ fn after(event: Event, first: &mut Option<String>, started: &mut bool) -> Option
             None
         }
         Event::Exited { process, exit } if is_first(&process, first) => {
-            Some(End::new(format!("{process} ended with {}", exit.code)))
+            let cause = format!("{process} ended with {}", exit.code);
+            Some(End { ended: Some(process), ..End::new(cause) })
         }
         Event::Stopped { fault } => {
             Some(End::new(fault.unwrap_or_else(|| "the pod was shut down".to_owned())))

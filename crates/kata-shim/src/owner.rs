@@ -86,7 +86,10 @@ pub(crate) fn run(args: &PodArgs, started: Instant) -> Result<(), OwnerError> {
         tracing::error!("{}", chain(error));
         // A pod that lived keeps its directory, for those who ask what became of it; one that never did leaves no trace.
         if !matches!(error, OwnerError::Life(_)) {
-            ground.clear().map_err(OwnerError::Ground)?;
+            // It must not hide why there is no pod.
+            if let Err(left) = ground.clear() {
+                eprintln!("containerd-shim-kata-v2: {}", chain(&left));
+            }
         }
     }
     served

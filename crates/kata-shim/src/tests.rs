@@ -182,6 +182,39 @@ async fn the_end_of_the_container_is_the_end_of_the_pod() {
     assert!(!ground.socket().exists());
 }
 
+/// As a pager does: it shows the first screen and reads on when a key is pressed.
+#[tokio::test]
+async fn a_client_that_stands_still_gets_all_output_later() {
+    const OUTPUT: usize = 1 << 20;
+    if !able() {
+        return;
+    }
+    let live = Live::new(Setting::default()).await;
+    live.agent.write(OUTPUT);
+    let fifo = live.dir.path().join("stdout");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+    let reader = std::fs::File::from(rustix::fs::open(&fifo, flags, rustix::fs::Mode::empty()).unwrap());
+    let task = live.task().await;
+    let create =
+        CreateTaskRequest { stdout: fifo.display().to_string(), ..live.create_request() };
+    task.create(bound(), &create).await.unwrap();
+    task.start(bound(), &StartRequest { id: "p".into(), ..StartRequest::default() }).await.unwrap();
+    live.agent.exit(0);
+    task.wait(bound(), &wait_request()).await.unwrap();
+    // Longer than a teardown waits for anybody.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    rustix::io::ioctl_fionbio(&reader, false).unwrap();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut all = Vec::new();
+        std::io::Read::read_to_end(&mut { reader }, &mut all).unwrap();
+        all.len()
+    });
+    assert_eq!(read.await.unwrap(), OUTPUT);
+    drop(task);
+    live.over().await;
+}
+
 #[tokio::test]
 async fn a_client_that_comes_a_moment_late_is_still_told() {
     if !able() {
@@ -231,8 +264,12 @@ async fn destroy_answers_when_nothing_is_left() {
     control.destroy(bound(), &DestroyRequest::new()).await.unwrap();
     assert!(!live.ground.run_dir.exists());
     control.destroy(bound(), &DestroyRequest::new()).await.unwrap();
+    // The name is free from here on: what another pod makes under it is not this owner's to take.
+    let next = live.ground.claim("p").unwrap();
     drop((task, control));
-    live.over().await;
+    let (_, ground, _dir) = live.over().await;
+    assert!(ground.socket().exists());
+    drop(next);
 }
 
 #[tokio::test]

@@ -111,6 +111,27 @@ fn volumes_are_shared_both_ways_and_read_only_ones_are_not_written() {
 }
 
 #[test]
+fn file_changed_on_the_host_is_seen_anew_within_two_seconds() {
+    let Some(host) = Host::new() else { return };
+    let dir = host.scratch("changing");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("file"), "one").unwrap();
+    let image = host.image();
+    let volume = format!("{}:/changing", dir.display());
+    let script = "cat /changing/file; echo; touch /changing/read; while ! [ -e /changing/changed ]; do sleep 0.1; done; \
+                  sleep 2; cat /changing/file";
+    let child = host
+        .ctl(["run", "--rm", "-v", &volume, &image, "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    host.wait_for("the first reading", || dir.join("read").exists().then_some(()));
+    std::fs::write(dir.join("file"), "two").unwrap();
+    std::fs::write(dir.join("changed"), "").unwrap();
+    assert_eq!(stdout(&child.wait_with_output().unwrap()), "one\ntwo");
+}
+
+#[test]
 fn a_single_file_can_be_a_volume() {
     let Some(host) = Host::new() else { return };
     let file = host.scratch("motd");

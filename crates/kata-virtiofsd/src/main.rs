@@ -57,7 +57,7 @@ enum Cache {
     Never,
     /// Trust metadata, not data.
     Metadata,
-    /// Trust for a second; data until the file is opened again.
+    /// Trust for a second; data as long as size and time of change stay the same.
     Auto,
     /// Trust for a day: nothing but the guest may write the directory.
     Always,

@@ -7,6 +7,7 @@
 //! ```
 
 mod boot;
+mod exec;
 mod memory;
 mod table;
 mod transfer;
@@ -42,6 +43,8 @@ pub fn run(runs: usize, dry_run: bool) -> Chores {
     let mut rows = Vec::new();
     say("start: first output byte against a bare boot");
     rows.extend(boot::measure(&bench)?);
+    say("exec");
+    rows.extend(exec::measure(&bench)?);
     say("memory");
     rows.extend(memory::measure(&bench)?);
     say("transfer");

@@ -17,15 +17,16 @@ fn a_name_can_be_claimed_once() {
 }
 
 #[test]
-fn others_get_through_the_directory_but_not_to_the_socket() {
+fn others_get_through_the_directory_but_not_to_what_is_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let ground = ground(dir.path());
-    let before = umask(Mode::RWXG | Mode::RWXO);
+    umask(Mode::empty());
     let _listener = ground.claim("p").unwrap();
-    assert_eq!(umask(before), Mode::RWXG | Mode::RWXO, "the umask is given back");
+    std::fs::write(ground.run_dir.join("state.json"), "").unwrap();
     let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
     assert_eq!(mode(&ground.run_dir), 0o711);
     assert_eq!(mode(&ground.socket()), 0o700);
+    assert_eq!(mode(&ground.run_dir.join("state.json")), 0o600);
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use kata_api::agent::{
     CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, Empty, GetOOMEventRequest, OOMEvent,
-    RemoveContainerRequest, SignalProcessRequest, StartContainerRequest, WaitProcessRequest,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, SignalProcessRequest, StartContainerRequest, WaitProcessRequest,
     WaitProcessResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
@@ -20,11 +21,18 @@ use ttrpc::asynchronous::Server;
 #[derive(Clone)]
 pub(super) struct FakeAgent {
     exit: Arc<watch::Sender<Option<i32>>>,
+    /// Bytes of output that are still to be read.
+    output: Arc<AtomicUsize>,
 }
 
 impl FakeAgent {
     pub(super) fn new() -> Self {
-        Self { exit: Arc::new(watch::channel(None).0) }
+        Self { exit: Arc::new(watch::channel(None).0), output: Arc::default() }
+    }
+
+    /// The container's process writes this much.
+    pub(super) fn write(&self, bytes: usize) {
+        self.output.store(bytes, Ordering::SeqCst);
     }
 
     /// Serves on a socket in `dir`, whose path is the answer.
@@ -88,6 +96,13 @@ impl AgentService for FakeAgent {
         let mut exit = self.exit.subscribe();
         let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
         Ok(WaitProcessResponse { status, ..WaitProcessResponse::default() })
+    }
+
+    async fn read_stdout(&self, _: &TtrpcContext, req: ReadStreamRequest) -> ttrpc::Result<ReadStreamResponse> {
+        let left = self.output.load(Ordering::SeqCst);
+        let taken = left.min(usize::try_from(req.len).unwrap());
+        self.output.store(left - taken, Ordering::SeqCst);
+        Ok(ReadStreamResponse { data: vec![b'x'; taken], ..ReadStreamResponse::default() })
     }
 
     async fn get_oom_event(&self, _: &TtrpcContext, _: GetOOMEventRequest) -> ttrpc::Result<OOMEvent> {
