@@ -8,10 +8,11 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::process::{Signal, kill_process_group, setsid};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use tokio::io::Interest;
 
 use crate::reaper::Reaper;
-use crate::{stdio, stream};
+use crate::stream;
 
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
 
@@ -26,7 +27,7 @@ pub fn shell() -> Option<&'static str> {
 /// # Errors
 /// A terminal or a shell that cannot be had.
 pub async fn serve(reaper: &Reaper, shell: &str, peer: OwnedFd) -> io::Result<()> {
-    let (master, slave) = stdio::open_terminal()?;
+    let (master, slave) = open_terminal()?;
     let mut command = Command::new(shell);
     command
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
@@ -53,6 +54,15 @@ pub async fn serve(reaper: &Reaper, shell: &str, peer: OwnedFd) -> io::Result<()
     }
     exit.wait().await;
     Ok(())
+}
+
+/// A new pseudo terminal of the guest's own: master, slave.
+pub(crate) fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags)?;
+    unlockpt(&master)?;
+    let slave = ioctl_tiocgptpeer(&master, flags)?;
+    Ok((master, slave))
 }
 
 fn own_terminal() -> io::Result<()> {

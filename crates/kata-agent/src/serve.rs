@@ -3,11 +3,15 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::stream;
 use kata_api::{Announcement, ports};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::AsyncWriteExt;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
 
 use crate::boot::Timeline;
 use crate::cmdline::Settings;
@@ -50,6 +54,9 @@ pub enum ServeError {
     },
 }
 
+/// How long to wait after a connection could not be accepted.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
 /// Serves until the sandbox is destroyed.
 ///
 /// # Errors
@@ -76,6 +83,8 @@ pub fn run(
         let engine =
             NativeEngine::new(layout, reaper.clone()).map_err(failed("finding the agent's executable"))?;
         let engine = Arc::new(engine);
+        // Only now: what containers are made from has started, and they do not inherit it.
+        raise_descriptor_limit();
         let agent = Arc::new(Agent::new(engine, reaper, Arc::new(modules), settings));
         listen(&agent, logs)?;
         let mut server = serve_rpc(&agent).await?;
@@ -96,12 +105,38 @@ pub fn run(
     })
 }
 
+/// Each process of a container takes half a dozen descriptors, and the kernel's default would do for a hundred of them.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
 async fn serve_rpc(agent: &Arc<Agent>) -> Result<Server, ServeError> {
     let address = agent.settings.server_addr.clone();
     let failed = |source| ServeError::Rpc { address: address.clone(), source };
-    let mut server = Server::new().bind(&address).map_err(failed)?.register_service(rpc::services(agent));
+    let server = match vsock_port(&address) {
+        Some(port) => Server::new().add_listener(connections(bind(port)?)),
+        None => Server::new().bind(&address).map_err(failed)?,
+    };
+    let mut server = server.register_service(rpc::services(agent));
     server.start().await.map_err(failed)?;
     Ok(server)
+}
+
+/// The port of an address `vsock://-1:PORT`, as the guest's own are written.
+fn vsock_port(address: &str) -> Option<u32> {
+    address.strip_prefix("vsock://-1:")?.parse().ok()
+}
+
+/// What [`accept`] takes, for the RPC server.
+fn connections(listener: VsockListener) -> Listener {
+    Listener::new(stream::unfold(listener, |listener| async {
+        let (peer, _) = accept(&listener).await;
+        Some((Ok(peer), listener))
+    }))
 }
 
 /// Listens for logs, streams and, where enabled, the debug console.
@@ -110,14 +145,16 @@ fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
     let log_listener = bind(settings.log_port)?;
     tokio::spawn(async move {
         // One reader at a time: a line goes to one of them.
-        while let Some((peer, _)) = accept(&log_listener).await {
+        loop {
+            let (peer, _) = accept(&log_listener).await;
             logs.serve(peer).await;
         }
     });
     let stream_listener = bind(settings.stream_port)?;
     let streams = agent.streams.clone();
     tokio::spawn(async move {
-        while let Some((peer, address)) = accept(&stream_listener).await {
+        loop {
+            let (peer, address) = accept(&stream_listener).await;
             match plain(&peer) {
                 Ok(peer) => streams.offer(address.port(), peer),
                 Err(error) => tracing::warn!(%error, "taking a stream connection"),
@@ -136,7 +173,8 @@ fn listen_for_consoles(agent: &Arc<Agent>, shell: &'static str) -> Result<(), Se
     let listener = bind(agent.settings.console_port)?;
     let agent = agent.clone();
     tokio::spawn(async move {
-        while let Some((peer, _)) = accept(&listener).await {
+        loop {
+            let (peer, _) = accept(&listener).await;
             let agent = agent.clone();
             tokio::spawn(async move {
                 let served = match plain(&peer) {
@@ -157,14 +195,26 @@ fn bind(port: u32) -> Result<VsockListener, ServeError> {
         .map_err(|source| ServeError::Listen { port, source })
 }
 
-async fn accept(listener: &VsockListener) -> Option<(VsockStream, VsockAddr)> {
-    match listener.accept().await {
-        Ok(accepted) => Some(accepted),
-        Err(error) => {
-            tracing::error!(%error, "accepting a connection: the port is closed");
-            None
+/// The next connection from the host.
+///
+/// Sockets of this family know no namespaces, so containers can dial the guest, too, where its kernel has a loopback for
+/// that. They are turned away: who reaches the agent rules the guest.
+async fn accept(listener: &VsockListener) -> (VsockStream, VsockAddr) {
+    loop {
+        match listener.accept().await {
+            Ok((peer, address)) if is_host(address) => return (peer, address),
+            Ok((_, address)) => tracing::debug!(%address, "refused a connection from within the guest"),
+            Err(error) => {
+                // Out of descriptors or memory, say: that passes, and a closed port would be the end of the sandbox.
+                tracing::error!(%error, "accepting a connection");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
         }
     }
+}
+
+fn is_host(peer: VsockAddr) -> bool {
+    peer.cid() == VMADDR_CID_HOST
 }
 
 /// The connection as a descriptor, which the stream no longer watches.
@@ -189,5 +239,27 @@ async fn announce(timeline: Timeline) {
     };
     if let Err(error) = told.await {
         tracing::debug!(%error, "the host does not want an announcement");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_vsock::VMADDR_CID_LOCAL;
+
+    use super::*;
+
+    #[test]
+    fn only_the_host_is_let_in() {
+        assert!(is_host(VsockAddr::new(VMADDR_CID_HOST, 1)));
+        for cid in [VMADDR_CID_LOCAL, 3, VMADDR_CID_ANY] {
+            assert!(!is_host(VsockAddr::new(cid, 1)), "{cid}");
+        }
+    }
+
+    #[test]
+    fn the_default_address_is_served_with_that_check() {
+        assert_eq!(vsock_port(&Settings::default().server_addr), Some(ports::AGENT));
+        assert_eq!(vsock_port("unix:///run/agent.sock"), None);
+        assert_eq!(vsock_port("vsock://2:1"), None);
     }
 }

@@ -8,7 +8,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -44,7 +43,6 @@ pub struct Stdio {
     output_peer: Option<OwnedFd>,
     error: Option<AsyncFd<OwnedFd>>,
     error_peer: Option<OwnedFd>,
-    terminal: Option<OwnedFd>,
 }
 
 /// A failed use of a process's streams.
@@ -74,10 +72,11 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> StreamError {
     move |source| StreamError::Io { what, source: source.into() }
 }
 
-/// Makes the streams of a process: the ends it gets, and the agent's.
+/// Makes the streams of a process: the ends it gets, and the agent's. A terminal is not among them: the engine makes
+/// it with the process, for [`Stdio::attach`].
 ///
 /// # Errors
-/// A port without a connection; pipes or terminals that cannot be made.
+/// A port without a connection; pipes that cannot be made.
 pub async fn prepare(
     streams: &Streams,
     ports: Ports,
@@ -88,13 +87,6 @@ pub async fn prepare(
     stdio.input_peer = claim(streams, ports.stdin).await?;
     stdio.output_peer = claim(streams, ports.stdout).await?;
     if terminal {
-        let (master, slave) = open_terminal().map_err(failed("opening a terminal"))?;
-        let watching = failed("watching a terminal");
-        let clone = || master.try_clone().map_err(failed("duplicating a terminal"));
-        stdio.input = Some(stream::watch(clone()?, Interest::WRITABLE).map_err(&watching)?);
-        stdio.output = Some(stream::watch(clone()?, Interest::READABLE).map_err(&watching)?);
-        stdio.terminal = Some(master);
-        io.terminal = Some(slave);
         return Ok((io, stdio));
     }
     stdio.error_peer = claim(streams, ports.stderr).await?;
@@ -130,19 +122,6 @@ fn output_pipe(size: usize) -> Result<OutputPipe, StreamError> {
     Ok((Some(theirs), Some(stream::watch(ours, Interest::READABLE).map_err(failed("watching a pipe"))?)))
 }
 
-/// A new pseudo terminal: master, slave.
-///
-/// # Errors
-/// Whatever the system says.
-pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = openpt(flags)?;
-    grantpt(&master)?;
-    unlockpt(&master)?;
-    let slave = ioctl_tiocgptpeer(&master, flags)?;
-    Ok((master, slave))
-}
-
 /// The streams of a running process, for requests.
 #[derive(Debug)]
 pub struct Attached {
@@ -154,11 +133,19 @@ pub struct Attached {
 }
 
 impl Stdio {
-    /// Starts copying for the process that ends with `exit`; what is not copied is left to requests.
-    #[must_use]
-    pub fn attach(mut self, exit: &ExitReceiver) -> Attached {
+    /// Starts copying for the process that ends with `exit` and, if it has a terminal, runs on that of this master; what
+    /// is not copied is left to requests.
+    ///
+    /// # Errors
+    /// A terminal that cannot be watched. It is closed then, which hangs up on the process.
+    pub fn attach(mut self, exit: &ExitReceiver, terminal: Option<OwnedFd>) -> Result<Attached, StreamError> {
         let close_stdin = Arc::new(Notify::new());
-        let is_terminal = self.terminal.is_some();
+        let is_terminal = terminal.is_some();
+        if let Some(master) = &terminal {
+            let watch = |interest| master.try_clone().and_then(|master| stream::watch(master, interest));
+            self.input = Some(watch(Interest::WRITABLE).map_err(failed("watching a terminal"))?);
+            self.output = Some(watch(Interest::READABLE).map_err(failed("watching a terminal"))?);
+        }
         if let (Some(peer), Some(_)) = (self.input_peer.take(), &self.input)
             && let Some(sink) = self.input.take()
         {
@@ -168,7 +155,7 @@ impl Stdio {
         let stdout = copy_output(self.output.take(), self.output_peer.take(), "stdout");
         let stderr = copy_output(self.error.take(), self.error_peer.take(), "stderr");
         let stdin = Mutex::new(self.input.map(Arc::new));
-        Attached { stdin, stdout, stderr, terminal: self.terminal, close_stdin }
+        Ok(Attached { stdin, stdout, stderr, terminal, close_stdin })
     }
 }
 

@@ -13,6 +13,8 @@ mod kernel;
 mod modules;
 mod tool;
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -84,7 +86,7 @@ pub enum BuildError {
         source: io::Error,
     },
     /// The output directory holds something else.
-    #[error("{} is not empty and no guest image: choose another output directory", path.display())]
+    #[error("{} holds something that is not part of a guest image: choose another output directory", path.display())]
     Occupied {
         /// Its path.
         path: PathBuf,
@@ -135,8 +137,11 @@ impl ImageBuilder {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             result => result.map_err(file(path))?,
         };
-        if entries.count() > 0 && !path.join(crate::manifest::FILE_NAME).exists() {
-            return Err(BuildError::Occupied { path: path.clone() });
+        let image = image_files(path);
+        for entry in entries {
+            if !image.contains(&entry.map_err(file(path))?.file_name()) {
+                return Err(BuildError::Occupied { path: path.clone() });
+            }
         }
         Ok(())
     }
@@ -186,6 +191,19 @@ fn pack(
     };
     manifest.modules = plan.boot.into_iter().map(|module| module.name).collect();
     Ok(manifest)
+}
+
+/// What the image in `dir` consists of; nothing if there is none. An image is known by the shape of its manifest, be that
+/// of another version: many things have a file of that name, and all that is in the directory is going to be replaced.
+fn image_files(dir: &Path) -> HashSet<OsString> {
+    let manifest = fs::read(dir.join(crate::manifest::FILE_NAME)).unwrap_or_default();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap_or_default();
+    let path = |key| Some(manifest.get(key)?.get("path")?.as_str()?.into());
+    if !manifest.get("agent").is_some_and(serde_json::Value::is_object) || path("kernel").is_none() {
+        return HashSet::new();
+    }
+    let files = ["kernel", "initrd", "image"].into_iter().filter_map(path);
+    files.chain([crate::manifest::FILE_NAME.into()]).collect()
 }
 
 /// Names the file in an IO error.

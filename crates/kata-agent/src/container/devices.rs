@@ -5,8 +5,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, makedev, mknodat, openat, statat,
-    symlinkat, unlinkat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, openat, statat, symlinkat,
+    unlinkat,
 };
 use rustix::io::{self, Errno};
 
@@ -78,9 +78,8 @@ fn make(tree: &Tree, device: &DevicePlan) -> Result<(), Failure> {
         Err(error) => return Err(failed(error)),
     }
     let owner = (Some(Uid::from_raw(device.uid)), Some(Gid::from_raw(device.gid)));
-    let owned = chownat(&directory, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)
-        .and_then(|()| chmodat(&directory, name, mode, AtFlags::empty()));
-    owned.map_err(failed)
+    // The mode is as asked: there is no umask. By its name it could not be changed without following a symlink.
+    chownat(&directory, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)
 }
 
 /// Binds the guest's node of the same path and number into the container.

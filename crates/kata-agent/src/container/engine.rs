@@ -19,7 +19,7 @@ use super::cgroup::{Cgroup, OomEvents};
 use super::plan::{Plan, ProcessPlan};
 use super::template::Template;
 use super::wire::{self, Answer, Attached, Request, Task};
-use super::{Engine, EngineError, ProcessIo};
+use super::{Engine, EngineError, ProcessIo, Spawned};
 use crate::reaper::Reaper;
 
 /// Where the engine finds what it needs.
@@ -112,7 +112,7 @@ impl NativeEngine {
         spec: &Spec,
         bundle: &Path,
         io: &ProcessIo,
-    ) -> Result<Init, EngineError> {
+    ) -> Result<(Init, Option<OwnedFd>), EngineError> {
         let id = unfinished.id.clone();
         let plan = Plan::of(&id, spec, bundle)?;
         let linux = spec.linux().as_ref();
@@ -126,12 +126,16 @@ impl NativeEngine {
         let namespaces = plan.container.namespaces();
         let request = Request { process: plan.process, task: Task::Create(Box::new(plan.container)) };
         let mut gate = self.ask(&request, &[], attach(io, cgroup.directory(), None)).await?;
-        let made = Made::read(&id, &mut gate).await?;
-        let (Some(init), true) = (made.pid, made.ready) else { return Err(EngineError::Ended(id)) };
+        let mut made = Made::read(&id, &mut gate).await?;
+        if !made.ready {
+            return Err(EngineError::Ended(id));
+        }
+        let filter = std::mem::take(&mut made.filter);
+        let Spawned { pid: init, terminal } = made.spawned(&id, &request.process)?;
         // A child of this process that nobody has waited for: its number is still its own.
         let pidfd = pidfd_open(init, PidfdFlags::empty())
             .map_err(|error| EngineError::setup("hold the init", error))?;
-        Ok(Init { init, pidfd, namespaces, filter: made.filter, gate })
+        Ok((Init { init, pidfd, namespaces, filter, gate }, terminal))
     }
 }
 
@@ -220,7 +224,6 @@ fn attach<'fd>(
         stdin: borrow(&io.stdin),
         stdout: borrow(&io.stdout),
         stderr: borrow(&io.stderr),
-        terminal: borrow(&io.terminal),
         init,
     }
 }
@@ -230,6 +233,7 @@ fn attach<'fd>(
 struct Made {
     filter: Vec<u8>,
     pid: Option<Pid>,
+    terminal: Option<OwnedFd>,
     ready: bool,
 }
 
@@ -242,11 +246,22 @@ impl Made {
                 None => break,
                 Some(Answer::Filter(filter)) => made.filter = filter,
                 Some(Answer::Pid(pid)) => made.pid = Pid::from_raw(pid),
+                Some(Answer::Terminal(master)) => made.terminal = Some(master),
                 Some(Answer::Ready) => made.ready = true,
                 Some(Answer::Failed(failure)) => return Err(failure.into_error()),
             }
         }
         Ok(made)
+    }
+
+    /// The process, if it got as far as `plan` needs it.
+    fn spawned(self, id: &str, plan: &ProcessPlan) -> Result<Spawned, EngineError> {
+        match (self.pid, self.terminal) {
+            (Some(pid), terminal) if terminal.is_some() == plan.terminal.is_some() => {
+                Ok(Spawned { pid, terminal })
+            }
+            _ => Err(EngineError::Ended(id.to_owned())),
+        }
     }
 }
 
@@ -264,13 +279,13 @@ impl Container {
         EngineError::WrongState { id: self.id.clone(), state }
     }
 
-    /// Enters the container with a new process and gives its pid once it has run its program.
+    /// Enters the container with a new process and gives it once it has run its program.
     async fn enter(
         &self,
         engine: &NativeEngine,
         process: &Process,
         io: &ProcessIo,
-    ) -> Result<Pid, EngineError> {
+    ) -> Result<Spawned, EngineError> {
         let process = ProcessPlan::of(process)?;
         if self.state().paused {
             return Err(self.wrong("paused"));
@@ -299,20 +314,28 @@ impl Container {
         request: &Request,
         io: &ProcessIo,
         cgroup: BorrowedFd<'_>,
-    ) -> Result<Pid, EngineError> {
+    ) -> Result<Spawned, EngineError> {
         let attached = attach(io, cgroup, Some(self.pidfd.as_fd()));
         let mut socket = engine.ask(request, &self.filter, attached).await?;
-        let made = Made::read(&self.id, &mut socket).await?;
-        made.pid.ok_or_else(|| EngineError::Ended(self.id.clone()))
+        Made::read(&self.id, &mut socket).await?.spawned(&self.id, &request.process)
     }
 }
 
 #[async_trait]
 impl Engine for NativeEngine {
-    async fn create(&self, id: &str, spec: &Spec, bundle: &Path, io: ProcessIo) -> Result<Pid, EngineError> {
+    async fn create(
+        &self,
+        id: &str,
+        spec: &Spec,
+        bundle: &Path,
+        io: ProcessIo,
+    ) -> Result<Spawned, EngineError> {
         let mut unfinished = Unfinished::take(&self.containers, id)?;
         match self.make(&mut unfinished, spec, bundle, &io).await {
-            Ok(process) => unfinished.finish(|cgroup| process.container(id, cgroup)),
+            Ok((init, terminal)) => {
+                let pid = unfinished.finish(|cgroup| init.container(id, cgroup))?;
+                Ok(Spawned { pid, terminal })
+            }
             Err(error) => {
                 if let Some(undone) = unfinished.undo() {
                     // It does not panic, and one that is cancelled has no runtime to wait in either.
@@ -337,7 +360,7 @@ impl Engine for NativeEngine {
         }
     }
 
-    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Pid, EngineError> {
+    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Spawned, EngineError> {
         self.container(id)?.enter(self, process, &io).await
     }
 

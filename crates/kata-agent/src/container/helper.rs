@@ -147,11 +147,6 @@ fn exec(
 /// Copies mounts that only this mount namespace can copy.
 fn prepare(plan: &ContainerPlan, attached: &Attached<OwnedFd>) -> Result<Prepared, Failure> {
     let mut prepared = Prepared::default();
-    if let Some(terminal) = &attached.terminal {
-        let copy = clone_mount(terminal.as_fd(), "", false);
-        prepared.console =
-            Some(copy.map_err(|error| Failure::setup("copy the mount of the terminal", error))?);
-    }
     // Without a cgroup namespace a new mount would show the whole guest.
     if plan.create & NEWCGROUP == 0
         && let Some(cgroup) = &attached.cgroup
@@ -179,20 +174,16 @@ fn join(kind: u32, path: &std::path::Path) -> Result<(), Failure> {
     move_into_link_name_space(namespace.as_fd(), Some(kind)).map_err(failed)
 }
 
-/// The three streams; what was not given is the guest's null device, opened while its `/dev` is at hand.
+/// The three streams of a process without a terminal; what was not given is the guest's null device, opened while its
+/// `/dev` is at hand.
 fn streams(attached: &Attached<OwnedFd>) -> Result<Streams, Failure> {
     let copy = |fd: &OwnedFd| fd.try_clone().map_err(|error| Failure::setup("copy a stream", error));
     let null = || {
         openat(CWD, "/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(|error| Failure::setup("open /dev/null", error))
     };
-    if let Some(terminal) = &attached.terminal {
-        let list = [copy(terminal)?, copy(terminal)?, copy(terminal)?];
-        return Ok(Streams { list, terminal: true });
-    }
     let one = |fd: &Option<OwnedFd>| fd.as_ref().map_or_else(null, copy);
-    let list = [one(&attached.stdin)?, one(&attached.stdout)?, one(&attached.stderr)?];
-    Ok(Streams { list, terminal: false })
+    Ok([one(&attached.stdin)?, one(&attached.stdout)?, one(&attached.stderr)?])
 }
 
 /// Forks into new namespaces and the cgroup, as a sibling. Gives 0 in the child, else its pid here.

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!  namespaces, root     everything that needs the guest's files
+//!  terminal             in the container's devpts; its master goes to the agent
 //!  streams, close all   no descriptor of the agent survives
 //!  cwd, limits          as root
 //!  bounding set, ids    capabilities kept, but not effective beyond the plan
@@ -20,7 +21,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Gid, Mode, OFlags, Uid, openat};
+use rustix::fs::{CWD, Gid, Mode, OFlags, Uid, openat};
 use rustix::io::Errno;
 use rustix::thread::{
     CapabilitySet, ThreadNameSpaceType, UnshareFlags, capabilities, move_into_thread_name_spaces,
@@ -31,17 +32,15 @@ use rustix::thread::{
 use super::capabilities::CapabilityPlan;
 use super::filesystem::last_errno;
 use super::lookup;
-use super::plan::{ContainerPlan, ProcessPlan, Rlimit, flag_of};
+use super::plan::{ContainerPlan, ProcessPlan, Rlimit, TerminalPlan, flag_of};
 use super::rootfs::{self, Prepared};
 use super::seccomp::Filter;
+use super::terminal::Terminal;
+use super::tree::Tree;
 use super::wire::{self, Answer, Failure};
 
-/// Standard input, output and error of a process.
-pub(super) struct Streams {
-    pub list: [OwnedFd; 3],
-    /// Whether they are a terminal that the process is to control.
-    pub terminal: bool,
-}
+/// Standard input, output and error of a process, unless it has a terminal.
+pub(super) type Streams = [OwnedFd; 3];
 
 /// Where the process comes to live.
 pub(super) enum Place<'fd> {
@@ -76,15 +75,12 @@ fn become_process(
     rustix::process::setsid().map_err(|error| Failure::setup("make a session", error))?;
     rustix::process::umask(Mode::empty());
     let gated = matches!(place, Place::New { .. });
-    match place {
-        Place::New { plan, prepared, sysctls } => furnish(&plan, prepared, sysctls)?,
-        Place::Existing { cgroup_namespace: Some(init) } => {
-            move_into_thread_name_spaces(init, ThreadNameSpaceType::CONTROL_GROUP)
-                .map_err(|error| Failure::setup("enter the cgroup namespace of the container", error))?;
-        }
-        Place::Existing { cgroup_namespace: None } => {}
-    }
-    take_streams(socket, streams, process.uid)?;
+    let terminal = match place {
+        Place::New { plan, prepared, sysctls } => furnish(&plan, prepared, sysctls, process.terminal)?,
+        Place::Existing { cgroup_namespace } => settle(cgroup_namespace, process.terminal)?,
+    };
+    let slave = terminal.map(|terminal| hand_over(socket, terminal)).transpose()?;
+    take_streams(socket, streams, slave, process.uid)?;
     let late_cwd = enter_cwd(&process.cwd)?;
     let env = environment(process);
     for limit in &process.rlimits {
@@ -106,8 +102,13 @@ fn become_process(
     Err(lookup::exec_failure(program, error))
 }
 
-/// New namespaces: names, network, root, kernel parameters.
-fn furnish(plan: &ContainerPlan, prepared: Prepared, sysctls: Option<OwnedFd>) -> Result<(), Failure> {
+/// New namespaces: names, network, root, kernel parameters. Gives the terminal asked for.
+fn furnish(
+    plan: &ContainerPlan,
+    prepared: Prepared,
+    sysctls: Option<OwnedFd>,
+    terminal: Option<TerminalPlan>,
+) -> Result<Option<Terminal>, Failure> {
     if plan.create & flag_of(libc::CLONE_NEWCGROUP) != 0 {
         // SAFETY: file descriptor tables are not unshared.
         let unshared = unsafe { unshare_unsafe(UnshareFlags::NEWCGROUP) };
@@ -124,8 +125,8 @@ fn furnish(plan: &ContainerPlan, prepared: Prepared, sysctls: Option<OwnedFd>) -
         rustix::system::setdomainname(name.as_bytes())
             .map_err(|error| Failure::setup("set the domainname", error))?;
     }
-    rootfs::enter(plan, prepared)?;
-    let Some(parameters) = sysctls else { return Ok(()) };
+    let terminal = rootfs::enter(plan, prepared, terminal)?;
+    let Some(parameters) = sysctls else { return Ok(terminal) };
     for (path, value) in &plan.sysctls {
         let written = openat(&parameters, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .and_then(|file| rustix::io::write(&file, value.as_bytes()));
@@ -133,7 +134,30 @@ fn furnish(plan: &ContainerPlan, prepared: Prepared, sysctls: Option<OwnedFd>) -
             Failure::setup(format!("write {value:?} to /proc/sys/{}", path.display()), error)
         })?;
     }
-    Ok(())
+    Ok(terminal)
+}
+
+/// Namespaces of others: the one that only the process itself can enter. Gives the terminal asked for.
+fn settle(
+    cgroup_namespace: Option<BorrowedFd<'_>>,
+    terminal: Option<TerminalPlan>,
+) -> Result<Option<Terminal>, Failure> {
+    if let Some(init) = cgroup_namespace {
+        move_into_thread_name_spaces(init, ThreadNameSpaceType::CONTROL_GROUP)
+            .map_err(|error| Failure::setup("enter the cgroup namespace of the container", error))?;
+    }
+    let Some(terminal) = terminal else { return Ok(None) };
+    let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| Failure::setup("open the root of the container", error))?;
+    Terminal::open(&Tree::new(root), terminal).map(Some)
+}
+
+/// The agent gets the master, and nobody in the container.
+fn hand_over(socket: &UnixStream, terminal: Terminal) -> Result<OwnedFd, Failure> {
+    let Terminal { master, slave } = terminal;
+    let sent = wire::answer(socket, &Answer::Terminal(master));
+    sent.map_err(|error| Failure::setup("hand the terminal to the agent", error))?;
+    Ok(slave)
 }
 
 /// A network namespace starts with its loopback device down.
@@ -154,16 +178,21 @@ fn raise_loopback() -> Result<(), Errno> {
 /// The number the control socket moves to; it closes on `execve`.
 const SOCKET: i32 = 3;
 
-/// Puts the streams on 0, 1 and 2, the control socket on 3, and closes everything else.
-fn take_streams(socket: &mut UnixStream, streams: Streams, uid: u32) -> Result<(), Failure> {
+/// Puts the streams, or the terminal, on 0, 1 and 2, the control socket on 3, and closes everything else.
+fn take_streams(
+    socket: &mut UnixStream,
+    streams: Streams,
+    terminal: Option<OwnedFd>,
+    uid: u32,
+) -> Result<(), Failure> {
     let failed = |error| Failure::setup("set up the standard streams", error);
-    let [stdin, stdout, stderr] = &streams.list;
+    let [stdin, stdout, stderr] = streams.each_ref().map(|stream| terminal.as_ref().unwrap_or(stream));
     rustix::stdio::dup2_stdin(stdin).map_err(failed)?;
     rustix::stdio::dup2_stdout(stdout).map_err(failed)?;
     rustix::stdio::dup2_stderr(stderr).map_err(failed)?;
-    let mine = streams.list;
+    let controlled = terminal.is_some();
     // They are closed with all others below, while the socket's place may be one of theirs.
-    for fd in mine {
+    for fd in streams.into_iter().chain(terminal) {
         std::mem::forget(fd);
     }
     move_socket(socket).map_err(failed)?;
@@ -172,7 +201,7 @@ fn take_streams(socket: &mut UnixStream, streams: Streams, uid: u32) -> Result<(
     if closed != 0 {
         return Err(failed(last_errno()));
     }
-    if streams.terminal {
+    if controlled {
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())
             .map_err(|error| Failure::setup("take the controlling terminal", error))?;
     }
@@ -197,6 +226,7 @@ fn move_socket(socket: &mut UnixStream) -> Result<(), Errno> {
 }
 
 /// Lets a process that is not root open its own `/dev/stdout`. Best effort: some descriptors have no owner to change.
+/// The group stays: a terminal has the one that devpts is mounted with.
 fn own_streams(uid: u32) {
     if uid == 0 {
         return;

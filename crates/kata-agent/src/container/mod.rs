@@ -8,7 +8,8 @@
 //!  a socket ──────────────────────▶ forks ─────────▶ reads request and fds
 //!                       ◀── seccomp filter ───────── compiles the profile
 //!                       ◀── pid ──────────────────── clone3(INTO_CGROUP) ───────▶ mounts, pivot_root,
-//!                                                    exits                        ids, lookup
+//!                                                    exits                        terminal, ids, lookup
+//!                       ◀── master of a terminal ────────────────────────────────
 //!                       ◀── ready ─────────────────────────────────────────────── waits at the gate
 //!  start: opens the gate  ──────────────────────────────────────────────────────▶ seccomp, capabilities, execve
 //!                       ◀── socket closed by exec, or the error ─────────────────
@@ -43,6 +44,7 @@ mod plan;
 mod rootfs;
 mod seccomp;
 mod template;
+mod terminal;
 mod tree;
 mod wire;
 
@@ -55,7 +57,8 @@ pub use rootfs::make_root_pivotable;
 /// `argv[0]` of the helper process. `main` calls [`helper_main`] when it sees this, before anything else.
 pub const HELPER_NAME: &str = "kata-agent-container";
 
-/// The standard streams of a process. `None` is `/dev/null`.
+/// The standard streams of a process without a terminal. `None` is `/dev/null`. With `process.terminal` none of this is
+/// looked at: the terminal is all three.
 #[derive(Debug, Default)]
 pub struct ProcessIo {
     /// Read end of a pipe.
@@ -64,8 +67,15 @@ pub struct ProcessIo {
     pub stdout: Option<OwnedFd>,
     /// Write end of a pipe.
     pub stderr: Option<OwnedFd>,
-    /// The slave of a pseudo terminal, opened in the agent's mount namespace: it becomes all three streams and the
-    /// controlling terminal, and the other fields are not looked at.
+}
+
+/// A process that was made.
+#[derive(Debug)]
+pub struct Spawned {
+    /// By the agent's pid namespace. It is a child of the agent: register it with the reaper.
+    pub pid: Pid,
+    /// With `process.terminal`, the master of the process's terminal, which lives in the container's own devpts and is
+    /// as large as `process.consoleSize` says.
     pub terminal: Option<OwnedFd>,
 }
 
@@ -74,12 +84,18 @@ pub struct ProcessIo {
 pub trait Engine: Send + Sync {
     /// Makes the container and its init, which waits before its `execve` with everything else done.
     ///
-    /// `bundle` is what a relative `root.path` is relative to. The pid is a child of the agent: register it with the
-    /// reaper. Nothing is left behind when this fails or is dropped halfway.
+    /// `bundle` is what a relative `root.path` is relative to. Nothing is left behind when this fails or is dropped
+    /// halfway.
     ///
     /// # Errors
     /// Spec refused, command not found or not executable, or the step of the setup that failed.
-    async fn create(&self, id: &str, spec: &Spec, bundle: &Path, io: ProcessIo) -> Result<Pid, EngineError>;
+    async fn create(
+        &self,
+        id: &str,
+        spec: &Spec,
+        bundle: &Path,
+        io: ProcessIo,
+    ) -> Result<Spawned, EngineError>;
 
     /// Lets the init run; returns once its `execve` has succeeded.
     ///
@@ -87,12 +103,11 @@ pub trait Engine: Send + Sync {
     /// Unknown container, started before, or `execve` failed (the init is gone then).
     async fn start(&self, id: &str) -> Result<(), EngineError>;
 
-    /// Runs another process in the container and returns its pid once its `execve` has succeeded. The pid is a child
-    /// of the agent: register it with the reaper (it may have ended already).
+    /// Runs another process in the container and returns once its `execve` has succeeded (it may have ended already).
     ///
     /// # Errors
     /// As [`create`](Self::create); also a container whose init has ended or that is paused.
-    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Pid, EngineError>;
+    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Spawned, EngineError>;
 
     /// Sends `signal` to every process of the container, those of execs included.
     ///

@@ -16,21 +16,25 @@ use rustix::process::{chdir, chroot, fchdir, pivot_root};
 
 use super::devices;
 use super::filesystem::{Change, attach, change, clone_mount, new_mount};
-use super::plan::{ContainerPlan, MountPlan, MountSource};
+use super::plan::{ContainerPlan, MountPlan, MountSource, TerminalPlan};
+use super::terminal::Terminal;
 use super::tree::{Node, Tree, is_directory};
 use super::wire::Failure;
 
 /// Mounts that had to be copied in the agent's mount namespace, before the container's own was made.
 #[derive(Debug, Default)]
 pub(super) struct Prepared {
-    /// The slave of the pseudo terminal, for `/dev/console`.
-    pub console: Option<OwnedFd>,
     /// The container's cgroup directory, once for each mount of it that cannot be a mount of its own.
     pub cgroups: Vec<OwnedFd>,
 }
 
-/// Builds the root by `plan` and makes it the root of this process. Needs a mount namespace of its own.
-pub(super) fn enter(plan: &ContainerPlan, mut prepared: Prepared) -> Result<(), Failure> {
+/// Builds the root by `plan` and makes it the root of this process. Needs a mount namespace of its own. Gives the
+/// terminal asked for, which is also at `/dev/console`.
+pub(super) fn enter(
+    plan: &ContainerPlan,
+    mut prepared: Prepared,
+    terminal: Option<TerminalPlan>,
+) -> Result<Option<Terminal>, Failure> {
     let from_guest = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     mount_change("/", from_guest)
         .map_err(|error| Failure::setup("cut the mounts off from the guest's", error))?;
@@ -42,13 +46,20 @@ pub(super) fn enter(plan: &ContainerPlan, mut prepared: Prepared) -> Result<(), 
     if !plan.mounts.iter().any(dev_is_bind) {
         devices::populate(&tree, &plan.devices)?;
     }
-    if let Some(console) = prepared.console {
-        let target = tree.find_or_make(Path::new("/dev/console"), Node::File);
-        let mounted = target.and_then(|target| attach(console.as_fd(), target.as_fd()));
-        mounted.map_err(|error| Failure::setup("mount the terminal at /dev/console", error))?;
-    }
+    let terminal = terminal.map(|terminal| console(&tree, terminal)).transpose()?;
     protect(&tree, plan)?;
-    pivot(&tree, plan)
+    pivot(&tree, plan)?;
+    Ok(terminal)
+}
+
+fn console(tree: &Tree, plan: TerminalPlan) -> Result<Terminal, Failure> {
+    let terminal = Terminal::open(tree, plan)?;
+    let mounted = clone_mount(terminal.slave.as_fd(), "", false).and_then(|console| {
+        let target = tree.find_or_make(Path::new("/dev/console"), Node::File)?;
+        attach(console.as_fd(), target.as_fd())
+    });
+    mounted.map_err(|error| Failure::setup("mount the terminal at /dev/console", error))?;
+    Ok(terminal)
 }
 
 /// The root has to be a mount to be pivoted to: a copy of the mount it is in, put on top of it.

@@ -3,7 +3,7 @@
 //! ```text
 //!  template: one byte + SCM_RIGHTS, the socket of the request, on a socket of its own
 //!  request:  head (length u32, filter length u32, mask of file descriptors u32) + SCM_RIGHTS │ JSON │ filter
-//!  answer:   kind u8, length u32 │ payload
+//!  answer:   kind u8, length u32 (+ SCM_RIGHTS, the master of a terminal) │ payload
 //!  gate:     one byte down
 //! ```
 //!
@@ -21,7 +21,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 
 use super::EngineError;
 use super::plan::{ContainerPlan, ProcessPlan};
@@ -50,20 +50,19 @@ pub(super) struct Attached<Fd> {
     pub stdin: Option<Fd>,
     pub stdout: Option<Fd>,
     pub stderr: Option<Fd>,
-    pub terminal: Option<Fd>,
     /// pidfd of the container's init.
     pub init: Option<Fd>,
 }
 
-const FDS: usize = 6;
+const FDS: usize = 5;
 
 impl<Fd> Attached<Fd> {
     fn into_list(self) -> [Option<Fd>; FDS] {
-        [self.cgroup, self.stdin, self.stdout, self.stderr, self.terminal, self.init]
+        [self.cgroup, self.stdin, self.stdout, self.stderr, self.init]
     }
 
-    fn from_list([cgroup, stdin, stdout, stderr, terminal, init]: [Option<Fd>; FDS]) -> Self {
-        Self { cgroup, stdin, stdout, stderr, terminal, init }
+    fn from_list([cgroup, stdin, stdout, stderr, init]: [Option<Fd>; FDS]) -> Self {
+        Self { cgroup, stdin, stdout, stderr, init }
     }
 }
 
@@ -132,6 +131,8 @@ pub(super) enum Answer {
     Filter(Vec<u8>),
     /// The process, by the agent's pid namespace.
     Pid(i32),
+    /// The master of the process's terminal.
+    Terminal(OwnedFd),
     /// The process waits at the gate.
     Ready,
     /// It is over.
@@ -158,29 +159,39 @@ fn length(length: usize) -> io::Result<[u8; 4]> {
 
 /// Agent side: gives the template process a socket, to fork a helper for it.
 pub(super) fn send_socket(template: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> io::Result<()> {
+    send_with(template, b"s", socket, SendFlags::DONTWAIT)
+}
+
+/// Sends a few bytes along with a file descriptor.
+fn send_with(socket: BorrowedFd<'_>, bytes: &[u8], fd: BorrowedFd<'_>, flags: SendFlags) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let list = [socket];
+    let list = [fd];
     control.push(SendAncillaryMessage::ScmRights(&list));
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    sendmsg(template, &[IoSlice::new(b"s")], &mut control, flags)?;
-    Ok(())
+    let sent = sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags | SendFlags::NOSIGNAL)?;
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Receives bytes, how many it tells, and the file descriptor that came along.
+fn receive_with(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> rustix::io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let receive = || recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    let length = rustix::io::retry_on_intr(receive)?.bytes;
+    let fd = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut received) => received.next(),
+        _ => None,
+    });
+    Ok((length, fd))
 }
 
 /// Template side: the next socket; `None` when the agent has gone.
 pub(super) fn receive_socket(agent: BorrowedFd<'_>) -> io::Result<Option<UnixStream>> {
-    let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let receive = || recvmsg(agent, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC);
-    if rustix::io::retry_on_intr(receive)?.bytes == 0 {
-        return Ok(None);
+    match receive_with(agent, &mut [0])? {
+        (0, _) => Ok(None),
+        (_, Some(socket)) => Ok(Some(socket.into())),
+        (_, None) => Err(io::ErrorKind::InvalidData.into()),
     }
-    let socket = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut received) => received.next(),
-        _ => None,
-    });
-    socket.map(|socket| Some(socket.into())).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// Agent side: sends a request. The socket takes the head at once: it is new.
@@ -211,10 +222,14 @@ pub(super) async fn send_request(
 /// Agent side: the next answer, or `None` once nobody can answer any more.
 pub(super) async fn next_answer(socket: &mut tokio::net::UnixStream) -> io::Result<Option<Answer>> {
     let mut head = [0; 5];
-    match socket.read_exact(&mut head).await {
-        Err(error) if gone(&error) => return Ok(None),
+    // A frame is one write, so its file descriptor comes with its first byte.
+    let receive = || Ok(receive_with(socket.as_fd(), &mut head)?);
+    let (length, fd) = match socket.async_io(Interest::READABLE, receive).await {
+        Ok((0, _)) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
         result => result?,
     };
+    socket.read_exact(head.get_mut(length..).unwrap_or_default()).await?;
     let [kind, size @ ..] = head;
     let mut payload = vec![0; word(&size, 0).min(LONGEST)];
     socket.read_exact(&mut payload).await?;
@@ -222,14 +237,11 @@ pub(super) async fn next_answer(socket: &mut tokio::net::UnixStream) -> io::Resu
     Ok(Some(match kind {
         b'f' => Answer::Filter(payload),
         b'p' => Answer::Pid(i32::from_ne_bytes(payload.try_into().map_err(|_| invalid())?)),
+        b't' => Answer::Terminal(fd.ok_or_else(invalid)?),
         b'r' => Answer::Ready,
         b'e' => Answer::Failed(serde_json::from_slice(&payload)?),
         _ => return Err(invalid()),
     }))
-}
-
-fn gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
 }
 
 /// Helper side: the request, its filter and file descriptors.
@@ -263,12 +275,16 @@ pub(super) fn answer(socket: &UnixStream, answer: &Answer) -> io::Result<()> {
     let (kind, payload) = match answer {
         Answer::Filter(filter) => (b'f', filter.clone()),
         Answer::Pid(pid) => (b'p', pid.to_ne_bytes().to_vec()),
+        Answer::Terminal(_) => (b't', Vec::new()),
         Answer::Ready => (b'r', Vec::new()),
         Answer::Failed(failure) => (b'e', serde_json::to_vec(failure)?),
     };
     let mut frame = vec![kind];
     frame.extend(length(payload.len())?);
     frame.extend(payload);
+    if let Answer::Terminal(master) = answer {
+        return send_with(socket.as_fd(), &frame, master.as_fd(), SendFlags::empty());
+    }
     // write(2) itself, which nearly every seccomp profile allows, while std would call sendto(2).
     let mut rest = frame.as_slice();
     while !rest.is_empty() {

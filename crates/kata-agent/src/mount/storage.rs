@@ -188,8 +188,11 @@ impl Storages {
             if made.users == 0
                 && let Some(made) = all.remove(&point)
             {
-                let undone = undo(&point, &made);
-                result = result.and(undone);
+                let name = point.display().to_string();
+                // Containers may have left any number of files there: not on the thread that serves everybody else.
+                let undone = tokio::task::spawn_blocking(move || undo(&point, &made)).await;
+                let undone = undone.map_err(|_| StorageError::Interrupted { mount_point: name });
+                result = result.and_then(|()| undone.flatten());
             }
         }
         result

@@ -12,6 +12,7 @@ use kata_api::agent::{
 use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
+use crate::container::Spawned;
 use crate::stdio::{self, Ports};
 
 /// Makes a container; its init waits for [`start`].
@@ -94,11 +95,16 @@ async fn make_init(
     let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false);
     let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
     let bundle = Path::new(kata_api::guest::CONTAINER_DIR).join(id);
-    let pid = agent.engine.create(id, spec, &bundle, io).await?;
+    let Spawned { pid, terminal } = agent.engine.create(id, spec, &bundle, io).await?;
     let exit = agent.reaper.register(pid);
     tracing::info!(container = id, pid = pid.as_raw_nonzero().get(), "container created");
-    let stdio = stdio.attach(&exit);
-    Ok(Process::new(pid, exit, stdio))
+    match stdio.attach(&exit, terminal) {
+        Ok(stdio) => Ok(Process::new(pid, exit, stdio)),
+        Err(error) => {
+            agent.engine.delete(id).await?;
+            Err(error.into())
+        }
+    }
 }
 
 fn watch_oom(agent: &Arc<Agent>, id: &str) {

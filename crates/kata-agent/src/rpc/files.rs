@@ -10,7 +10,7 @@ use std::path::{Component, Path};
 
 use kata_api::agent::CopyFileRequest;
 use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chmodat, chownat, fchmod, fchown, mkdirat,
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, fchown, fstat, mkdirat,
     openat2, renameat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
@@ -116,19 +116,24 @@ fn write_chunk(
     let end = offset.checked_add(length).filter(|end| *end <= size).ok_or_else(misfit)?;
     let mut growing = name.to_owned();
     growing.push(TEMPORARY);
-    let mut flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // A pipe that lies there must not make the agent wait for its reader.
+    let mut flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     if offset == 0 {
         flags |= OFlags::TRUNC;
     }
     let file = openat2(parent, &growing, flags, Mode::from_raw_mode(0o600), confined())
         .map_err(failed("creating"))?;
+    let there = fstat(&file).map_err(failed("looking at"))?;
+    if FileType::from_raw_mode(there.st_mode) != FileType::RegularFile {
+        return Err(RpcError::Invalid(format!("{growing:?} lies beside {path:?} and is no regular file")));
+    }
     write_at(&file, &request.data, offset).map_err(failed("writing"))?;
     if end < size {
         return Ok(());
     }
     let (uid, gid) = owner(request);
     fchown(&file, uid, gid).map_err(failed("setting the owner of"))?;
-    chmodat(parent, &growing, mode, AtFlags::empty()).map_err(failed("setting the mode of"))?;
+    fchmod(&file, mode).map_err(failed("setting the mode of"))?;
     renameat(parent, &growing, parent, name).map_err(failed("putting in place"))
 }
 

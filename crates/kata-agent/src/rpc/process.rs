@@ -7,6 +7,7 @@ use kata_api::agent::{ExecProcessRequest, SignalProcessRequest};
 use super::agent::{Agent, Process};
 use super::error::RpcError;
 use super::{signal, spec};
+use crate::container::Spawned;
 use crate::stdio::{self, Ports};
 
 /// Runs a further process in a container.
@@ -31,10 +32,10 @@ pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(),
     let running = tokio::spawn(async move {
         let terminal = process.terminal().unwrap_or(false);
         let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
-        let pid = agent.engine.exec(&id, &process, io).await?;
+        let Spawned { pid, terminal } = agent.engine.exec(&id, &process, io).await?;
         let exit = agent.reaper.register(pid);
         tracing::info!(container = id, exec, pid = pid.as_raw_nonzero().get(), "process started");
-        let stdio = stdio.attach(&exit);
+        let stdio = stdio.attach(&exit, terminal)?;
         slot.fill(Process::new(pid, exit, stdio));
         Ok(())
     });

@@ -16,7 +16,7 @@ use ttrpc::context::Context;
 
 use super::*;
 use crate::cmdline::Settings;
-use crate::container::{Engine, EngineError, OomEvents, ProcessIo};
+use crate::container::{Engine, EngineError, OomEvents, ProcessIo, Spawned};
 use crate::modules::Modules;
 use crate::reaper::Reaper;
 
@@ -27,7 +27,7 @@ struct PlainEngine {
 }
 
 impl PlainEngine {
-    fn run(process: &Process, io: ProcessIo) -> Result<Pid, EngineError> {
+    fn run(process: &Process, io: ProcessIo) -> Result<Spawned, EngineError> {
         let args = process.args().clone().unwrap_or_default();
         let or_null = |fd: Option<std::os::fd::OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
         let mut command = Command::new(&args[0]);
@@ -41,7 +41,7 @@ impl PlainEngine {
             tried: vec![args[0].clone().into()],
         };
         let child = command.spawn().map_err(missing)?;
-        Ok(Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap())
+        Ok(Spawned { pid: Pid::from_child(&child), terminal: None })
     }
 
     fn init(&self, id: &str) -> Result<Pid, EngineError> {
@@ -51,17 +51,17 @@ impl PlainEngine {
 
 #[async_trait]
 impl Engine for PlainEngine {
-    async fn create(&self, id: &str, spec: &Spec, _: &Path, io: ProcessIo) -> Result<Pid, EngineError> {
-        let pid = Self::run(spec.process().as_ref().unwrap(), io)?;
-        self.containers.lock().unwrap().insert(id.into(), pid);
-        Ok(pid)
+    async fn create(&self, id: &str, spec: &Spec, _: &Path, io: ProcessIo) -> Result<Spawned, EngineError> {
+        let made = Self::run(spec.process().as_ref().unwrap(), io)?;
+        self.containers.lock().unwrap().insert(id.into(), made.pid);
+        Ok(made)
     }
 
     async fn start(&self, id: &str) -> Result<(), EngineError> {
         self.init(id).map(|_| ())
     }
 
-    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Pid, EngineError> {
+    async fn exec(&self, id: &str, process: &Process, io: ProcessIo) -> Result<Spawned, EngineError> {
         self.init(id)?;
         Self::run(process, io)
     }

@@ -5,11 +5,11 @@ use std::process::Command;
 use super::*;
 use crate::reaper::Reaper;
 
-/// Runs `script` with the process's ends of `io`, as the engine would.
-fn run(reaper: &Reaper, script: &str, io: ProcessIo) -> ExitReceiver {
+/// Runs `script` with the process's ends of `io`, or on a terminal, as the engine would.
+fn run(reaper: &Reaper, script: &str, io: ProcessIo, terminal: Option<OwnedFd>) -> ExitReceiver {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", script]);
-    if let Some(terminal) = io.terminal {
+    if let Some(terminal) = terminal {
         command.stdin(terminal.try_clone().unwrap());
         command.stdout(terminal.try_clone().unwrap());
         command.stderr(terminal);
@@ -41,8 +41,9 @@ impl Host {
 
     async fn start(&self, script: &str, ports: Ports, terminal: bool) -> (Attached, ExitReceiver) {
         let (io, stdio) = prepare(&self.streams, ports, terminal, 1 << 18).await.unwrap();
-        let exit = run(&self.reaper, script, io);
-        (stdio.attach(&exit), exit)
+        let (master, slave) = terminal.then(|| crate::console::open_terminal().unwrap()).unzip();
+        let exit = run(&self.reaper, script, io, slave);
+        (stdio.attach(&exit, master).unwrap(), exit)
     }
 }
 

@@ -65,12 +65,9 @@ fn an_exec_that_cannot_run_says_why() {
 fn an_exec_after_the_end_of_the_init_is_refused() {
     with_world(|world| async move {
         let id = world.id("c");
-        let pid = world
-            .engine
-            .create(&id, &parse(&spec()), world.bundle.path(), ProcessIo::default())
-            .await
-            .unwrap();
-        let exit = world.reaper.register(pid);
+        let spec = parse(&spec());
+        let created = world.engine.create(&id, &spec, world.bundle.path(), ProcessIo::default()).await;
+        let exit = world.reaper.register(created.unwrap().pid);
         world.engine.start(&id).await.unwrap();
         exit.wait().await;
         let error = world.exec(&id, &process(&["true"])).await.unwrap_err();
@@ -88,7 +85,7 @@ fn input_reaches_the_process_until_its_end() {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         io.stdin = Some(read);
         let cat = serde_json::from_value(process(&["cat"])).unwrap();
-        let pid = world.engine.exec(&id, &cat, io).await.unwrap();
+        let pid = world.engine.exec(&id, &cat, io).await.unwrap().pid;
         let mut input = std::fs::File::from(write);
         input.write_all(b"hello").unwrap();
         drop(input);
@@ -129,36 +126,4 @@ fn an_exec_follows_the_init_into_a_child_cgroup_when_controllers_are_handed_down
         assert_eq!(world.exec_sh(&id, "grep ^0 /proc/self/cgroup").await.ok(), "0::/init");
         world.engine.delete(&id).await.unwrap();
     });
-}
-
-#[test]
-fn a_terminal_is_the_controlling_one_and_the_console() {
-    with_world(|world| async move {
-        let (master, slave) = open_terminal();
-        let id = world.id("c");
-        let mut spec = spec();
-        let script = "test -t 0 && test -t 1 && test -t 2 && echo hi > /dev/tty && \
-            test $(stat -c %t:%T /dev/console) = $(stat -L -c %t:%T /proc/self/fd/0) && echo same > /dev/console";
-        spec["process"]["args"] = json!(["sh", "-c", script]);
-        spec["process"]["terminal"] = json!(true);
-        let io = ProcessIo { terminal: Some(slave), ..ProcessIo::default() };
-        let pid = world.engine.create(&id, &parse(&spec), world.bundle.path(), io).await.unwrap();
-        let exit = world.reaper.register(pid);
-        world.engine.start(&id).await.unwrap();
-        assert_eq!(exit.wait().await.code(), 0);
-        let mut text = [0; 64];
-        let length = rustix::io::read(&master, &mut text).unwrap();
-        assert_eq!(String::from_utf8_lossy(&text[..length]), "hi\r\nsame\r\n");
-        world.engine.delete(&id).await.unwrap();
-    });
-}
-
-fn open_terminal() -> (std::os::fd::OwnedFd, std::os::fd::OwnedFd) {
-    let flags =
-        rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY | rustix::pty::OpenptFlags::CLOEXEC;
-    let master = rustix::pty::openpt(flags).unwrap();
-    rustix::pty::grantpt(&master).unwrap();
-    rustix::pty::unlockpt(&master).unwrap();
-    let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
-    (master, slave)
 }

@@ -23,12 +23,12 @@ fn latency_of_create_start_and_exec() {
         for round in 0..ROUNDS {
             let id = world.id(&format!("c{round}"));
             let begin = Instant::now();
-            let pid = world
+            let init = world
                 .engine
                 .create(&id, &parse(&spec), world.bundle.path(), ProcessIo::default())
                 .await
                 .unwrap();
-            let exit = world.reaper.register(pid);
+            let exit = world.reaper.register(init.pid);
             creates.push(begin.elapsed());
             let begin = Instant::now();
             world.engine.start(&id).await.unwrap();
@@ -47,7 +47,7 @@ fn latency_of_create_start_and_exec() {
         let (mut execs, mut plain) = (vec![], vec![]);
         for _ in 0..ROUNDS {
             let begin = Instant::now();
-            let pid = world.engine.exec(&id, &process, ProcessIo::default()).await.unwrap();
+            let pid = world.engine.exec(&id, &process, ProcessIo::default()).await.unwrap().pid;
             world.reaper.register(pid).wait().await;
             execs.push(begin.elapsed());
             let init = world.engine.pids(&id).await.unwrap()[0];

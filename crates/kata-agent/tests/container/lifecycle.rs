@@ -29,7 +29,7 @@ fn a_created_container_waits_until_it_is_started() {
         let mut spec = spec();
         spec["process"]["args"] = json!(["echo", "ran"]);
         let (io, output) = pipes();
-        let pid = world.engine.create(&id, &parse(&spec), world.bundle.path(), io).await.unwrap();
+        let pid = world.engine.create(&id, &parse(&spec), world.bundle.path(), io).await.unwrap().pid;
         let exit = world.reaper.register(pid);
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(exit.status(), None);
@@ -119,7 +119,7 @@ fn delete_ends_everything_in_the_container_even_before_its_start() {
 
         let id = world.id("created");
         let io = ProcessIo::default();
-        let pid = world.engine.create(&id, &parse(&spec()), world.bundle.path(), io).await.unwrap();
+        let pid = world.engine.create(&id, &parse(&spec()), world.bundle.path(), io).await.unwrap().pid;
         let exit = world.reaper.register(pid);
         world.engine.delete(&id).await.unwrap();
         exit.wait().await;
@@ -180,7 +180,7 @@ fn a_signal_to_all_reaches_all() {
         let mut spec = spec();
         spec["process"]["args"] = json!(["sh", "-c", "trap 'exit 5' TERM; sleep 1000 & sleep 1000 & wait"]);
         let io = ProcessIo::default();
-        let pid = world.engine.create(&id, &parse(&spec), world.bundle.path(), io).await.unwrap();
+        let pid = world.engine.create(&id, &parse(&spec), world.bundle.path(), io).await.unwrap().pid;
         let exit = world.reaper.register(pid);
         world.engine.start(&id).await.unwrap();
         while world.engine.pids(&id).await.unwrap().len() < 3 {

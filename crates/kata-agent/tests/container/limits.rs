@@ -26,9 +26,9 @@ fn the_memory_limit_kills_and_the_kill_is_told() {
         let mut spec = spec();
         spec["process"]["args"] = json!(["dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"]);
         spec["linux"]["resources"]["memory"] = json!({"limit": 16 << 20, "swap": 16 << 20});
-        let pid =
-            world.engine.create(&id, &parse(&spec), world.bundle.path(), ProcessIo::default()).await.unwrap();
-        let exit = world.reaper.register(pid);
+        let created =
+            world.engine.create(&id, &parse(&spec), world.bundle.path(), ProcessIo::default()).await;
+        let exit = world.reaper.register(created.unwrap().pid);
         let mut events = world.engine.oom_events(&id).unwrap();
         world.engine.start(&id).await.unwrap();
         assert_eq!(events.next().await, Some(1));

@@ -20,3 +20,4 @@ mod lifecycle;
 mod limits;
 mod mounts;
 mod rights;
+mod terminal;

@@ -110,7 +110,7 @@ impl World {
     pub async fn run(&self, spec: &Value) -> Result<Outcome, EngineError> {
         let id = self.id("run");
         let (io, output) = pipes();
-        let pid = self.engine.create(&id, &parse(spec), self.bundle.path(), io).await?;
+        let pid = self.engine.create(&id, &parse(spec), self.bundle.path(), io).await?.pid;
         let exit = self.reaper.register(pid);
         let started = self.engine.start(&id).await;
         let outcome = output.collect(exit).await;
@@ -131,7 +131,7 @@ impl World {
         let mut spec = spec.clone();
         spec["process"]["args"] = json!(["sleep", "1000"]);
         let created = self.engine.create(&id, &parse(&spec), self.bundle.path(), ProcessIo::default()).await;
-        let pid = created.unwrap_or_else(|error| panic!("{}", kata_agent::chain(&error)));
+        let pid = created.unwrap_or_else(|error| panic!("{}", kata_agent::chain(&error))).pid;
         self.engine.start(&id).await.unwrap();
         (id, self.reaper.register(pid))
     }
@@ -146,7 +146,7 @@ impl World {
     pub async fn exec(&self, id: &str, process: &Value) -> Result<Outcome, EngineError> {
         let process: Process = serde_json::from_value(process.clone()).unwrap();
         let (io, output) = pipes();
-        let pid = self.engine.exec(id, &process, io).await?;
+        let pid = self.engine.exec(id, &process, io).await?.pid;
         Ok(output.collect(self.reaper.register(pid)).await)
     }
 
@@ -223,7 +223,7 @@ fn busybox_root(root: &Path) {
     }
     fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
     let applets = "sh true false cat ls id sleep echo hostname grep stat readlink mount touch mkdir mknod head tr \
-        env pwd test tty kill wc ps rm dd sort seq chmod umount dirname cut";
+        env pwd test tty kill wc ps rm dd sort seq chmod umount dirname cut stty";
     for applet in applets.split_whitespace() {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }
@@ -241,7 +241,7 @@ pub struct Output {
 pub fn pipes() -> (ProcessIo, Output) {
     let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
     let ((stdout, stdout_end), (stderr, stderr_end)) = (pipe(), pipe());
-    let io = ProcessIo { stdin: None, stdout: Some(stdout_end), stderr: Some(stderr_end), terminal: None };
+    let io = ProcessIo { stdin: None, stdout: Some(stdout_end), stderr: Some(stderr_end) };
     (io, Output { stdout, stderr })
 }
 

@@ -9,6 +9,7 @@ mod volume;
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Process, Spec};
@@ -79,6 +80,8 @@ pub struct Request {
     pub read_only: bool,
     /// A pseudo terminal.
     pub terminal: bool,
+    /// Columns and rows of the terminal, where they are known.
+    pub size: Option<(u16, u16)>,
     /// Files and directories of the host.
     pub volumes: Vec<Volume>,
 }
@@ -135,11 +138,16 @@ pub fn write(
         let path = path.to_owned();
         move |source| BundleError::Io { action, path, source }
     };
+    // Variables may be secrets, and the mounted root file system may hold set-uid programs.
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io("create", dir))?;
     let rootfs = dir.join("rootfs");
     fs::create_dir_all(&rootfs).map_err(io("create", &rootfs))?;
     for (name, content) in etc_files(&request.name) {
         let path = dir.join(name);
         fs::write(&path, content).map_err(io("write", &path))?;
+        // Every user in the container reads it, whatever the umask here.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
+            .map_err(io("set the mode of", &path))?;
     }
     root.store(dir).map_err(io("write into", dir))?;
     let path = dir.join("config.json");
@@ -227,6 +235,7 @@ fn process(request: &Request, image: &ProcessDefaults, root: &RootStack) -> Resu
     let workdir = request.workdir.as_deref().or(image.working_dir.as_deref()).filter(|dir| !dir.is_empty());
     Ok(json!({
         "terminal": request.terminal,
+        "consoleSize": request.size.map(|(columns, rows)| json!({ "height": rows, "width": columns })),
         "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.groups },
         "args": args(request, image)?,
         "env": env(request, image, &user)?,

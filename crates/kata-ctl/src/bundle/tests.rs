@@ -107,6 +107,14 @@ fn flags_are_carried_over() {
 }
 
 #[test]
+fn the_size_of_the_terminal_is_given_where_it_is_known() {
+    let sized = Request { terminal: true, size: Some((111, 33)), ..request() };
+    assert_eq!(process(&sized, &image())["consoleSize"], json!({ "height": 33, "width": 111 }));
+    let unknown = Request { terminal: true, ..request() };
+    assert!(process(&unknown, &image()).get("consoleSize").is_none());
+}
+
+#[test]
 fn volumes_are_bind_mounts_and_replace_the_files_that_are_made() {
     let volume = Volume { source: "/src".into(), destination: "/etc/hosts".into(), read_only: true };
     let spec = made(&Request { volumes: vec![volume], ..request() }, &image()).unwrap();
@@ -137,4 +145,17 @@ fn the_bundle_is_written_whole_and_read_back_for_an_exec() {
     assert_eq!(process.cwd(), Path::new("/work"));
     // The owner reads it with the same types.
     Spec::load(bundle.join("config.json")).unwrap();
+}
+
+#[test]
+fn the_bundle_is_for_root_alone_and_its_etc_files_are_for_everybody_inside() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let bundle = dir.path().join("bundle");
+    let request = Request { name: "p".to_owned(), command: vec!["true".to_owned()], ..Request::default() };
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+    write(&bundle, &request, &ProcessDefaults::default(), &RootStack::default()).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&bundle), 0o700);
+    assert_eq!((mode(&bundle.join("hosts")), mode(&bundle.join("hostname"))), (0o644, 0o644));
 }

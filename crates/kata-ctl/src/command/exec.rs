@@ -6,7 +6,7 @@ use crate::cli::ExecArgs;
 use crate::failure::Failure;
 use crate::pod::{
     self, Client, PodDir, RawTerminal, Session, Signals, StreamPaths, Streams, Wanted, is_terminal,
-    random_name,
+    random_name, terminal_size,
 };
 
 /// Runs the command in the pod's container, as its main process is run but for what the flags change.
@@ -22,9 +22,11 @@ pub async fn run(args: &ExecArgs) -> Outcome {
     let id = random_name()?;
     let wanted = Wanted { stdin: args.interactive, stderr: !args.tty };
     let streams = Streams::make(&pod.io(), &format!("{id}-"), wanted)?;
-    let exec = client.exec(&id, &process, &StreamPaths::of(&streams)).await;
-    let exec = exec.map_err(pod::CallError::into_start_failure)?;
-    exec.start().await.map_err(pod::CallError::into_start_failure)?;
+    // What a machine that hangs never answers, the user may want to leave.
+    let exec = tokio::select! {
+        begun = begin(&client, &id, &process, &streams) => begun.map_err(pod::CallError::into_start_failure)?,
+        signal = signals.ending() => return Err(Failure::silent(exit_code(128 + signal))),
+    };
     let terminal = if raw { Some(RawTerminal::enter()?) } else { None };
     let code = Session::attach(exec.clone(), streams, terminal).run(&mut signals).await?;
     if let Err(error) = exec.delete().await {
@@ -34,9 +36,27 @@ pub async fn run(args: &ExecArgs) -> Outcome {
     Ok(exit_code(code))
 }
 
+async fn begin(
+    client: &Client,
+    id: &str,
+    process: &oci_spec::runtime::Process,
+    streams: &Streams,
+) -> Result<pod::Process, pod::CallError> {
+    let exec = client.exec(id, process, &StreamPaths::of(streams)).await?;
+    if let Err(error) = exec.start().await {
+        // It is over, and its entry with the pod serves nobody.
+        if let Err(error) = exec.delete().await {
+            tracing::debug!("the exec was not deleted: {error}");
+        }
+        return Err(error);
+    }
+    Ok(exec)
+}
+
 fn process(args: &ExecArgs, pod: &PodDir) -> Result<oci_spec::runtime::Process, Failure> {
     let mut process = bundle::process_of(&pod.bundle())?;
     process.set_args(Some(args.command.clone())).set_terminal(Some(args.tty));
+    process.set_console_size(if args.tty { console_size() } else { None });
     let mut env = process.env().clone().unwrap_or_default();
     if args.tty && !env.iter().any(|entry| entry.starts_with("TERM=")) {
         env.push(format!("TERM={}", std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned())));
@@ -53,4 +73,11 @@ fn process(args: &ExecArgs, pod: &PodDir) -> Result<oci_spec::runtime::Process, 
         process.set_user(runtime_user);
     }
     Ok(process)
+}
+
+fn console_size() -> Option<oci_spec::runtime::Box> {
+    let (columns, rows) = terminal_size()?;
+    let size = oci_spec::runtime::BoxBuilder::default().height(u64::from(rows)).width(u64::from(columns));
+    // It wants both, and has both.
+    size.build().ok()
 }

@@ -24,7 +24,7 @@ pub use session::Session;
 pub use signals::{Signals, signal_number};
 pub use state::{ContainerState, PodState};
 pub use stdio::{Streams, Wanted, dump};
-pub use terminal::{RawTerminal, is_terminal, restore};
+pub use terminal::{RawTerminal, is_terminal, restore, size as terminal_size};
 
 /// Longest name of a pod.
 const NAME_MAX: usize = 64;

@@ -2,7 +2,7 @@
 
 use super::signals::{INT, KILL, PIPE, WINCH};
 use super::stdio::{Carried, Notice};
-use super::{CallError, Process, RawTerminal, Signals, Streams};
+use super::{CallError, Process, RawTerminal, Signals, Streams, terminal_size};
 
 /// As many interrupts from an impatient user kill.
 const INTERRUPTS_TO_KILL: u32 = 3;
@@ -69,7 +69,10 @@ impl Session {
     }
 
     async fn resize(&self) {
-        let Some((columns, rows)) = self.terminal.as_ref().and_then(RawTerminal::size) else { return };
+        if self.terminal.is_none() {
+            return;
+        }
+        let Some((columns, rows)) = terminal_size() else { return };
         if let Err(error) = self.process.resize(columns, rows).await {
             tracing::debug!("the terminal was not resized: {error}");
         }

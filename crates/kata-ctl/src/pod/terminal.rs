@@ -13,6 +13,12 @@ pub fn is_terminal() -> bool {
     rustix::termios::isatty(rustix::stdio::stdin())
 }
 
+/// Columns and rows of the terminal at the standard input, if there is one and it knows them.
+pub fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(rustix::stdio::stdin()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
 /// The terminal in raw mode, for as long as the value lives: every key is passed on as it is.
 pub struct RawTerminal(());
 
@@ -35,12 +41,6 @@ impl RawTerminal {
         }));
         tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &raw)?;
         Ok(entered)
-    }
-
-    /// Columns and rows.
-    pub fn size(&self) -> Option<(u16, u16)> {
-        let size = tcgetwinsize(rustix::stdio::stdin()).ok()?;
-        (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
     }
 }
 

@@ -105,6 +105,27 @@ fn directory_with_something_else_is_not_touched() {
 }
 
 #[test]
+fn directory_with_a_manifest_of_something_else_is_not_touched() {
+    for manifest in [r#"{"manifest_version":3,"name":"an extension"}"#, "not even JSON"] {
+        let scene = scene(Some(FACTS));
+        fs::create_dir(&scene.builder.output).unwrap();
+        fs::write(scene.builder.output.join("manifest.json"), manifest).unwrap();
+        assert!(matches!(scene.build(), Err(BuildError::Occupied { .. })), "{manifest}");
+        assert_eq!(fs::read_to_string(scene.builder.output.join("manifest.json")).unwrap(), manifest);
+    }
+}
+
+#[test]
+fn image_with_a_stranger_beside_it_is_not_replaced() {
+    let scene = scene(Some(FACTS));
+    scene.build().unwrap();
+    fs::write(scene.builder.output.join("notes"), "words").unwrap();
+    fs::write(&scene.builder.agent, elf_with(&[1], b"other", &[])).unwrap();
+    assert!(matches!(scene.build(), Err(BuildError::Occupied { .. })));
+    assert!(scene.builder.output.join("notes").exists());
+}
+
+#[test]
 fn empty_output_directory_is_taken() {
     let scene = scene(Some(FACTS));
     fs::create_dir(&scene.builder.output).unwrap();

@@ -68,6 +68,8 @@ pub(super) async fn wait(
 #[derive(Debug)]
 pub struct OomEvents {
     events: EventFile,
+    /// Tells when the container has no process left. Its removal is told by nobody.
+    population: EventFile,
     kills: u64,
 }
 
@@ -79,16 +81,22 @@ impl OomEvents {
             return Err(CgroupError::NoController { key, file });
         }
         let events = EventFile::open(path)?;
+        let population = EventFile::open(cgroup.join("cgroup.events"))?;
         let text = events.read().map_err(|error| CgroupError::file("read", &events.path, error))?;
-        Ok(Self { kills: kills(&text), events })
+        Ok(Self { kills: kills(&text), events, population })
     }
 
-    /// How many processes were killed since the last call. `None` once the container is deleted.
+    /// How many processes were killed since the last call. `None` once the container has no process left.
     pub async fn next(&mut self) -> Option<u64> {
         let before = self.kills;
-        let now = self.events.until(|text| Some(kills(text)).filter(|now| *now > before)).await;
-        // Reading the file of a removed cgroup fails.
-        self.kills = now.ok()?;
+        let more = |text: &str| Some(kills(text)).filter(|now| *now > before);
+        let empty = self.population.until(|text| (flat_key(text, "populated") == Some("0")).then_some(()));
+        let now = tokio::select! {
+            now = self.events.until(more) => now.ok(),
+            // The kill that emptied it was counted before. Reading the file of a removed cgroup fails.
+            _ = empty => self.events.read().ok().and_then(|text| more(&text)),
+        };
+        self.kills = now?;
         Some(self.kills - before)
     }
 }
@@ -96,3 +104,6 @@ impl OomEvents {
 fn kills(text: &str) -> u64 {
     flat_key(text, "oom_kill").and_then(|value| value.parse().ok()).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;

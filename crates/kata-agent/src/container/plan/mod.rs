@@ -15,7 +15,7 @@ mod mounts;
 mod process;
 
 pub(super) use mounts::{DeviceKind, DevicePlan, MountPlan, MountSource};
-pub(super) use process::{ProcessPlan, Rlimit};
+pub(super) use process::{ProcessPlan, Rlimit, TerminalPlan};
 
 /// One container, as the helper builds it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -31,6 +31,17 @@ pub(in crate::container) struct ProcessPlan {
     pub no_new_privileges: bool,
     /// For `/proc/self/oom_score_adj`.
     pub oom_score_adj: Option<i32>,
+    /// The terminal to run on.
+    pub terminal: Option<TerminalPlan>,
+}
+
+/// A terminal to be made. Sizes are in characters; zero is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::container) struct TerminalPlan {
+    /// Height.
+    pub rows: u16,
+    /// Width.
+    pub columns: u16,
 }
 
 /// One resource limit of a process.
@@ -77,6 +88,7 @@ impl ProcessPlan {
             rlimits: rlimits(process.rlimits().as_deref().unwrap_or_default())?,
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
             oom_score_adj: oom_score(process.oom_score_adj())?,
+            terminal: terminal(process)?,
         })
     }
 }
@@ -138,6 +150,20 @@ fn oom_score(score: Option<i32>) -> Result<Option<i32>, EngineError> {
         }
         score => Ok(score),
     }
+}
+
+/// The size is not looked at without a terminal (OCI runtime specification, config, "Process").
+fn terminal(process: &Process) -> Result<Option<TerminalPlan>, EngineError> {
+    if !process.terminal().unwrap_or(false) {
+        return Ok(None);
+    }
+    let Some(size) = process.console_size() else { return Ok(Some(TerminalPlan::default())) };
+    let cells = |cells: u64| {
+        u16::try_from(cells).map_err(|_| {
+            EngineError::invalid("process.consoleSize", format!("{cells} rows or columns are too many"))
+        })
+    };
+    Ok(Some(TerminalPlan { rows: cells(size.height())?, columns: cells(size.width())? }))
 }
 
 fn rlimits(list: &[PosixRlimit]) -> Result<Vec<Rlimit>, EngineError> {

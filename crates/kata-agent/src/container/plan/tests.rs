@@ -101,6 +101,22 @@ fn what_contradicts_the_specification_is_invalid_by_key() {
 }
 
 #[test]
+fn the_size_of_a_terminal_counts_only_with_one() {
+    let terminal = |process: Value| {
+        let mut spec = base();
+        spec["process"].as_object_mut().unwrap().extend(process.as_object().unwrap().clone());
+        plan(&spec).map(|plan| plan.process.terminal)
+    };
+    let sized = |height: u32| json!({"terminal": true, "consoleSize": {"height": height, "width": 80}});
+    assert_eq!(terminal(json!({})).unwrap(), None);
+    assert_eq!(terminal(json!({"terminal": true})).unwrap(), Some(TerminalPlan { rows: 0, columns: 0 }));
+    assert_eq!(terminal(sized(25)).unwrap(), Some(TerminalPlan { rows: 25, columns: 80 }));
+    assert!(matches!(terminal(sized(70_000)), Err(EngineError::Invalid { .. })));
+    let ignored = json!({"terminal": false, "consoleSize": {"height": 70_000, "width": 80}});
+    assert_eq!(terminal(ignored).unwrap(), None);
+}
+
+#[test]
 fn hooks_of_the_host_side_are_none_of_the_guests_business() {
     let hook = json!([{"path": "/usr/bin/hook"}]);
     let hooks = json!({"prestart": hook, "createRuntime": hook, "poststart": hook, "poststop": hook});

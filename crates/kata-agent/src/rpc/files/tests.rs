@@ -97,3 +97,16 @@ fn a_chunk_beyond_the_files_size_and_a_device_are_refused() {
     request.file_mode = 0o020_600;
     assert!(matches!(guest.copy(&request), Err(RpcError::Invalid(_))));
 }
+
+#[test]
+fn a_pipe_that_lies_in_the_way_neither_stops_the_agent_nor_gets_the_data() {
+    for reader in [false, true] {
+        let guest = Guest::new();
+        let pipe = guest.path("file.partial");
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+        let _reader = reader.then(|| rustix::fs::open(&pipe, flags, Mode::empty()).unwrap());
+        assert!(guest.copy(&guest.request("file", b"x")).is_err());
+        assert!(!guest.path("file").exists());
+    }
+}

@@ -10,7 +10,7 @@ use crate::cli::RunArgs;
 use crate::command;
 use crate::failure::Failure;
 use crate::image::{self, ImageSource, Interrupt, RegistryOptions, Store};
-use crate::pod::{OwnerOptions, PodDir, is_terminal, random_name};
+use crate::pod::{OwnerOptions, PodDir, is_terminal, random_name, terminal_size};
 
 /// What is to be run, and how.
 pub struct Plan {
@@ -57,6 +57,7 @@ impl Plan {
                 user: args.user,
                 read_only: args.read_only,
                 terminal: args.tty,
+                size: if args.tty { terminal_size() } else { None },
                 volumes,
             },
             interactive: args.interactive,

@@ -109,13 +109,14 @@ fn upper(pod: &PodDir) -> PathBuf {
     pod.state_dir.join("upper")
 }
 
-/// The container's `/` shows owner and mode of the writable layer, so that gets those of the image's.
+/// The container's `/` shows owner and mode of the writable layer, so that gets those of the image's. What is above it is
+/// for root alone: a container may put set-uid programs there, which no user of the host may run.
 fn make_writable_layer(top: &Path, upper: &Path, work: &Path) -> Result<(), RootError> {
     let create = |path: &Path, mode| {
         let made = DirBuilder::new().recursive(true).mode(mode).create(path);
         made.map_err(|source| RootError::Create { path: path.to_owned(), source })
     };
-    create(upper.parent().unwrap_or(upper), 0o711)?;
+    create(upper.parent().unwrap_or(upper), 0o700)?;
     create(upper, 0o755)?;
     create(work, 0o700)?;
     let like_the_top = || {
@@ -162,6 +163,7 @@ mod tests {
         }
         assert_eq!(String::from_utf8_lossy(&mounted.stdout), "topbase751\n", "{error}");
         assert_eq!(fs::read_to_string(dir.path().join("pods/p/upper/new")).unwrap(), "new\n");
+        assert_eq!(fs::metadata(dir.path().join("pods/p")).unwrap().mode() & 0o777, 0o700, "for root alone");
     }
 
     #[test]
