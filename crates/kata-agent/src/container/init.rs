@@ -73,6 +73,7 @@ fn become_process(
     place: Place<'_>,
 ) -> Result<std::convert::Infallible, Failure> {
     rustix::process::setsid().map_err(|error| Failure::setup("make a session", error))?;
+    leave_session_keyring()?;
     rustix::process::umask(Mode::empty());
     let gated = matches!(place, Place::New { .. });
     let terminal = match place {
@@ -308,6 +309,19 @@ fn set_limit(limit: Rlimit) -> Result<(), Failure> {
     }
     let Rlimit { resource, soft, hard } = limit;
     Err(Failure::setup(format!("set resource limit {resource} to {soft}:{hard}"), last_errno()))
+}
+
+/// Keys are not in any namespace: without a keyring of its own, a container would share the agent's.
+fn leave_session_keyring() -> Result<(), Failure> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
+    // SAFETY: no name is passed, so no memory is read; the new keyring is this process's alone.
+    let keyring = unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0) };
+    let error = std::io::Error::last_os_error();
+    // A kernel without keyrings has none to share.
+    if keyring < 0 && error.raw_os_error() != Some(libc::ENOSYS) {
+        return Err(Failure::setup("join a session keyring", error));
+    }
+    Ok(())
 }
 
 /// Changes to the process's user and groups, and keeps the capabilities that are needed later in reserve.

@@ -33,11 +33,11 @@ use rustix::process::{Pid, Signal};
 
 mod capabilities;
 mod cgroup;
+mod child;
 mod devices;
 mod engine;
 mod error;
 mod filesystem;
-mod helper;
 mod init;
 mod lookup;
 mod plan;
@@ -49,9 +49,9 @@ mod tree;
 mod wire;
 
 pub use cgroup::{CgroupError, OomEvents};
+pub use child::helper_main;
 pub use engine::{Layout, NativeEngine};
 pub use error::{EngineError, Fault};
-pub use helper::helper_main;
 pub use rootfs::make_root_pivotable;
 
 /// `argv[0]` of the helper process. `main` calls [`helper_main`] when it sees this, before anything else.

@@ -36,7 +36,10 @@ impl Template {
     pub(super) fn start(program: Option<PathBuf>, reaper: Reaper) -> io::Result<Self> {
         let (program, sealed) = match program {
             Some(program) => (program, None),
-            None => sealed_executable()?,
+            None => {
+                let (program, view) = sealed_executable()?;
+                (program, Some(view))
+            }
         };
         let requests = Mutex::new(spawn(&program, &reaper)?);
         Ok(Self { program, _sealed: sealed, reaper, requests })
@@ -66,20 +69,11 @@ fn spawn(program: &Path, reaper: &Reaper) -> io::Result<OwnedFd> {
 }
 
 /// A read-only view of this executable, so that no container can write to it through a process's `/proc/<pid>/exe`.
-/// Where the kernel does not give one, the executable itself.
-fn sealed_executable() -> io::Result<(PathBuf, Option<OwnedFd>)> {
+fn sealed_executable() -> io::Result<(PathBuf, OwnedFd)> {
     let path = std::env::current_exe()?;
     let readonly = Change { set: MountAttrFlags::MOUNT_ATTR_RDONLY, ..Change::default() };
-    let sealed =
-        clone_mount(CWD, &path, false).and_then(|view| change(view.as_fd(), readonly).map(|()| view));
-    match sealed {
-        Ok(view) => {
-            let number = std::os::fd::AsRawFd::as_raw_fd(&view);
-            Ok((PathBuf::from(format!("/proc/self/fd/{number}")), Some(view)))
-        }
-        Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "containers are made from a writable executable");
-            Ok((path, None))
-        }
-    }
+    let view = clone_mount(CWD, &path, false)?;
+    change(view.as_fd(), readonly)?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&view);
+    Ok((PathBuf::from(format!("/proc/self/fd/{number}")), view))
 }
