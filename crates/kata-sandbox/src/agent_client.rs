@@ -16,6 +16,7 @@ use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::health::CheckRequest;
 use kata_api::health_ttrpc::HealthClient;
 use kata_api::oci::LinuxResources;
+use kata_hypervisor::process::printable;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -30,6 +31,9 @@ use crate::pod::ProcessId;
 const PROMPT: Duration = Duration::from_secs(20);
 /// Bound on a removal: the agent first kills what still runs and unmounts.
 const REMOVAL: Duration = Duration::from_secs(30);
+
+/// Most bytes of the guest's that become part of a message.
+const TEXT_MAX: usize = 16 * 1024;
 
 /// Why a call to the agent failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -63,7 +67,9 @@ pub enum AgentError {
 impl AgentError {
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
-            RpcError::RpcStatus(status) => Self::Refused { code: status.code(), message: status.message },
+            RpcError::RpcStatus(status) => {
+                Self::Refused { code: status.code(), message: guest_text(&status.message) }
+            }
             other => Self::Lost { call, reason: other.to_string() },
         }
     }
@@ -131,7 +137,7 @@ impl Agent {
     pub(crate) async fn version(&self) -> Result<String, AgentError> {
         let request = CheckRequest::new();
         let answer = bounded("Version", PROMPT, self.health.version(within(PROMPT), &request)).await;
-        answer.map(|version| version.agent_version)
+        answer.map(|version| guest_text(&version.agent_version))
     }
 
     pub(crate) async fn create_sandbox(
@@ -278,6 +284,11 @@ async fn done(
     bounded(call, bound, answer).await.map(drop)
 }
 
+/// Text of the guest's as it may reach a log, a file and a terminal: no control characters, and no more than anybody reads.
+pub(crate) fn guest_text(text: &str) -> String {
+    printable(text.as_bytes().get(..TEXT_MAX).unwrap_or(text.as_bytes()))
+}
+
 /// A process's two names on the wire. No exec id means the container's own process.
 fn wire(process: &ProcessId) -> (String, String) {
     (process.container.clone(), process.exec.clone().unwrap_or_default())
@@ -321,5 +332,21 @@ impl AsyncWrite for Wire {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_cannot_send_escape_sequences_or_megabytes() {
+        let hostile = format!("no\u{1b}]0;owned\u{7} file\n{}", "x".repeat(1 << 20));
+        let status = ttrpc::get_status(Code::NOT_FOUND, hostile);
+        let text = AgentError::new("CreateContainer", RpcError::RpcStatus(status)).to_string();
+        assert!(text.starts_with("no]0;owned file\nxxx"), "{:?}", text.get(..40));
+        assert!(text.len() <= TEXT_MAX);
+        // Cut in the middle of a character.
+        assert!(guest_text(&"ä".repeat(TEXT_MAX)).starts_with('ä'));
     }
 }

@@ -23,7 +23,7 @@ use kata_image::manifest::{Manifest, ManifestError};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 
-use crate::agent_client::{Agent, AgentError};
+use crate::agent_client::{Agent, AgentError, guest_text};
 use crate::hybrid::{self, HybridError};
 use crate::lifecycle::Pod;
 use crate::timeline::{Layer, Timeline};
@@ -203,7 +203,9 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
                 .map_err(|source| BootError::Refused { source, console: console() })?;
             timeline.add(Layer::Agent, "create sandbox", start);
             let (agent_version, guest_kernel) = match announcement {
-                Some(announcement) => (announcement.agent_version, announcement.kernel),
+                Some(announcement) => {
+                    (guest_text(&announcement.agent_version), guest_text(&announcement.kernel))
+                }
                 None => (agent.version().await.unwrap_or_default(), String::new()),
             };
             Ok(Booted { agent, agent_version, guest_kernel, virtiofsd, timeline })
@@ -335,7 +337,9 @@ impl Guest {
     /// Ours first: of a parameter that is given twice, the kernel takes the later one, which is the user's.
     fn kernel_params(&self, pod: &Pod) -> Vec<String> {
         let (qemu, agent) = (&pod.config.hypervisor.qemu, &pod.config.agent.kata);
-        let mut params: Vec<String> = ["console=ttyS0", "panic=1", "reboot=k"].map(str::to_owned).to_vec();
+        // Distributions' kernels test all their ciphers at each boot, which mainline does not, and a machine of seconds need not.
+        let own = ["console=ttyS0", "panic=1", "reboot=k", "cryptomgr.notests"];
+        let mut params: Vec<String> = own.map(str::to_owned).to_vec();
         if !qemu.enable_debug {
             params.push("quiet".to_owned());
         }

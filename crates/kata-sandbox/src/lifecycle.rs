@@ -205,7 +205,11 @@ impl Actor {
             Done::Exited(id, result) => self.exited(&id, result),
             Done::Frozen { container, to, result, reply } => self.frozen(&container, to, result, reply),
             Done::Deleted { id, result, files, reply } => self.deleted(&id, result, files, reply),
-            Done::Oom(container) => self.emit(Event::Oom { container }),
+            // The guest names it, and may name anything.
+            Done::Oom(container) if self.table.container(&container).is_ok() => {
+                self.emit(Event::Oom { container });
+            }
+            Done::Oom(_) => tracing::warn!(pod = %self.pod.id, "the agent tells of an unknown container"),
             Done::Died(cause) => self.died(cause),
             Done::TornDown(result) => self.torn_down(&result),
         }

@@ -117,6 +117,20 @@ impl Sandbox {
         lifecycle::wait(process, watch).await
     }
 
+    /// Waits until the client of a process that has ended has all its output, or reads no more: as long as it takes, for
+    /// a pager may stand still for hours. The pod's end cuts it short.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub async fn delivered(&self, process: &ProcessId) -> Result<(), SandboxError> {
+        let carried = self.ask(|reply| Request::Delivered(process.clone(), reply)).await?;
+        if let Some(mut carried) = carried {
+            // Nothing is ever sent: it closes.
+            while carried.changed().await.is_ok() {}
+        }
+        Ok(())
+    }
+
     /// Sends a signal to a process, or with `all` to its container's first process and every exec that runs. A
     /// container that is still being created is given up by a signal that ends programs.
     ///

@@ -24,13 +24,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kata_api::ports;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 use crate::agent_client::{Agent, Output};
 use crate::error::ErrorKind;
 use crate::hybrid::{self, HybridError, HybridStream};
 use crate::pod::{ProcessId, Stdio};
+
+/// Bound on one connection to the guest. Its kernel answers that by itself: one that does not by then is stuck.
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// Why standard streams could not be connected.
 #[derive(Debug, thiserror::Error)]
@@ -108,9 +111,14 @@ impl Connected {
 
     /// Begins to carry. `close` ends the input.
     pub(crate) fn carry(self, agent: &Agent, process: &ProcessId, close: Arc<Notify>) -> Streams {
+        let (carrying, delivered) = watch::channel(());
         let output = |(sink, stream): (client::Sink, Option<HybridStream>), which: Output| {
             let source = guest::Source::new(stream, agent, process, which);
-            tokio::spawn(pump::output(source, sink))
+            let carrying = carrying.clone();
+            tokio::spawn(async move {
+                pump::output(source, sink).await;
+                drop(carrying);
+            })
         };
         Streams {
             stdin: self.stdin.map(|(source, stream)| {
@@ -120,12 +128,13 @@ impl Connected {
                 .into_iter()
                 .filter_map(|(end, which)| end.map(|end| output(end, which)))
                 .collect(),
+            delivered: Some(delivered),
         }
     }
 }
 
 async fn connect(hybrid: &Path) -> Result<Option<HybridStream>, HybridError> {
-    match hybrid::connect(hybrid, ports::STREAM).await {
+    match hybrid::connect_within(hybrid, ports::STREAM, CONNECT).await {
         Ok(stream) => Ok(Some(stream)),
         Err(HybridError::Refused { .. }) => Ok(None),
         Err(error) => Err(error),
@@ -137,9 +146,16 @@ async fn connect(hybrid: &Path) -> Result<Option<HybridStream>, HybridError> {
 pub(crate) struct Streams {
     stdin: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
+    /// Closed once nothing carries output any more.
+    delivered: Option<watch::Receiver<()>>,
 }
 
 impl Streams {
+    /// Closed once the client has all output, or will not get more.
+    pub(crate) fn delivered(&self) -> Option<watch::Receiver<()>> {
+        self.delivered.clone()
+    }
+
     /// Waits until the client has all output of a process that ended, at most for `bound`; whether it got it.
     pub(crate) async fn drain(mut self, bound: Duration) -> bool {
         let delivered = async {

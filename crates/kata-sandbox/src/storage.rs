@@ -5,11 +5,16 @@
 //!         │ clone                              <run_dir>/shared          served by kata-virtiofsd
 //!         └──────────────────────────────────▶   <container>/rootfs
 //!   volume on the host ── clone, read-only ──▶   <container>/mounts/<n>
+//!                                                │ read-only mount of
+//!                                              <run_dir>/places          where mount points are made
 //! ```
 //!
 //! `shared` is a mount of its own with shared propagation: the daemon's mount namespace follows it, so that what is bound
 //! here later shows up there, and what is taken down here does not stay busy there. Each clone is cut off from its origin
 //! before it is attached, or taking it down would reach back and unmount the host's own.
+//!
+//! `shared` itself is read-only, whatever is mounted below it. A guest that could write there would put a symbolic link
+//! where the next container's mount point is made, and have root follow it anywhere on the host.
 
 mod mount;
 
@@ -103,25 +108,30 @@ impl StorageError {
 /// The pod's directory that the guest sees.
 #[derive(Clone, Debug)]
 pub(crate) struct Share {
+    /// What the guest sees.
     dir: PathBuf,
+    /// The directory behind it.
+    places: PathBuf,
     record: Record,
 }
 
 impl Share {
     /// Makes `<run_dir>/shared` a mount that the daemon's namespace can follow.
     pub(crate) fn prepare(run_dir: &Path, record: &Record) -> Result<Self, StorageError> {
-        let dir = run_dir.join("shared");
-        record.dir(&dir)?;
-        make_dir(&dir, 0o700)?;
+        let (dir, places) = (run_dir.join("shared"), run_dir.join("places"));
+        for made in [&places, &dir] {
+            record.dir(made)?;
+            make_dir(made, 0o700)?;
+        }
         record.mount(&dir)?;
-        rustix::mount::mount_bind(&dir, &dir).map_err(|error| bind_error(&dir, &dir, error))?;
-        // Private first: as a child of a shared mount the bind starts in its parent's peer group, and would be
-        // copied to every namespace of the host that follows it.
+        mount::clone(&places, &dir, true, false)?;
+        // Private first: as a child of a shared mount the clone starts in a peer group with its copies in every
+        // namespace of the host that follows the parent.
         for change in [MountPropagationFlags::PRIVATE, MountPropagationFlags::SHARED] {
             rustix::mount::mount_change(&dir, change)
                 .map_err(|error| StorageError::file("set the propagation of", &dir, error))?;
         }
-        Ok(Self { dir, record: record.clone() })
+        Ok(Self { dir, places, record: record.clone() })
     }
 
     /// Where it is on the host.
@@ -137,8 +147,12 @@ impl Share {
         mounts: &[RootfsMount],
         volumes: &[Volume],
     ) -> Result<ContainerFiles, StorageError> {
-        let mut files =
-            ContainerFiles { dir: self.dir.join(id), mounts: Vec::new(), record: self.record.clone() };
+        let mut files = ContainerFiles {
+            dir: self.dir.join(id),
+            places: self.places.join(id),
+            mounts: Vec::new(),
+            record: self.record.clone(),
+        };
         match files.fill(rootfs, mounts, volumes) {
             Ok(()) => Ok(files),
             Err(error) => {
@@ -153,6 +167,8 @@ impl Share {
 #[derive(Debug)]
 pub(crate) struct ContainerFiles {
     dir: PathBuf,
+    /// The same directory, where it can be written.
+    places: PathBuf,
     /// Newest last.
     mounts: Vec<PathBuf>,
     record: Record,
@@ -171,8 +187,8 @@ impl ContainerFiles {
         for part in mounts {
             self.mount_rootfs(rootfs, part)?;
         }
-        self.record.dir(&self.dir)?;
-        make_dir(&self.dir, 0o700)?;
+        self.record.dir(&self.places)?;
+        make_dir(&self.places, 0o700)?;
         let root = Volume {
             source: rootfs.to_owned(),
             name: PathBuf::from(ROOTFS),
@@ -197,13 +213,13 @@ impl ContainerFiles {
 
     /// Makes `volume` appear in the share.
     fn clone_in(&mut self, volume: &Volume) -> Result<(), StorageError> {
-        let target = self.dir.join(&volume.name);
+        let (target, place) = (self.dir.join(&volume.name), self.places.join(&volume.name));
         let stat = rustix::fs::stat(&volume.source).map_err(|error| match error {
             rustix::io::Errno::NOENT => StorageError::Absent(volume.source.clone()),
             error => StorageError::file("look at", &volume.source, error),
         })?;
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => make_dir(&target, 0o700)?,
+            FileType::Directory => make_dir(&place, 0o700)?,
             FileType::CharacterDevice | FileType::BlockDevice => {
                 return Err(StorageError::Device(volume.source.clone()));
             }
@@ -211,11 +227,10 @@ impl ContainerFiles {
                 if kind != FileType::RegularFile {
                     tracing::warn!(volume = %volume.source.display(), "a socket or FIFO of the host is seen in the guest, and cannot be spoken to");
                 }
-                if let Some(parent) = target.parent() {
+                if let Some(parent) = place.parent() {
                     make_dir(parent, 0o700)?;
                 }
-                std::fs::File::create(&target)
-                    .map_err(|error| StorageError::file("create", &target, error))?;
+                std::fs::File::create(&place).map_err(|error| StorageError::file("create", &place, error))?;
             }
         }
         self.record.mount(&target)?;
@@ -236,11 +251,11 @@ impl ContainerFiles {
                 }
             }
         }
-        match std::fs::remove_dir_all(&self.dir) {
+        match std::fs::remove_dir_all(&self.places) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => {
-                tracing::warn!(dir = %self.dir.display(), %error, "cannot remove a container's directory; left to the teardown");
+                tracing::warn!(dir = %self.places.display(), %error, "cannot remove a container's directory; left to the teardown");
             }
         }
     }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use kata_api::Announcement;
 use serde::{Deserialize, Serialize};
 
+use crate::agent_client::guest_text;
+
 /// Who spent the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -100,7 +102,7 @@ impl Timeline {
         for stage in &announcement.timeline {
             let layer = if stage.layer == "kernel" { Layer::Kernel } else { Layer::Agent };
             let Some(start) = guest_zero.checked_add(Duration::from_micros(stage.start_us)) else { continue };
-            self.span(layer, stage.name.clone(), start, Duration::from_micros(stage.duration_us));
+            self.span(layer, guest_text(&stage.name), start, Duration::from_micros(stage.duration_us));
         }
     }
 }

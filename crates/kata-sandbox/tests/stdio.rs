@@ -90,6 +90,21 @@ async fn client_that_vanishes_does_not_block_the_process() {
 }
 
 #[tokio::test]
+async fn client_that_removes_its_fifo_unread_does_not_block_the_process() {
+    let Some(rig) = Rig::new().await else { return };
+    let pod = rig.pod().await;
+    let stdout = rig.fifo("stdout");
+    let stdio = Stdio { stdout: Some(stdout.clone()), ..Default::default() };
+    pod.create_container(rig.container("c", &["flood", "8000000"], stdio)).await.unwrap();
+    std::fs::remove_file(stdout).unwrap();
+    pod.start(&init()).await.unwrap();
+    assert_eq!(soon(pod.wait(&init())).await.unwrap().code, 0);
+    soon(pod.delivered(&init())).await.unwrap();
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
 async fn reader_that_comes_late_loses_nothing() {
     let Some(rig) = Rig::new().await else { return };
     let pod = rig.pod().await;

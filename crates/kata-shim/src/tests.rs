@@ -196,8 +196,7 @@ async fn a_client_that_stands_still_gets_all_output_later() {
     let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
     let reader = std::fs::File::from(rustix::fs::open(&fifo, flags, rustix::fs::Mode::empty()).unwrap());
     let task = live.task().await;
-    let create =
-        CreateTaskRequest { stdout: fifo.display().to_string(), ..live.create_request() };
+    let create = CreateTaskRequest { stdout: fifo.display().to_string(), ..live.create_request() };
     task.create(bound(), &create).await.unwrap();
     task.start(bound(), &StartRequest { id: "p".into(), ..StartRequest::default() }).await.unwrap();
     live.agent.exit(0);

@@ -25,8 +25,8 @@ use serde::{Deserialize, Serialize};
 
 pub use child::{Child, Exit};
 pub use exec::SpawnError;
-pub use output::Tail;
 pub(crate) use output::capture;
+pub use output::{Tail, printable};
 pub use record::{Record, RecordError, Released};
 
 /// Who a child runs as.

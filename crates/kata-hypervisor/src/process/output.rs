@@ -30,8 +30,7 @@ impl Tail {
         bytes.extend(new);
     }
 
-    /// What is kept, as text: of control characters only line feeds and tabs remain, because a guest must not send escape
-    /// sequences to the terminal of whoever reads its console.
+    /// What is kept, as [`printable`] text.
     pub fn text(&self) -> String {
         let bytes: Vec<u8> = {
             let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -48,7 +47,9 @@ impl Tail {
     }
 }
 
-fn printable(bytes: &[u8]) -> String {
+/// As text: of control characters only line feeds and tabs remain, because a guest must not send escape sequences to the
+/// terminal of whoever reads what it said.
+pub fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
 }
 

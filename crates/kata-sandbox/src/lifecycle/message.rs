@@ -27,6 +27,7 @@ pub(crate) enum Request {
     Exec { id: ProcessId, process: Box<Process>, stdio: Stdio, reply: Reply<()> },
     Start(ProcessId, Reply<u32>),
     Wait(ProcessId, Reply<watch::Receiver<Option<Exit>>>),
+    Delivered(ProcessId, Reply<Option<watch::Receiver<()>>>),
     Kill { id: ProcessId, signal: u32, all: bool, reply: Reply<()> },
     Resize { id: ProcessId, rows: u32, columns: u32, reply: Reply<()> },
     CloseStdin(ProcessId, Reply<()>),

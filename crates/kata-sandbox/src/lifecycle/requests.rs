@@ -15,6 +15,7 @@ use crate::guest_spec;
 use crate::pod::{ContainerSpec, Event, Exit, ProcessId, Status, Stdio};
 use crate::process_table::{Container, Pending, Process, check_id};
 use crate::spec;
+use crate::stdio::Streams;
 use crate::storage::ContainerFiles;
 
 /// Signals that end a creation: there is no process yet that could handle them.
@@ -29,6 +30,10 @@ impl Actor {
             Request::Exec { id, process, stdio, reply } => answer(reply, self.exec(&id, process, stdio)),
             Request::Start(id, reply) => self.start(id, reply),
             Request::Wait(id, reply) => answer(reply, self.table.process(&id).map(|process| process.watch())),
+            Request::Delivered(id, reply) => {
+                let streams = self.table.process(&id).map(|process| process.streams.as_ref());
+                answer(reply, streams.map(|streams| streams.and_then(Streams::delivered)));
+            }
             Request::Kill { id, signal, all, reply } => self.kill(&id, signal, all, reply),
             Request::Resize { id, rows, columns, reply } => self.resize(id, rows, columns, reply),
             Request::CloseStdin(id, reply) => {

@@ -84,13 +84,14 @@ impl Sink {
 pub(super) struct FifoWriter {
     path: PathBuf,
     pipe: Option<pipe::Sender>,
+    /// There was one, or there will be none any more.
     had_reader: bool,
 }
 
 impl FifoWriter {
     async fn wait_for_reader(&mut self) {
         let mut pause = FIRST_LOOK;
-        while !self.look_for_reader() {
+        while !self.look_for_reader() && !self.had_reader {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LAST_LOOK);
         }
@@ -104,8 +105,11 @@ impl FifoWriter {
                     self.had_reader = true;
                 }
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
-                // Removed by a client that is done with it: nobody can come any more.
-                Err(error) => tracing::debug!(fifo = %self.path.display(), %error, "cannot be opened"),
+                // Removed by a client that is done with it: nobody can come any more, and the process must not wait.
+                Err(error) => {
+                    tracing::debug!(fifo = %self.path.display(), %error, "cannot be opened");
+                    self.had_reader = true;
+                }
             }
         }
         self.pipe.is_some()

@@ -74,6 +74,22 @@ fn share_is_a_peer_group_of_its_own() {
     assert!(share.dir().ends_with("pod/shared"));
 }
 
+/// The daemon that serves the share is root in it, so only the mount itself keeps a guest from making links there.
+#[test]
+fn guest_cannot_write_beside_its_containers_files() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let mut files = share.add("c", &world.made("root"), &[], &[]).unwrap();
+    let readonly = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::ReadOnlyFilesystem;
+    let link = |place: &str| std::os::unix::fs::symlink("/etc", share.dir().join(place));
+    assert!(readonly(link("next")), "a link where the next container's files will be");
+    assert!(readonly(link("c/mounts")));
+    assert!(readonly(fs::rename(share.dir().join("c"), share.dir().join("d"))));
+    fs::write(share.dir().join("c/rootfs/file"), "x").unwrap();
+    assert_eq!(fs::read_to_string(world.path("root/file")).unwrap(), "x");
+    files.release();
+}
+
 #[test]
 fn readonly_volume_cannot_be_written_and_a_writable_one_can() {
     let Some(world) = World::new() else { return };

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use async_trait::async_trait;
 use kata_api::agent::{
     CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, Empty, GetOOMEventRequest, OOMEvent,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, SignalProcessRequest, StartContainerRequest, WaitProcessRequest,
-    WaitProcessResponse,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, SignalProcessRequest,
+    StartContainerRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::health::{CheckRequest, VersionCheckResponse};
@@ -98,7 +98,11 @@ impl AgentService for FakeAgent {
         Ok(WaitProcessResponse { status, ..WaitProcessResponse::default() })
     }
 
-    async fn read_stdout(&self, _: &TtrpcContext, req: ReadStreamRequest) -> ttrpc::Result<ReadStreamResponse> {
+    async fn read_stdout(
+        &self,
+        _: &TtrpcContext,
+        req: ReadStreamRequest,
+    ) -> ttrpc::Result<ReadStreamResponse> {
         let left = self.output.load(Ordering::SeqCst);
         let taken = left.min(usize::try_from(req.len).unwrap());
         self.output.store(left - taken, Ordering::SeqCst);

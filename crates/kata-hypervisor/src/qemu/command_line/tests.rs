@@ -35,6 +35,17 @@ fn q35_with_tcg() {
 }
 
 #[test]
+fn only_a_single_emulated_processor_ticks_by_the_hpet() {
+    for (accelerator, vcpus, expected) in
+        [(Accelerator::Tcg, 1, true), (Accelerator::Tcg, 2, false), (Accelerator::Kvm, 1, false)]
+    {
+        let line = text(Machine::Q35, accelerator, |plan| plan.vcpus = vcpus);
+        assert_eq!(line.contains("hpet=on") && line.contains(" noapictimer "), expected, "{line}");
+        assert_eq!(line.contains("hpet=off") && !line.contains("noapictimer"), !expected, "{line}");
+    }
+}
+
+#[test]
 fn q35_with_kvm() {
     insta::assert_snapshot!(text(Machine::Q35, Accelerator::Kvm, |_| {}));
 }
