@@ -15,6 +15,7 @@
 //! directories) is written to the leak record before it exists; [`release`] works from that record alone.
 
 mod agent_client;
+mod agent_log;
 mod boot;
 mod error;
 mod guest_spec;

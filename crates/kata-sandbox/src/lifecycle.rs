@@ -29,6 +29,7 @@ pub(crate) use message::{Message, Reply, Request};
 pub(crate) use work::{drain, wait};
 
 use crate::agent_client::Agent;
+use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
 use crate::pod::{Event, Exit, Inspection};
@@ -252,6 +253,7 @@ impl Actor {
             let cause = cause_of_death(&pod, &agent, virtiofsd).await;
             let _ = post.send(Message::Done(Done::Died(cause)));
         });
+        self.watchers.spawn(agent_log::forward(self.pod.hybrid.clone(), self.pod.id.clone()));
         let post = self.post.clone();
         self.watchers.spawn(async move {
             // An agent without such events refuses at once, and there are none.

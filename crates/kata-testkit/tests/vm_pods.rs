@@ -190,3 +190,16 @@ fn pods_run_side_by_side() {
         assert_eq!(stdout(&child.wait_with_output().unwrap()), format!("pod {n}\n"));
     }
 }
+
+#[test]
+fn what_the_agent_logs_is_in_the_owners_log() {
+    let Some(host) = Host::new() else { return };
+    let image = host.image();
+    let set = ["--set", "agent.kata.enable_debug=true", "--set", "runtime.log_level=debug"];
+    let words =
+        ["run", "-d", "--name", "chatty"].into_iter().chain(set).chain([image.as_str(), "sleep", "1000"]);
+    let output = host.output(words);
+    assert!(output.status.success(), "{}", stderr(&output));
+    host.wait_for("the agent's log", || host.owner_log("chatty").contains(" agent: ").then_some(()));
+    remove(&host, "chatty");
+}

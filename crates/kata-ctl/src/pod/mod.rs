@@ -58,7 +58,7 @@ pub struct PodDir {
     pub name: String,
     /// `/run/kata/<name>`, made by the owner.
     pub run_dir: PathBuf,
-    /// `/var/lib/kata/pods/<name>`: the writable layer.
+    /// `/var/lib/kata/pods/<name>`: the writable layer, and the output of a detached pod.
     pub state_dir: PathBuf,
 }
 
@@ -114,14 +114,14 @@ impl PodDir {
         self.run_dir.join("io")
     }
 
-    /// Output of a detached pod.
+    /// Output of a detached pod. Not in the run directory, which is memory on most hosts.
     pub fn stdout_log(&self) -> PathBuf {
-        self.run_dir.join("stdout.log")
+        self.state_dir.join("stdout.log")
     }
 
     /// Error output of a detached pod.
     pub fn stderr_log(&self) -> PathBuf {
-        self.run_dir.join("stderr.log")
+        self.state_dir.join("stderr.log")
     }
 
     /// The owner's log.

@@ -80,6 +80,7 @@ impl Root {
     /// # Errors
     /// [`RootError`].
     pub fn mount(&self, pod: &PodDir) -> Result<(&'static str, String, Vec<String>), RootError> {
+        create(&pod.state_dir, 0o700)?;
         let layers = match self {
             Self::Dir(dir) => {
                 let options = ["rbind", "rw"].map(str::to_owned).to_vec();
@@ -109,14 +110,14 @@ fn upper(pod: &PodDir) -> PathBuf {
     pod.state_dir.join("upper")
 }
 
+fn create(path: &Path, mode: u32) -> Result<(), RootError> {
+    let made = DirBuilder::new().recursive(true).mode(mode).create(path);
+    made.map_err(|source| RootError::Create { path: path.to_owned(), source })
+}
+
 /// The container's `/` shows owner and mode of the writable layer, so that gets those of the image's. What is above it is
 /// for root alone: a container may put set-uid programs there, which no user of the host may run.
 fn make_writable_layer(top: &Path, upper: &Path, work: &Path) -> Result<(), RootError> {
-    let create = |path: &Path, mode| {
-        let made = DirBuilder::new().recursive(true).mode(mode).create(path);
-        made.map_err(|source| RootError::Create { path: path.to_owned(), source })
-    };
-    create(upper.parent().unwrap_or(upper), 0o700)?;
     create(upper, 0o755)?;
     create(work, 0o700)?;
     let like_the_top = || {
@@ -176,7 +177,8 @@ mod tests {
 
     #[test]
     fn a_directory_is_used_as_it_is() {
-        let (fs_type, source, _) = Root::Dir("/r".into()).mount(&pod(Path::new("/nonexistent"))).unwrap();
+        let (fs_type, source, _) =
+            Root::Dir("/r".into()).mount(&pod(tempfile::tempdir().unwrap().path())).unwrap();
         assert_eq!((fs_type, source.as_str()), ("bind", "/r"));
     }
 }
