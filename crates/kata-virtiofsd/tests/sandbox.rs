@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::thread::CapabilitySet;
 
 const LISTEN_FD: i32 = 3;
 
@@ -130,7 +131,13 @@ fn server_sees_the_shared_directory_only_and_mounts_that_come_later() {
 #[test]
 fn server_without_the_right_to_make_namespaces_refuses_to_serve() {
     let mut server = Server::spawn(|command| {
-        command.uid(65534).gid(65534);
+        // SAFETY: a system call is async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                rustix::thread::remove_capability_from_bounding_set(CapabilitySet::SYS_ADMIN)?;
+                Ok(())
+            });
+        }
     });
     assert_eq!(server.outside.wait().unwrap().code(), Some(1));
     let mut stderr = String::new();
