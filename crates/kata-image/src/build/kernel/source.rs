@@ -14,8 +14,8 @@ use super::{
 };
 
 const PACKAGE: &str = "linux-source-6.12";
-const PACKAGE_HINT: &str = "on Debian 12 it is in bookworm-security and bookworm-backports: add the line `deb http://deb.debian.org/debian \
-     bookworm-backports main` to a file in /etc/apt/sources.list.d, then run `apt-get update`";
+const PACKAGE_HINT: &str = "on Debian 12 it is in bookworm-security and bookworm-backports: add one of these suites of your \
+     mirror to a file in /etc/apt/sources.list.d, then run `apt-get update`";
 const TOOLS_HINT: &str = "`apt-get install build-essential flex bison bc libelf-dev xz-utils perl` brings what a kernel build needs";
 
 /// The configuration, a fragment over "everything off".
