@@ -49,6 +49,9 @@ enum Chore {
         /// Runs of each measurement.
         #[arg(long, default_value_t = 10)]
         runs: usize,
+        /// Where the guest's kernel comes from: source (tuned, some minutes to build once) or debian.
+        #[arg(long, default_value = "source")]
+        kernel: String,
         /// Print only; leave the document as it is.
         #[arg(long)]
         dry_run: bool,
@@ -61,7 +64,7 @@ fn main() -> ExitCode {
         Chore::Test { unit, filter } => suite::run(unit, &filter),
         Chore::Lint => lint::run(),
         Chore::DepsCheck => directions::check(),
-        Chore::Bench { runs, dry_run } => bench::run(runs, dry_run),
+        Chore::Bench { runs, kernel, dry_run } => bench::run(runs, &kernel, dry_run),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

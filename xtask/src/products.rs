@@ -8,6 +8,9 @@ use crate::{Chores, say};
 /// Guest binaries are static, for the target named outright: build scripts and macros must not be.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// The kernel that needs no building: a distribution's, unpacked.
+pub const STOCK_KERNEL: &str = "debian";
+
 /// How the host's binaries are built.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -40,8 +43,8 @@ impl Products {
     }
 }
 
-/// Builds the host's binaries, the agent and the guest image.
-pub fn build(profile: Profile, registry: bool) -> Chores<Products> {
+/// Builds the host's binaries, the agent and the guest image with a kernel from `kernel`.
+pub fn build(profile: Profile, kernel: &str, registry: bool) -> Chores<Products> {
     say(&format!("building the host's binaries ({})", profile.name()));
     let mut host = cargo();
     host.args(["build", "--profile", profile.name()]);
@@ -55,10 +58,10 @@ pub fn build(profile: Profile, registry: bool) -> Chores<Products> {
 
     let products = Products { dir: tree().join("target").join(profile.name()) };
     let agent = build_agent()?;
-    say("making the guest image (the first time, a kernel package is downloaded and unpacked)");
+    say(&format!("making the guest image, kernel: {kernel} (the first time it is downloaded)"));
     shell::run(
         std::process::Command::new(products.program("kata-ctl"))
-            .args(["image", "build", "--kernel", "debian", "--agent"])
+            .args(["image", "build", "--kernel", kernel, "--agent"])
             .arg(agent)
             .arg("--output")
             .arg(products.dir.join("guest-image"))

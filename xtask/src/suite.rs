@@ -16,7 +16,7 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     let profile = if unit { "unit" } else { "default" };
     nextest.args(["--profile", profile]);
     if !unit {
-        let products = products::build(Profile::Quick, true)?;
+        let products = products::build(Profile::Quick, products::STOCK_KERNEL, true)?;
         nextest.env("KATA_TEST_PROGRAMS", &products.dir).env("KATA_TEST_IMAGE", demo::busybox_image()?);
         nextest.env("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux"));
         nextest.env("KATA_TEST_INITRD", small_initrd()?);

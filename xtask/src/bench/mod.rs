@@ -35,9 +35,9 @@ impl Bench {
 }
 
 /// Measures all rows and, unless it is a dry run, writes the table.
-pub fn run(runs: usize, dry_run: bool) -> Chores {
+pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     packages::for_run()?;
-    let products = products::build(Profile::Release, false)?;
+    let products = products::build(Profile::Release, kernel, false)?;
     let image = format!("oci:{}:latest", demo::busybox_image()?.display());
     let bench = Bench { products, image, runs };
     let mut rows = Vec::new();

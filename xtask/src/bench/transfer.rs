@@ -39,7 +39,10 @@ fn with_pod(bench: &Bench, file: &Path) -> Chores<Vec<Row>> {
             timed(bench.ctl(&["exec", "-i", POD, "cat"]).stdin(input).stdout(Stdio::null()))?.as_secs_f64(),
         );
         // A cold guest reads: each run drops what the last one left.
-        shared.push(boot::whole(bench, &["exec", POD, "dd", "if=/data/data", "of=/dev/null", "bs=1M"])?);
+        shared.push(boot::whole(
+            bench,
+            &["exec", POD, "dd", "if=/data/data", "of=/dev/null", "bs=1M", "status=none"],
+        )?);
         host.push(
             timed(Command::new("dd").arg(format!("if={}", file.display())).args([
                 "of=/dev/null",
