@@ -105,6 +105,20 @@ impl Host {
         self.output(words.chain([image.as_str(), "sh", "-c", script]))
     }
 
+    /// What a shell command of this world shows on a terminal of its own, which `script` makes.
+    pub fn on_terminal(&self, command: &str) -> String {
+        let output = Command::new("script")
+            .args(["-qec", command, "/dev/null"])
+            .env("KATA_RUN_DIR", self.run_dir())
+            .env("KATA_STATE_DIR", self.state_dir())
+            .env("KATA_CONF_FILE", self.config())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        // The end of its own input, which `script` types into the terminal, is echoed at some moment.
+        stdout(&output).replace("^@", "")
+    }
+
     /// What of any pod of this world is still there, after leaving it `patience` to go.
     pub fn leftovers(&self, patience: Duration) -> Vec<String> {
         let begin = Instant::now();

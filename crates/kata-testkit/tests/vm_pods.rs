@@ -79,21 +79,12 @@ fn exec_passes_input_environment_directory_and_user() {
 fn exec_on_a_terminal_has_a_size_and_a_name() {
     let Some(host) = Host::new() else { return };
     detached(&host, "box", "exec sleep 1000");
-    // `script` gives the client a terminal of its own.
     let exec = format!(
         "stty rows 27 cols 93; {} exec -it box sh -c 'tty; stty size; ls /dev/pts; echo own > /dev/tty'",
         host.program("kata-ctl").display()
     );
-    let output = std::process::Command::new("script")
-        .args(["-qec", &exec, "/dev/null"])
-        .env("KATA_RUN_DIR", host.run_dir())
-        .env("KATA_STATE_DIR", host.state_dir())
-        .env("KATA_CONF_FILE", host.config())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = stdout(&output);
-    assert!(text.contains("/dev/pts/0\r\n27 93\r\n"), "{text}{}", stderr(&output));
+    let text = host.on_terminal(&exec);
+    assert!(text.contains("/dev/pts/0\r\n27 93\r\n"), "{text}");
     assert!(text.contains("ptmx"), "{text}");
     assert!(text.contains("own\r\n"), "{text}");
     remove(&host, "box");

@@ -217,21 +217,12 @@ fn container_has_few_privileges_and_a_filter() {
 #[test]
 fn terminal_has_a_size_and_a_name() {
     let Some(host) = Host::new() else { return };
-    // `script` gives the client a terminal of its own.
     let image = host.image();
     let run = format!(
         "stty rows 33 cols 111; {} run --rm -it {image} sh -c 'tty; stty size; test -t 0 && echo terminal'",
         host.program("kata-ctl").display()
     );
-    let output = std::process::Command::new("script")
-        .args(["-qec", &run, "/dev/null"])
-        .env("KATA_RUN_DIR", host.run_dir())
-        .env("KATA_STATE_DIR", host.state_dir())
-        .env("KATA_CONF_FILE", host.config())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = stdout(&output);
+    let text = host.on_terminal(&run);
     assert!(text.contains("/dev/pts/0"), "{text}");
     assert!(text.contains("33 111"), "{text}");
     assert!(text.contains("terminal"), "{text}");
