@@ -22,7 +22,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
 use crate::process::{Exit, Record, Tail};
-use crate::vm::{Capabilities, HypervisorError, ProcessInfo, Vm, VmExit, VmSpec};
+use crate::vm::{Capabilities, Disk, HypervisorError, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec};
 use crate::vsock::{self, CONNECT_LINE_LIMIT};
 
 /// A connection from the host that reached the fake guest.
@@ -162,6 +162,10 @@ impl FakeVm {
     }
 }
 
+fn unsupported(operation: &'static str) -> HypervisorError {
+    HypervisorError::Unsupported { operation, driver: "fake".to_owned() }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -212,6 +216,18 @@ impl Vm for FakeVm {
         self.running("resume")?;
         self.0.paused.send_replace(false);
         Ok(())
+    }
+
+    async fn add_disk(&self, _: Disk) -> Result<PciPath, HypervisorError> {
+        Err(unsupported("add a disk"))
+    }
+
+    async fn add_nic(&self, _: Nic) -> Result<PciPath, HypervisorError> {
+        Err(unsupported("add a network interface"))
+    }
+
+    async fn remove_device(&self, _: &str) -> Result<(), HypervisorError> {
+        Err(unsupported("remove a device"))
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {

@@ -22,7 +22,8 @@ mod vsock;
 pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
 pub use vm::{
-    Accelerator, Capabilities, HypervisorError, Machine, ProcessInfo, SharedFs, Vm, VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, HypervisorError, Machine, Nic, PciPath, ProcessInfo, SharedFs, Vm,
+    VmExit, VmSpec,
 };
 pub use vsock::VsockError;
 

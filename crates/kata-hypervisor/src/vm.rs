@@ -60,6 +60,34 @@ pub struct SharedFs {
     pub socket: OwnedFd,
 }
 
+/// A network interface: a virtio device whose other end is an open tap.
+#[derive(Debug)]
+pub struct Nic {
+    /// Its name among the machine's devices, `[A-Za-z0-9_-]+`, e.g. `eth0`.
+    pub id: String,
+    /// Hardware address that the guest sees.
+    pub mac: [u8; 6],
+    /// Largest packet, in bytes.
+    pub mtu: u16,
+    /// The tap, one descriptor a queue pair.
+    pub queues: Vec<OwnedFd>,
+}
+
+/// A raw disk: a block device, or a file that holds a file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Its name among the machine's devices, `[A-Za-z0-9_-]+`.
+    pub id: String,
+    /// Block device or regular file on the host.
+    pub path: PathBuf,
+    /// Whether the guest may not write to it. Enforced by the VMM.
+    pub readonly: bool,
+}
+
+/// Where the guest finds a device: the slot on each bus from the root on, as `02/00`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciPath(pub String);
+
 /// One virtual machine, as it is to be started.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -92,6 +120,8 @@ pub struct VmSpec {
     pub vsock: PathBuf,
     /// Files shared with the guest.
     pub shared_fs: Option<SharedFs>,
+    /// Network interfaces that the machine starts with.
+    pub nics: Vec<Nic>,
     /// Who the VMM and the vsock back end run as. Anyone but root runs without capabilities.
     pub identity: Identity,
     /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
@@ -317,6 +347,15 @@ pub trait Vm: Send + Sync {
 
     /// Lets a paused guest go on.
     async fn resume(&self) -> Result<(), HypervisorError>;
+
+    /// Adds a disk to the running machine, and answers where the guest finds it. The guest may take a moment to notice.
+    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError>;
+
+    /// Adds a network interface to the running machine. The guest may take a moment to notice.
+    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError>;
+
+    /// Takes a device away that was added, once the guest has let go of it.
+    async fn remove_device(&self, id: &str) -> Result<(), HypervisorError>;
 
     /// Ends the machine without asking the guest. Idempotent; comes back when all its processes are gone.
     async fn stop(&self) -> Result<(), HypervisorError>;

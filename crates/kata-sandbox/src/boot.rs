@@ -329,6 +329,7 @@ impl Guest {
             memory_mib: qemu.default_memory,
             vsock: pod.hybrid.clone(),
             shared_fs,
+            nics: Vec::new(),
             identity: pod.identity.clone(),
             seccomp_sandbox: qemu.seccomp_sandbox.clone(),
         }

@@ -35,8 +35,8 @@ mod timeline;
 pub use error::{ErrorKind, SandboxError};
 pub use kata_api::agent::StatsContainerResponse;
 pub use pod::{
-    ContainerSpec, ContainerView, Event, Exit, Inspection, ProcessId, ProcessState, RootfsMount, SandboxSpec,
-    Status, Stdio,
+    ContainerSpec, ContainerView, Event, Exit, Inspection, NetworkSpec, ProcessId, ProcessState, RootfsMount,
+    SandboxSpec, Status, Stdio,
 };
 pub use sandbox::Sandbox;
 pub use state::{State, StateError};

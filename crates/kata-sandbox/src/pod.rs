@@ -26,6 +26,17 @@ pub struct SandboxSpec {
     pub started: Instant,
     /// The VMM driver and accelerator that were picked, and why.
     pub choice: Choice,
+    /// The pod's network; `None` for a pod without one.
+    pub network: Option<NetworkSpec>,
+}
+
+/// The pod's network is what is in the network namespace of the calling process, now and after the hooks.
+#[derive(Clone, Debug)]
+pub struct NetworkSpec {
+    /// Programs of the host that set the network up: the specification's `prestart` and `createRuntime` hooks.
+    pub hooks: Vec<oci_spec::runtime::Hook>,
+    /// The bundle, for the state that hooks are told.
+    pub bundle: PathBuf,
 }
 
 /// One container to create, as containerd's `Task.Create` describes it.
@@ -169,6 +180,23 @@ pub enum Event {
         /// Which.
         process: ProcessId,
         /// How.
+        exit: Exit,
+    },
+    /// A container was frozen.
+    Paused {
+        /// The container's id.
+        container: String,
+    },
+    /// A container was thawed.
+    Resumed {
+        /// The container's id.
+        container: String,
+    },
+    /// A process was removed. Nothing follows of it.
+    Deleted {
+        /// Which.
+        process: ProcessId,
+        /// How it had ended.
         exit: Exit,
     },
     /// The guest's kernel killed something in this container for want of memory.

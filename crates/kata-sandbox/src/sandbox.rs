@@ -253,7 +253,7 @@ impl Sandbox {
 
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
-    let SandboxSpec { id, config, artefacts, run_dir, started, choice } = spec;
+    let SandboxSpec { id, config, artefacts, run_dir, started, choice, network } = spec;
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);
     let start = std::time::Instant::now();
@@ -270,6 +270,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         config,
         artefacts,
         choice,
+        network,
         run_dir,
         hybrid,
         identity,

@@ -327,7 +327,7 @@ fn after(event: Event, first: &mut Option<String>, started: &mut bool) -> Option
         Event::Stopped { fault } => {
             Some(End::new(fault.unwrap_or_else(|| "the pod was shut down".to_owned())))
         }
-        Event::Created { .. } | Event::Exited { .. } | Event::Oom { .. } => None,
+        _ => None,
     }
 }
 

@@ -117,6 +117,7 @@ fn own(
         run_dir: ground.run_dir.clone(),
         started,
         choice: plan.choice,
+        network: None,
     };
     let pod = Pod { ground: ground.clone(), rm: args.rm, client: args.client_pid };
     let served = runtime.block_on(async {

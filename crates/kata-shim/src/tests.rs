@@ -136,6 +136,7 @@ fn spec(dir: &Path, ground: &Ground) -> SandboxSpec {
             accelerator: Accelerator::Tcg,
             reason: "a test".to_owned(),
         },
+        network: None,
     }
 }
 

@@ -32,6 +32,7 @@ impl Place {
             memory_mib: 128,
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
+            nics: Vec::new(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
         }

@@ -33,7 +33,9 @@ use self::files::{open_for, with_kvm};
 use self::qmp::{Qmp, QmpError};
 use self::supervisor::{LastWords, explain, listen, supervise};
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, Tail, capture};
-use crate::vm::{Accelerator, Capabilities, HypervisorError, ProcessInfo, Vm, VmExit, VmSpec};
+use crate::vm::{
+    Accelerator, Capabilities, Disk, HypervisorError, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
+};
 use crate::vsock::Sockets;
 
 /// How much of the guest's console is kept.
@@ -225,6 +227,18 @@ impl Vm for QemuVm {
 
     async fn resume(&self) -> Result<(), HypervisorError> {
         self.command("resume", "cont").await
+    }
+
+    async fn add_disk(&self, _: Disk) -> Result<PciPath, HypervisorError> {
+        Err(HypervisorError::Unsupported { operation: "add a disk", driver: "qemu".to_owned() })
+    }
+
+    async fn add_nic(&self, _: Nic) -> Result<PciPath, HypervisorError> {
+        Err(HypervisorError::Unsupported { operation: "add a network interface", driver: "qemu".to_owned() })
+    }
+
+    async fn remove_device(&self, _: &str) -> Result<(), HypervisorError> {
+        Err(HypervisorError::Unsupported { operation: "remove a device", driver: "qemu".to_owned() })
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {

@@ -71,6 +71,7 @@ impl Bench {
             memory_mib: 64,
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
+            nics: Vec::new(),
             identity: Identity { uid: NOBODY, gid: NOBODY, groups: Vec::new() },
             seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
                 .to_owned(),

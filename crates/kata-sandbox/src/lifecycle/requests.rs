@@ -395,6 +395,11 @@ impl Actor {
             result?;
             container.init.advance(to, if to == Status::Paused { "pause" } else { "resume" })
         });
+        if result.is_ok() {
+            let container = container.to_owned();
+            let paused = to == Status::Paused;
+            self.emit(if paused { Event::Paused { container } } else { Event::Resumed { container } });
+        }
         self.dirty = true;
         answer(reply, result);
     }
@@ -487,6 +492,9 @@ impl Actor {
         self.end(id, Exit { code: NEVER_STARTED, at: SystemTime::now() });
         let exit = self.table.process(id).map(|process| process.exit());
         self.table.remove(id);
+        if let Ok(Some(exit)) = exit {
+            self.emit(Event::Deleted { process: id.clone(), exit });
+        }
         let unknown = || SandboxError::UnknownProcess(id.clone());
         answer(reply, exit.and_then(|exit| exit.ok_or_else(unknown)));
     }

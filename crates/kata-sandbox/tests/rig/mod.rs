@@ -95,6 +95,7 @@ impl Rig {
                 accelerator: Accelerator::Tcg,
                 reason: "it is a test".to_owned(),
             },
+            network: None,
         }
     }
 
