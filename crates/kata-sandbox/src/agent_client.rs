@@ -133,6 +133,12 @@ impl Agent {
         let _ = lost.wait_for(|lost| *lost).await;
     }
 
+    /// Whether the agent answers within `bound`, whatever it says.
+    pub(crate) async fn answers(&self, bound: Duration) -> bool {
+        let answer = bounded("Check", bound, self.health.check(within(bound), &CheckRequest::new())).await;
+        !matches!(answer, Err(AgentError::NoAnswer { .. }))
+    }
+
     /// The agent's version, as its health service tells it.
     pub(crate) async fn version(&self) -> Result<String, AgentError> {
         let request = CheckRequest::new();

@@ -32,6 +32,7 @@ use crate::agent_client::Agent;
 use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
+use crate::health;
 use crate::pod::{Event, Exit, Inspection, NetworkSpec};
 use crate::process_table::{ProcessTable, millis};
 use crate::state::{State, owner};
@@ -411,6 +412,8 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
         () = agent.lost() => {
             format!("the agent closed its connection{}", Excerpt::console(&pod.vm.console_tail()))
         }
+        // Nobody ends because of that: what is stuck is not waited for.
+        cause = health::lapsed(pod, agent, virtiofsd.as_ref()) => return cause,
     };
     // Both usually go because the machine went, which then is the better answer.
     match tokio::time::timeout(boot::GRACE, pod.vm.exited()).await {

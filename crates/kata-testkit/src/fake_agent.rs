@@ -76,6 +76,7 @@ struct State {
 #[derive(Default)]
 struct Script {
     hang_create: bool,
+    hang_check: bool,
     refuse: HashMap<&'static str, (Code, String)>,
 }
 
@@ -118,6 +119,11 @@ impl FakeAgent {
     /// CreateContainer never answers.
     pub fn hang_create(&self) {
         self.0.script.lock().unwrap().hang_create = true;
+    }
+
+    /// Health is not answered any more, as by a guest that is stuck.
+    pub fn hang_check(&self) {
+        self.0.script.lock().unwrap().hang_check = true;
     }
 
     /// Every `call` (its name in the protocol) fails.
@@ -343,7 +349,10 @@ impl Service {
 #[async_trait]
 impl Health for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<HealthCheckResponse> {
-        self.enter("Check")?;
+        let hangs = self.enter("Check")?.script.lock().unwrap().hang_check;
+        if hangs {
+            std::future::pending::<()>().await;
+        }
         Ok(HealthCheckResponse::new())
     }
 
