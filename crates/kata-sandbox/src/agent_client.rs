@@ -6,11 +6,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use kata_api::agent::{
-    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, Empty, ExecProcessRequest,
-    GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
-    WriteStreamRequest,
+    CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
+    ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse,
+    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
+    WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::health::CheckRequest;
@@ -160,6 +160,10 @@ impl Agent {
         bound: Duration,
     ) -> Result<(), AgentError> {
         done("CreateContainer", bound, self.service.create_container(within(bound), request)).await
+    }
+
+    pub(crate) async fn copy_file(&self, request: &CopyFileRequest) -> Result<(), AgentError> {
+        done("CopyFile", PROMPT, self.service.copy_file(within(PROMPT), request)).await
     }
 
     pub(crate) async fn start_container(&self, container: &str, bound: Duration) -> Result<(), AgentError> {

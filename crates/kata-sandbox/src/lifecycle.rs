@@ -8,12 +8,14 @@
 //! It only ever handles one message at a time and never waits inside one. Work runs in tasks that find what they need
 //! in [`Pod`], wait for the machine through [`Link`] and come back as messages.
 
+mod files;
 mod message;
 mod requests;
 mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
 use kata_config::{Artefacts, Config};
@@ -24,6 +26,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+pub(crate) use files::ContainerFiles;
 use message::Done;
 pub(crate) use message::{Message, Reply, Request};
 pub(crate) use work::{drain, wait};
@@ -57,7 +60,10 @@ pub(crate) struct Pod {
     pub(crate) hybrid: PathBuf,
     pub(crate) identity: Identity,
     pub(crate) record: Record,
-    pub(crate) share: Share,
+    /// `None` where no files are shared.
+    pub(crate) share: Option<Share>,
+    /// Number of the next disk, for its name.
+    pub(crate) next_disk: AtomicU32,
     pub(crate) vm: Box<dyn Vm>,
     /// The stages before the boot.
     pub(crate) timeline: Timeline,

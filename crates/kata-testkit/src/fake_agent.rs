@@ -24,11 +24,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_api::agent::{
-    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, Empty, ExecProcessRequest,
-    GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse,
-    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
-    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
+    ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest,
+    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
+    UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
@@ -63,6 +63,7 @@ struct State {
     script: Mutex<Script>,
     calls: Mutex<Vec<String>>,
     created: Mutex<Vec<CreateContainerRequest>>,
+    copied: Mutex<Vec<CopyFileRequest>>,
     sandbox: Mutex<Option<CreateSandboxRequest>>,
     streams: Mutex<HashMap<u32, UnixStream>>,
     arrived: Notify,
@@ -98,6 +99,7 @@ impl FakeAgent {
             script: Mutex::default(),
             calls: Mutex::default(),
             created: Mutex::default(),
+            copied: Mutex::default(),
             sandbox: Mutex::default(),
             streams: Mutex::default(),
             arrived: Notify::new(),
@@ -156,6 +158,11 @@ impl FakeAgent {
     /// The containers asked for so far.
     pub fn created(&self) -> Vec<CreateContainerRequest> {
         self.0.created.lock().unwrap().clone()
+    }
+
+    /// The chunks of files copied so far.
+    pub fn copied(&self) -> Vec<CopyFileRequest> {
+        self.0.copied.lock().unwrap().clone()
     }
 
     /// The sandbox asked for.
@@ -383,6 +390,11 @@ impl AgentService for Service {
         let args = request.oci.process.args.clone();
         let id = (request.container_id, String::new());
         state.insert(id, args, request.stdin_port, request.stdout_port).await?;
+        Ok(Empty::new())
+    }
+
+    async fn copy_file(&self, _: &TtrpcContext, request: CopyFileRequest) -> ttrpc::Result<Empty> {
+        self.enter("CopyFile")?.copied.lock().unwrap().push(request);
         Ok(Empty::new())
     }
 

@@ -12,7 +12,6 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
 use kata_api::control::DestroyRequest;
 use kata_api::control_ttrpc::ControlClient;
-use kata_api::ports;
 use kata_api::runtime_options::Options;
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::fake::FakeVm;
