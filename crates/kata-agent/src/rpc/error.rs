@@ -8,6 +8,7 @@ use super::spec::SpecError;
 use crate::container::{EngineError, Fault};
 use crate::modules::ModuleError;
 use crate::mount::StorageError;
+use crate::network::NetworkError;
 use crate::stdio::StdioError;
 use crate::stream::StreamError;
 
@@ -52,6 +53,9 @@ pub enum RpcError {
     /// A kernel module.
     #[error(transparent)]
     Module(#[from] ModuleError),
+    /// Interfaces, routes, neighbours.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Stream connections.
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -108,14 +112,19 @@ impl RpcError {
             Self::Storage(error) => of_storage(error),
             Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
             Self::Module(ModuleError::Parameters { .. }) => Code::INVALID_ARGUMENT,
+            Self::Network(NetworkError::NoLink { .. } | NetworkError::NoDevice { .. }) => Code::NOT_FOUND,
+            Self::Network(NetworkError::LoopbackName(_)) => Code::INVALID_ARGUMENT,
             Self::Stream(StreamError::NotConnected { .. } | StreamError::Claimed { .. }) => {
                 Code::INVALID_ARGUMENT
             }
             Self::Stdio(StdioError::Absent(_) | StdioError::NoTerminal) => Code::FAILED_PRECONDITION,
             Self::Stdio(StdioError::End(_)) => Code::OUT_OF_RANGE,
-            Self::Module(_) | Self::Stream(_) | Self::Stdio(_) | Self::System { .. } | Self::File { .. } => {
-                Code::INTERNAL
-            }
+            Self::Module(_)
+            | Self::Network(_)
+            | Self::Stream(_)
+            | Self::Stdio(_)
+            | Self::System { .. }
+            | Self::File { .. } => Code::INTERNAL,
         }
     }
 }
