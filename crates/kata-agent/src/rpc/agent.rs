@@ -11,6 +11,7 @@ use tokio::sync::{Notify, mpsc};
 use super::error::RpcError;
 use crate::cmdline::Settings;
 use crate::container::Engine;
+use crate::device::Disks;
 use crate::modules::Modules;
 use crate::mount::Storages;
 use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
@@ -177,11 +178,12 @@ impl Agent {
     #[must_use]
     pub fn new(engine: Arc<dyn Engine>, reaper: Reaper, modules: Arc<Modules>, settings: Settings) -> Self {
         let (sender, receiver) = mpsc::channel(OOM_KILLS);
+        let disks = Disks::new(modules.clone(), settings.hotplug_timeout);
         Self {
             engine,
             reaper,
             streams: Streams::default(),
-            storages: Storages::new(modules.clone()),
+            storages: Storages::new(modules.clone(), disks),
             modules,
             settings,
             done: Notify::new(),
