@@ -3,7 +3,12 @@
 //! `containerd-start COUNT` prints one JSON object with milliseconds: `kata` and `runc` are runs of `true` from the client's
 //! start to its end, `kata_exec` and `runc_exec` execs of `true` in a container that runs, `parallel` the time until the
 //! last of 1, 5 and 10 pods started at once has ended. Programs and image are named by the variables of the tests.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a measurement fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a measurement fails by panicking"
+)]
 
 use std::process::{Child, Stdio};
 use std::time::Instant;
@@ -31,7 +36,8 @@ fn run(rig: &Containerd, runtime: &str, round: usize) -> f64 {
 
 fn execs(rig: &Containerd, runtime: &str, count: usize) -> Vec<f64> {
     timed(rig, &["run", "-d", "--runtime", runtime, IMAGE, "exec", "sleep", "1000"]);
-    let exec = |round: usize| timed(rig, &["task", "exec", "--exec-id", &format!("e{round}"), "exec", "true"]);
+    let exec =
+        |round: usize| timed(rig, &["task", "exec", "--exec-id", &format!("e{round}"), "exec", "true"]);
     // The first warms the page cache of the guest.
     exec(0);
     let times = (1..=count).map(exec).collect();

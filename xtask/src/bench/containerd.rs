@@ -33,7 +33,8 @@ pub fn measure(bench: &Bench, bare_boot: f64) -> Chores<Vec<Row>> {
     )?;
     let figures: Figures = serde_json::from_str(&text)
         .map_err(|source| ChoreError::Json { what: "the figures of containerd", source })?;
-    let ratios = figures.kata.iter().zip(&figures.runc).map(|(kata, runc)| (kata - runc) / bare_boot).collect();
+    let ratios =
+        figures.kata.iter().zip(&figures.runc).map(|(kata, runc)| (kata - runc) / bare_boot).collect();
     let mut rows = vec![
         row("`ctr run` minus runc's ÷ bare boot", "", ratios, Some(1.45)),
         row("`ctr run --rm`, client's start to end", "ms", figures.kata, None),
@@ -42,7 +43,12 @@ pub fn measure(bench: &Bench, bare_boot: f64) -> Chores<Vec<Row>> {
         row("the same with runc", "ms", figures.runc_exec, None),
     ];
     for (pods, time) in [1, 5, 10].iter().zip(figures.parallel) {
-        rows.push(row(&format!("`ctr run --rm` of {pods} at once, until the last has ended"), "ms", vec![time], None));
+        rows.push(row(
+            &format!("`ctr run --rm` of {pods} at once, until the last has ended"),
+            "ms",
+            vec![time],
+            None,
+        ));
     }
     Ok(rows)
 }

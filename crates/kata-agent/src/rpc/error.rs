@@ -6,6 +6,7 @@ use ttrpc::Code;
 
 use super::spec::SpecError;
 use crate::container::{EngineError, Fault};
+use crate::device::DiskError;
 use crate::modules::ModuleError;
 use crate::mount::StorageError;
 use crate::network::NetworkError;
@@ -143,11 +144,15 @@ fn of_fault(fault: Fault) -> Code {
 
 fn of_storage(error: &StorageError) -> Code {
     match error {
-        StorageError::Unsupported { .. } => Code::UNIMPLEMENTED,
+        StorageError::Unsupported { .. } | StorageError::NoFileSystem { .. } => Code::UNIMPLEMENTED,
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
-        StorageError::Module { .. } | StorageError::System { .. } | StorageError::Interrupted { .. } => {
-            Code::INTERNAL
-        }
+        StorageError::Disk { source: DiskError::Source(_), .. } => Code::INVALID_ARGUMENT,
+        StorageError::Disk { source: DiskError::Absent { .. }, .. } => Code::DEADLINE_EXCEEDED,
+        StorageError::Module { .. }
+        | StorageError::Disk { .. }
+        | StorageError::Mount { .. }
+        | StorageError::System { .. }
+        | StorageError::Interrupted { .. } => Code::INTERNAL,
     }
 }
 
