@@ -22,7 +22,7 @@ struct Figures {
 
 /// Rows of containerd; `bare_boot` is the median of the same run, in milliseconds.
 pub fn measure(bench: &Bench, bare_boot: f64) -> Chores<Vec<Row>> {
-    packages::for_containerd()?;
+    packages::for_test()?;
     let text = shell::output(
         cargo()
             .args(["run", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
