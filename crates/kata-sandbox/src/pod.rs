@@ -81,6 +81,9 @@ pub struct Stdio {
     pub stderr: Option<PathBuf>,
     /// Whether the process gets a pseudo terminal.
     pub terminal: bool,
+    /// Whether a reader that goes comes back, as containerd does when it is restarted: output then waits in the FIFO.
+    /// Otherwise it is dropped while nobody reads.
+    pub lasting: bool,
 }
 
 /// A container's first process, or one that was executed in it later.

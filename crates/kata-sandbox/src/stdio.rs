@@ -10,7 +10,9 @@
 //! - The client may open its ends before or after us. Output waits for the first reader; until then the process meets
 //!   back-pressure, and nothing is lost.
 //! - A reader that went away is not waited for: what comes while there is none is thrown away, so that the process is
-//!   never stuck on a client that crashed. Whoever opens the FIFO later gets the output from then on.
+//!   never stuck on a client that crashed. Whoever opens the FIFO later gets the output from then on. Under containerd it
+//!   is the other way round ([`Stdio::lasting`]): it holds the FIFOs through its own restart, and no line of a log may be
+//!   missing afterwards.
 //! - The end of a FIFO's writer is not the end of the process's input: a client may detach and attach again. The input
 //!   ends when the client says so ([`close_stdin`](crate::Sandbox::close_stdin), containerd's `CloseIO`), after all
 //!   that is in the FIFO by then. A regular file ends where it ends.
@@ -91,11 +93,11 @@ impl Connected {
                 None => None,
             },
             stdout: match stdio.stdout.as_deref() {
-                Some(path) => Some((client::Sink::open(path)?, connect(hybrid).await?)),
+                Some(path) => Some((client::Sink::open(path, stdio.lasting)?, connect(hybrid).await?)),
                 None => None,
             },
             stderr: match stderr {
-                Some(path) => Some((client::Sink::open(path)?, connect(hybrid).await?)),
+                Some(path) => Some((client::Sink::open(path, stdio.lasting)?, connect(hybrid).await?)),
                 None => None,
             },
         })

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use kata_config::{Config, ConfigErrors, Sources};
+use kata_config::Sources;
 
 use crate::fault::chain;
 
-/// Exit code of every failure without a code of its own. 2 is clap's, for a wrong command line.
+/// Exit code of every failure without a code of its own.
 pub(crate) const FAILED: u8 = 1;
+/// Exit code for a wrong command line, as clap's.
+pub(crate) const WRONG_COMMAND: u8 = 2;
 /// Exit code of `pod` where the name is taken.
 pub(crate) const EXISTS: u8 = 3;
 
@@ -30,6 +32,9 @@ pub(crate) enum Verb {
     Delete(DeleteArgs),
     /// Tell what this host can run pods with
     Host(HostArgs),
+    /// Own a pod for containerd, whose `start` runs this
+    #[command(hide = true)]
+    Serve(ServeArgs),
 }
 
 #[derive(Debug, Args)]
@@ -45,6 +50,28 @@ pub(crate) struct PodArgs {
     /// End the pod if this process ends before the first container has started
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) client_pid: Option<i32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Name of the pod
+    #[arg(long, value_parser = pod_id)]
+    pub(crate) id: String,
+    /// containerd's namespace
+    #[arg(long)]
+    pub(crate) namespace: String,
+    /// Socket that takes events
+    #[arg(long)]
+    pub(crate) events: String,
+    /// Bundle of the pod's first container, with the FIFO of containerd's log
+    #[arg(long)]
+    pub(crate) bundle: PathBuf,
+    /// Network namespace of the pod, if it is there already
+    #[arg(long)]
+    pub(crate) netns: Option<PathBuf>,
+    /// Log more
+    #[arg(long)]
+    pub(crate) debug: bool,
 }
 
 #[derive(Debug, Args)]
@@ -74,8 +101,8 @@ pub(crate) struct SourceArgs {
 }
 
 impl SourceArgs {
-    pub(crate) fn load(&self) -> Result<Config, ConfigErrors> {
-        Config::load(&Sources { file: self.config.clone(), overrides: self.overrides.clone() })
+    pub(crate) fn sources(&self) -> Sources {
+        Sources { file: self.config.clone(), overrides: self.overrides.clone() }
     }
 }
 

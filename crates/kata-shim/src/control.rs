@@ -1,29 +1,33 @@
 //! `kata.control.v1.Control`: what the operator's tools ask beside the Task service.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use kata_api::control::{self, DestroyRequest, DestroyResponse, InspectRequest};
 use kata_api::control_ttrpc::Control;
-use kata_sandbox::{ContainerView, Inspection, Sandbox, Stage};
+use kata_sandbox::{ContainerView, Inspection, Stage};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::fault;
-use crate::life::Reins;
+use crate::reins::Reins;
+use crate::slot::Slot;
 
 pub(crate) struct ControlService {
-    sandbox: Sandbox,
+    slot: Arc<Slot>,
     reins: Reins,
 }
 
 impl ControlService {
-    pub(crate) fn new(sandbox: Sandbox, reins: Reins) -> Self {
-        Self { sandbox, reins }
+    pub(crate) fn new(slot: Arc<Slot>, reins: Reins) -> Self {
+        Self { slot, reins }
     }
 }
 
 #[async_trait]
 impl Control for ControlService {
     async fn inspect(&self, _: &TtrpcContext, _: InspectRequest) -> ttrpc::Result<control::Pod> {
-        let inspection = self.sandbox.inspect().await;
+        let sandbox = self.slot.get().ok_or_else(fault::no_container)?;
+        let inspection = sandbox.inspect().await;
         if inspection.state == "stopped" {
             self.reins.told();
         }

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use containerd_shim_protos::api::{Mount, StateResponse, Status as TaskStatus};
+use containerd_shim_protos::api::{CreateTaskRequest, Mount, StateResponse, Status as TaskStatus};
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use kata_sandbox::{ProcessId, ProcessState, RootfsMount, Status, Stdio};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -17,11 +18,30 @@ pub(crate) fn process_id(container: String, exec: String) -> ProcessId {
 
 pub(crate) fn stdio(stdin: &str, stdout: &str, stderr: &str, terminal: bool) -> Stdio {
     let path = |text: &str| (!text.is_empty()).then(|| PathBuf::from(text));
-    Stdio { stdin: path(stdin), stdout: path(stdout), stderr: path(stderr), terminal }
+    Stdio { stdin: path(stdin), stdout: path(stdout), stderr: path(stderr), terminal, lasting: false }
 }
 
 pub(crate) fn rootfs_mount(mount: Mount) -> RootfsMount {
     RootfsMount { fs_type: mount.type_, source: mount.source, target: mount.target, options: mount.options }
+}
+
+/// What is published once the container is there.
+pub(crate) fn create_event(request: &CreateTaskRequest) -> TaskCreate {
+    let io = TaskIO {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+        ..TaskIO::default()
+    };
+    TaskCreate {
+        container_id: request.id.clone(),
+        bundle: request.bundle.clone(),
+        rootfs: request.rootfs.clone(),
+        io: MessageField::some(io),
+        pid: std::process::id(),
+        ..TaskCreate::default()
+    }
 }
 
 /// Part of an OCI spec, which containerd sends as JSON (typeurl, "application/json").

@@ -43,7 +43,13 @@ pub(crate) fn run(id: &str) -> Result<(), DeleteError> {
     delete(&Ground::of(id))
 }
 
-fn delete(ground: &Ground) -> Result<(), DeleteError> {
+/// Whether somebody answers at the pod's socket.
+pub(crate) fn owner_lives(ground: &Ground) -> bool {
+    UnixStream::connect(ground.socket()).is_ok()
+}
+
+/// Deletes the pod on `ground`.
+pub(crate) fn delete(ground: &Ground) -> Result<(), DeleteError> {
     match UnixStream::connect(ground.socket()) {
         // Nothing is left then, and what has the name from now on is another pod.
         Ok(stream) => return destroy(stream),

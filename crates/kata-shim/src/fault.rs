@@ -30,6 +30,17 @@ pub(crate) fn invalid(message: impl ToString) -> ttrpc::Error {
     status(Code::INVALID_ARGUMENT, message)
 }
 
+/// The answer to a request about what is in a pod before anything is.
+pub(crate) fn no_container() -> ttrpc::Error {
+    status(Code::NOT_FOUND, "no container of this pod has been created yet")
+}
+
+/// The answer to a request that this host, as it is set up, cannot carry out.
+pub(crate) fn precondition(request: &'static str, chain: String) -> ttrpc::Error {
+    tracing::warn!(request, "{chain}");
+    status(Code::FAILED_PRECONDITION, chain)
+}
+
 /// The answer to a request that is not carried.
 pub(crate) fn unimplemented(request: &str) -> ttrpc::Error {
     status(Code::UNIMPLEMENTED, format!("{request} is not supported"))

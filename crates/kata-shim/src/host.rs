@@ -24,7 +24,7 @@ struct Findings {
 
 /// Prints what was found. A host that cannot run pods is an answer, not a failure.
 pub(crate) fn run(args: &HostArgs) -> Result<(), HostVerbError> {
-    let config = args.sources.load().map_err(HostVerbError::Config)?;
+    let config = Config::load(&args.sources.sources()).map_err(HostVerbError::Config)?;
     let findings = look(&config);
     if args.json {
         println!("{:#}", as_json(&findings));

@@ -1,4 +1,4 @@
-//! When a pod is over, and when its owner may go.
+//! When a standalone pod is over, and when its owner may go.
 //!
 //! ```text
 //!   until_over ──▶ until_delivered ──▶ teardown ──▶ linger ──▶ exit
@@ -20,11 +20,12 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::fault::chain;
 use crate::ground::{Ground, GroundError};
+use crate::reins::{Answer, Reins, Request};
 
 /// How long a pod that nobody is known to be busy with waits for its first container.
 const UNUSED_BOUND: Duration = Duration::from_secs(60);
@@ -45,62 +46,6 @@ pub(crate) enum WatchError {
     Signals(#[source] io::Error),
     #[error("cannot watch the client process {pid}")]
     Client { pid: i32, source: io::Error },
-}
-
-/// What the services tell the pod's life.
-#[derive(Debug)]
-enum Request {
-    CreateBegan,
-    CreateEnded,
-    Told,
-    End(&'static str),
-    Destroy(oneshot::Sender<Result<(), String>>),
-}
-
-/// The services' end of a pod's life.
-#[derive(Clone, Debug)]
-pub(crate) struct Reins(mpsc::UnboundedSender<Request>);
-
-impl Reins {
-    /// A first container is being made while the answer lives: the pod is in use.
-    pub(crate) fn creating(&self) -> Creating {
-        self.send(Request::CreateBegan);
-        Creating(self.clone())
-    }
-
-    /// A client is told how the pod ended, or that it cannot be used.
-    pub(crate) fn told(&self) {
-        self.send(Request::Told);
-    }
-
-    /// Ends the pod.
-    pub(crate) fn end(&self, cause: &'static str) {
-        self.send(Request::End(cause));
-    }
-
-    /// Ends the pod and comes back once nothing of it is left on the host.
-    ///
-    /// # Errors
-    /// What is left, and why.
-    pub(crate) async fn destroy(&self) -> Result<(), String> {
-        let (answer, answered) = oneshot::channel();
-        self.send(Request::Destroy(answer));
-        answered.await.unwrap_or_else(|_| Err("the owner is leaving; ask again".to_owned()))
-    }
-
-    fn send(&self, request: Request) {
-        // Without a receiver the process is about to exit.
-        let _ = self.0.send(request);
-    }
-}
-
-/// See [`Reins::creating`].
-pub(crate) struct Creating(Reins);
-
-impl Drop for Creating {
-    fn drop(&mut self) {
-        self.0.send(Request::CreateEnded);
-    }
 }
 
 /// Why a pod is over, and what follows.
@@ -140,7 +85,7 @@ pub(crate) struct Life {
     told: bool,
     /// The directories are removed: what has their names now is another pod's.
     cleared: bool,
-    destroyers: Vec<oneshot::Sender<Result<(), String>>>,
+    destroyers: Vec<Answer>,
 }
 
 impl Life {
@@ -152,7 +97,7 @@ impl Life {
         watch: Watch,
         connections: watch::Receiver<usize>,
     ) -> (Self, Reins) {
-        let (reins, requests) = mpsc::unbounded_channel();
+        let (reins, requests) = Reins::new();
         let life = Self {
             ground,
             rm,
@@ -169,7 +114,7 @@ impl Life {
             cleared: false,
             destroyers: Vec::new(),
         };
-        (life, Reins(reins))
+        (life, reins)
     }
 
     /// Lives until the pod is over and torn down, and the process may exit.
@@ -185,7 +130,7 @@ impl Life {
             result = result.and_then(|()| self.clear());
         }
         for answer in self.destroyers.drain(..) {
-            let _ = answer.send(told(&result));
+            answer.send(told(&result));
         }
         let mut result = self.linger(result).await;
         // One that never held a container has nothing to show once its client knows why.
@@ -220,10 +165,13 @@ impl Life {
                 _ = &mut delivered => return,
                 Ok(()) = self.connections.changed() => {}
                 Some(request) = self.requests.recv() => match request {
-                    Request::CreateBegan => self.creating += 1,
-                    Request::CreateEnded => self.creating = self.creating.saturating_sub(1),
+                    Request::CreateBegan(_) => self.creating += 1,
+                    Request::CreateEnded(_) => self.creating = self.creating.saturating_sub(1),
                     Request::Told => self.told = true,
-                    Request::End(_) => break None,
+                    Request::ShutDown(answer) => {
+                        answer.done();
+                        break None;
+                    }
                     Request::Destroy(answer) => break Some(answer),
                 },
                 _ = self.watch.terminate.recv() => break None,
@@ -249,14 +197,17 @@ impl Life {
                     Err(RecvError::Closed) => Some(End::new("the pod's task ended")),
                 },
                 Some(request) = self.requests.recv() => match request {
-                    Request::CreateBegan => { self.creating += 1; None }
-                    Request::CreateEnded => {
+                    Request::CreateBegan(_) => { self.creating += 1; None }
+                    Request::CreateEnded(_) => {
                         self.creating = self.creating.saturating_sub(1);
                         self.unused = Instant::now() + UNUSED_BOUND;
                         None
                     }
                     Request::Told => { self.told = true; None }
-                    Request::End(cause) => Some(End { told: true, ..End::new(cause) }),
+                    Request::ShutDown(answer) => {
+                        answer.done();
+                        Some(End { told: true, ..End::new("a client shut it down") })
+                    }
                     Request::Destroy(answer) => {
                         self.destroyers.push(answer);
                         Some(End { remove: true, told: true, ..End::new("a client destroyed it") })
@@ -285,14 +236,14 @@ impl Life {
             tokio::select! {
                 Ok(()) = self.connections.changed() => {}
                 Some(request) = self.requests.recv() => match request {
-                    Request::CreateBegan => self.creating += 1,
-                    Request::CreateEnded => self.creating = self.creating.saturating_sub(1),
+                    Request::CreateBegan(_) => self.creating += 1,
+                    Request::CreateEnded(_) => self.creating = self.creating.saturating_sub(1),
                     Request::Told => self.told = true,
-                    Request::End(_) => {}
+                    Request::ShutDown(answer) => answer.done(),
                     Request::Destroy(answer) => {
                         result = result.and_then(|()| self.clear());
                         self.told = true;
-                        let _ = answer.send(told(&result));
+                        answer.send(told(&result));
                     }
                 },
                 () = self.watch.client.gone(), if !self.started => {
@@ -352,8 +303,8 @@ fn told(result: &Result<(), LifeError>) -> Result<(), String> {
 /// What ends a pod from outside its socket.
 pub(crate) struct Watch {
     client: Client,
-    terminate: Signal,
-    interrupt: Signal,
+    pub(crate) terminate: Signal,
+    pub(crate) interrupt: Signal,
 }
 
 impl Watch {

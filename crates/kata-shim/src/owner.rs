@@ -1,4 +1,4 @@
-//! `pod`: owns one pod from its launch until nothing of it runs any more.
+//! `pod`: owns one standalone pod from its launch until nothing of it runs any more.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -6,35 +6,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use containerd_shim_protos::shim_async::create_task;
-use kata_api::control_ttrpc::create_control;
-use kata_config::{ArtefactError, Artefacts, Config, ConfigErrors};
 use kata_hypervisor::Vm;
-use kata_hypervisor::host::{Choice, Host, HostError, choose};
 use kata_sandbox::{Sandbox, SandboxError, SandboxSpec};
 use thiserror::Error;
 use ttrpc::asynchronous::Server;
 
 use crate::cli::{EXISTS, FAILED, PodArgs};
 use crate::connections::counted;
-use crate::control::ControlService;
 use crate::fault::chain;
 use crate::ground::{Ground, GroundError};
 use crate::life::{Life, LifeError, Watch, WatchError};
-use crate::task::TaskService;
-use crate::trace;
-
-/// The name that containerd before 2.0 calls the Task service by. Messages and methods are those of v3.
-const TASK_V2: &str = "containerd.task.v2.Task";
+use crate::plan::{Plan, PlanError};
+use crate::slot::Slot;
+use crate::{services, trace};
 
 #[derive(Debug, Error)]
 pub(crate) enum OwnerError {
-    #[error("the configuration cannot be used:\n{0}")]
-    Config(ConfigErrors),
     #[error(transparent)]
-    Artefacts(ArtefactError),
-    #[error(transparent)]
-    Host(HostError),
+    Plan(PlanError),
     #[error(transparent)]
     Ground(GroundError),
     #[error("cannot write the log {path}")]
@@ -57,28 +46,12 @@ impl OwnerError {
     }
 }
 
-/// Everything that can be wrong before the pod exists.
-struct Plan {
-    config: Config,
-    artefacts: Artefacts,
-    choice: Choice,
-}
-
-impl Plan {
-    fn make(args: &PodArgs) -> Result<Self, OwnerError> {
-        let config = args.sources.load().map_err(OwnerError::Config)?;
-        let artefacts = Artefacts::locate(&config).map_err(OwnerError::Artefacts)?;
-        let choice = choose(&config, &Host::probe()).map_err(OwnerError::Host)?;
-        Ok(Self { config, artefacts, choice })
-    }
-}
-
 /// Owns the pod that `args` describe. `started` is the zero of its timeline.
 ///
 /// # Errors
 /// Before the pod serves, why there is none: nothing is left of it then. Later, what was left behind.
 pub(crate) fn run(args: &PodArgs, started: Instant) -> Result<(), OwnerError> {
-    let plan = Plan::make(args)?;
+    let plan = Plan::make(&args.sources.sources()).map_err(OwnerError::Plan)?;
     let ground = Ground::of(&args.id);
     let listener = ground.claim(&args.id).map_err(OwnerError::Ground)?;
     let served = own(args, plan, &ground, listener, started);
@@ -158,14 +131,8 @@ impl Pod {
         let sandbox = Sandbox::launch(spec, vm).await.map_err(OwnerError::Launch)?;
         let (listener, connections) = counted(listener);
         let (life, reins) = Life::new(sandbox.clone(), self.ground, self.rm, watch, connections);
-        let task = Arc::new(TaskService::new(sandbox.clone(), reins.clone()));
-        let v3 = create_task(task.clone());
-        let v2 = create_task(task).into_values().map(|service| (TASK_V2.to_owned(), service)).collect();
-        let mut server = Server::new()
-            .add_listener(listener)
-            .register_service(v3)
-            .register_service(v2)
-            .register_service(create_control(Arc::new(ControlService::new(sandbox.clone(), reins))));
+        let slot = Arc::new(Slot::taken(sandbox.clone()));
+        let mut server = services::all(slot, &reins).add_listener(listener);
         if let Err(error) = server.start().await {
             sandbox.shutdown().await.map_err(OwnerError::Launch)?;
             return Err(serve(io::Error::other(error)));

@@ -1,6 +1,7 @@
 //! containerd's Task service onto the sandbox. One implementation serves v2 and v3.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -11,22 +12,28 @@ use containerd_shim_protos::api::{
     WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
-use kata_sandbox::{ContainerSpec, ProcessId, Sandbox, SandboxError};
+use kata_sandbox::{ContainerSpec, ProcessId, Sandbox, SandboxError, Stdio};
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::r#async::TtrpcContext;
 
-use crate::convert::{from_json, process_id, rootfs_mount, state_response, stdio, timestamp};
-use crate::life::Reins;
+use crate::convert::{create_event, from_json, process_id, rootfs_mount, state_response, stdio, timestamp};
+use crate::reins::Reins;
+use crate::slot::Slot;
 use crate::{fault, metrics};
 
 pub(crate) struct TaskService {
-    sandbox: Sandbox,
+    slot: Arc<Slot>,
     reins: Reins,
 }
 
 impl TaskService {
-    pub(crate) fn new(sandbox: Sandbox, reins: Reins) -> Self {
-        Self { sandbox, reins }
+    pub(crate) fn new(slot: Arc<Slot>, reins: Reins) -> Self {
+        Self { slot, reins }
+    }
+
+    /// The pod, for requests about what is in it.
+    fn sandbox(&self) -> ttrpc::Result<&Sandbox> {
+        self.slot.get().ok_or_else(fault::no_container)
     }
 }
 
@@ -54,15 +61,20 @@ impl Task for TaskService {
         if !req.checkpoint.is_empty() {
             return Err(fault::unimplemented("creating a container from a checkpoint"));
         }
-        let creating = self.reins.creating();
+        let creating = self.reins.creating(create_event(&req));
+        let spec = bundle_spec(Path::new(&req.bundle))?;
+        let sandbox = self.slot.for_create(&req, &spec).await?;
         let container = ContainerSpec {
-            spec: bundle_spec(Path::new(&req.bundle))?,
-            stdio: stdio(&req.stdin, &req.stdout, &req.stderr, req.terminal),
+            spec,
+            stdio: Stdio {
+                lasting: self.slot.lasting(),
+                ..stdio(&req.stdin, &req.stdout, &req.stderr, req.terminal)
+            },
             rootfs: req.rootfs.into_iter().map(rootfs_mount).collect(),
             id: req.id,
             bundle: req.bundle.into(),
         };
-        let result = answer("create", self.sandbox.create_container(container).await);
+        let result = answer("create", sandbox.create_container(container).await);
         if result.is_err() {
             self.reins.told();
         }
@@ -71,28 +83,28 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, req: StartRequest) -> ttrpc::Result<StartResponse> {
-        let pid = answer("start", self.sandbox.start(&process_id(req.id, req.exec_id)).await)?;
+        let pid = answer("start", self.sandbox()?.start(&process_id(req.id, req.exec_id)).await)?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
     async fn state(&self, _: &TtrpcContext, req: StateRequest) -> ttrpc::Result<StateResponse> {
         let state =
-            answer("state", self.sandbox.state(&process_id(req.id.clone(), req.exec_id.clone())).await)?;
+            answer("state", self.sandbox()?.state(&process_id(req.id.clone(), req.exec_id.clone())).await)?;
         Ok(state_response(req.id, req.exec_id, state))
     }
 
     async fn pids(&self, _: &TtrpcContext, req: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let pids = answer("pids", self.sandbox.pids(&req.id).await)?;
+        let pids = answer("pids", self.sandbox()?.pids(&req.id).await)?;
         let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..ProcessInfo::default() }).collect();
         Ok(PidsResponse { processes, ..PidsResponse::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, req: PauseRequest) -> ttrpc::Result<Empty> {
-        done("pause", self.sandbox.pause(&req.id).await)
+        done("pause", self.sandbox()?.pause(&req.id).await)
     }
 
     async fn resume(&self, _: &TtrpcContext, req: ResumeRequest) -> ttrpc::Result<Empty> {
-        done("resume", self.sandbox.resume(&req.id).await)
+        done("resume", self.sandbox()?.resume(&req.id).await)
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
@@ -100,7 +112,7 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, req: KillRequest) -> ttrpc::Result<Empty> {
-        done("kill", self.sandbox.kill(&process_id(req.id, req.exec_id), req.signal, req.all).await)
+        done("kill", self.sandbox()?.kill(&process_id(req.id, req.exec_id), req.signal, req.all).await)
     }
 
     async fn exec(&self, _: &TtrpcContext, req: ExecProcessRequest) -> ttrpc::Result<Empty> {
@@ -109,28 +121,30 @@ impl Task for TaskService {
         }
         let process: Process = from_json("process", req.spec.as_ref())?;
         let stdio = stdio(&req.stdin, &req.stdout, &req.stderr, req.terminal);
-        done("exec", self.sandbox.exec(&req.id, &req.exec_id, process, stdio).await)
+        let stdio = Stdio { lasting: self.slot.lasting(), ..stdio };
+        done("exec", self.sandbox()?.exec(&req.id, &req.exec_id, process, stdio).await)
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, req: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        done("resize", self.sandbox.resize(&process_id(req.id, req.exec_id), req.height, req.width).await)
+        done("resize", self.sandbox()?.resize(&process_id(req.id, req.exec_id), req.height, req.width).await)
     }
 
     async fn close_io(&self, _: &TtrpcContext, req: CloseIORequest) -> ttrpc::Result<Empty> {
         if !req.stdin {
             return Ok(Empty::new());
         }
-        done("close stdin", self.sandbox.close_stdin(&process_id(req.id, req.exec_id)).await)
+        done("close stdin", self.sandbox()?.close_stdin(&process_id(req.id, req.exec_id)).await)
     }
 
     async fn update(&self, _: &TtrpcContext, req: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let resources: LinuxResources = from_json("resources", req.resources.as_ref())?;
-        done("update", self.sandbox.update(&req.id, resources).await)
+        done("update", self.sandbox()?.update(&req.id, resources).await)
     }
 
     async fn wait(&self, _: &TtrpcContext, req: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let sandbox = self.sandbox()?;
         let process = process_id(req.id, req.exec_id);
-        let exit = answer("wait", self.sandbox.wait(&process).await)?;
+        let exit = answer("wait", sandbox.wait(&process).await)?;
         if process.exec.is_none() {
             self.reins.told();
         }
@@ -139,7 +153,7 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, req: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = answer("stats", self.sandbox.stats(&req.id).await)?;
+        let stats = answer("stats", self.sandbox()?.stats(&req.id).await)?;
         let stats =
             metrics::packed(&stats).map_err(|error| fault::internal("stats", fault::chain(&error)))?;
         Ok(StatsResponse { stats: Some(stats).into(), ..StatsResponse::default() })
@@ -148,7 +162,7 @@ impl Task for TaskService {
     async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         let task = match req.id.as_str() {
             "" => 0,
-            id => answer("connect", self.sandbox.state(&ProcessId::init(id)).await)?.pid,
+            id => answer("connect", self.sandbox()?.state(&ProcessId::init(id)).await)?.pid,
         };
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let shim = std::process::id();
@@ -156,7 +170,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, req: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let exit = answer("delete", self.sandbox.delete(&process_id(req.id, req.exec_id)).await)?;
+        let exit = answer("delete", self.sandbox()?.delete(&process_id(req.id, req.exec_id)).await)?;
         Ok(DeleteResponse {
             pid: std::process::id(),
             exit_status: exit.code,
@@ -167,8 +181,12 @@ impl Task for TaskService {
 
     /// Ends the pod if it holds no container, as containerd expects after the last delete; with `now`, in any case.
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> ttrpc::Result<Empty> {
-        if req.now || self.sandbox.inspect().await.containers.is_empty() {
-            self.reins.end("a client shut it down");
+        let empty = match self.slot.get() {
+            Some(sandbox) => sandbox.inspect().await.containers.is_empty(),
+            None => true,
+        };
+        if req.now || empty {
+            self.reins.shut_down().await;
         }
         Ok(Empty::new())
     }

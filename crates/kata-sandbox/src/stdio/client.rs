@@ -46,9 +46,15 @@ pub(super) enum Sink {
 }
 
 impl Sink {
-    /// Opens the file, or begins to wait for the FIFO's reader.
-    pub(super) fn open(path: &Path) -> Result<Self, StdioError> {
+    /// Opens the file, or begins to wait for the FIFO's reader. One that is `lasting` is not waited for, and never gone.
+    pub(super) fn open(path: &Path, lasting: bool) -> Result<Self, StdioError> {
         match place(path)? {
+            Place::Fifo(path) if lasting => {
+                match pipe::OpenOptions::new().read_write(true).open_sender(&path) {
+                    Ok(pipe) => Ok(Self::Fifo(FifoWriter { path, pipe: Some(pipe), had_reader: true })),
+                    Err(source) => Err(StdioError::Client { path, source }),
+                }
+            }
             Place::Fifo(path) => Ok(Self::Fifo(FifoWriter { path, pipe: None, had_reader: false })),
             Place::File(path) => match OpenOptions::new().append(true).create(true).mode(0o640).open(&path) {
                 Ok(file) => Ok(Self::File(tokio::fs::File::from_std(file))),
@@ -78,8 +84,8 @@ impl Sink {
 
 /// The writing end of a FIFO.
 ///
-/// Opening it for reading and writing would always succeed and never tell that the reader is gone, so that the process
-/// would hang on a full pipe for ever. Opening it for writing blocks, or fails while there is no reader, and the kernel
+/// Opening it for reading and writing always succeeds and never tells that the reader is gone. Where one comes back that is
+/// as it should be; elsewhere the process would hang on a full pipe for ever. Opening it for writing blocks, or fails while there is no reader, and the kernel
 /// has no event for one who comes: so it is looked for.
 pub(super) struct FifoWriter {
     path: PathBuf,

@@ -1,0 +1,244 @@
+//! `start`: answers the address of the pod's owner, which is started for the pod's first container.
+//!
+//! Three generations of containerd call it: all put their flags before the verb; up to 2.2 standard input may hold the
+//! runtime's options (an `Any`, which `Task.Create` carries again), from 2.3 on it holds `BootstrapParams` as JSON. The
+//! first are answered with the bare address, which every release reads, the last in kind. Whatever else is written, to
+//! either stream, would be taken for a part of the address.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use serde::Deserialize;
+use serde_json::json;
+use thiserror::Error;
+
+use super::bundle::{Bundle, BundleError, Netns};
+use super::cleanup;
+use super::invocation::Invocation;
+use crate::delete::DeleteError;
+use crate::ground::{Ground, GroundError};
+
+/// Most that is read of standard input.
+const INPUT_LIMIT: u64 = 1 << 20;
+/// The task API that is answered to a containerd that asks in the new way.
+const TASK_VERSION: i32 = containerd_shim_protos::TASK_API_VERSION;
+
+#[derive(Debug, Error)]
+pub(crate) enum BootstrapError {
+    #[error("cannot read the parameters on standard input")]
+    Input(#[source] io::Error),
+    #[error("the parameters on standard input are not containerd's BootstrapParams")]
+    Params(#[source] serde_json::Error),
+    #[error("the working directory is no bundle")]
+    WorkingDirectory(#[source] io::Error),
+    #[error(transparent)]
+    Bundle(BundleError),
+    #[error(transparent)]
+    Ground(GroundError),
+    #[error("cannot remove what a dead owner left of a pod of the same name")]
+    Stale(#[source] DeleteError),
+    #[error(
+        "the container belongs to pod {pod}, whose owner does not answer at {socket}; the pod has to be made anew \
+         (Kubernetes does so by itself)"
+    )]
+    NoPod { pod: String, socket: PathBuf, source: io::Error },
+    #[error("cannot start the pod's owner")]
+    Spawn(#[source] io::Error),
+    #[error("the pod's owner does not serve: {0}")]
+    Owner(String),
+    #[error("cannot write {path}")]
+    Address { path: PathBuf, source: io::Error },
+}
+
+/// What containerd says on standard input, where it is more than options.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Params {
+    #[serde(alias = "containerdTtrpcAddress")]
+    containerd_ttrpc_address: String,
+    #[serde(alias = "containerdGrpcAddress")]
+    containerd_grpc_address: String,
+    /// A number, or the name of one.
+    #[serde(alias = "logLevel")]
+    log_level: serde_json::Value,
+}
+
+impl Params {
+    /// Whether more than the usual is to be logged: INFO is 0, and what tells more is negative.
+    fn debug(&self) -> bool {
+        match &self.log_level {
+            serde_json::Value::String(name) => name.ends_with("_DEBUG") || name.ends_with("_TRACE"),
+            other => other.as_i64().is_some_and(|level| level < 0),
+        }
+    }
+}
+
+/// Prints the address of the pod's owner.
+pub(crate) fn run(call: &Invocation) -> Result<(), BootstrapError> {
+    let params = params(io::stdin().lock())?;
+    let dir = match &call.bundle {
+        Some(dir) => dir.clone(),
+        None => std::env::current_dir().map_err(BootstrapError::WorkingDirectory)?,
+    };
+    let address = address(call, params.as_ref(), &dir)?;
+    // containerd 1.x finds the owner by this file after a restart of its own.
+    let file = dir.join("address");
+    std::fs::write(&file, &address).map_err(|source| BootstrapError::Address { path: file, source })?;
+    let answer = match params {
+        None => address,
+        Some(_) => json!({ "version": TASK_VERSION, "address": address, "protocol": "ttrpc" }).to_string(),
+    };
+    // A containerd that is not there any more needs no answer.
+    let _ = io::stdout().write_all(answer.as_bytes());
+    Ok(())
+}
+
+fn params(input: impl Read) -> Result<Option<Params>, BootstrapError> {
+    let mut text = Vec::new();
+    input.take(INPUT_LIMIT).read_to_end(&mut text).map_err(BootstrapError::Input)?;
+    // The first byte of an Any is the tag of its first field, which is no brace.
+    if text.first() != Some(&b'{') {
+        return Ok(None);
+    }
+    serde_json::from_slice(&text).map(Some).map_err(BootstrapError::Params)
+}
+
+fn address(call: &Invocation, params: Option<&Params>, dir: &Path) -> Result<String, BootstrapError> {
+    let bundle = Bundle::read(dir).map_err(BootstrapError::Bundle)?;
+    let ground = match bundle.pod().map_err(BootstrapError::Bundle)? {
+        Some(pod) => owner_of(pod)?,
+        None => {
+            let netns = bundle.netns().map_err(BootstrapError::Bundle)?;
+            start(call, params, dir, &netns)?
+        }
+    };
+    Ok(format!("unix://{}", ground.socket().display()))
+}
+
+/// The ground of a pod that is there.
+fn owner_of(pod: &str) -> Result<Ground, BootstrapError> {
+    let ground = Ground::of(pod);
+    match UnixStream::connect(ground.socket()) {
+        Ok(_) => Ok(ground),
+        Err(source) => Err(BootstrapError::NoPod { pod: pod.to_owned(), socket: ground.socket(), source }),
+    }
+}
+
+/// Starts the owner of a new pod, which serves when this returns.
+fn start(
+    call: &Invocation,
+    params: Option<&Params>,
+    dir: &Path,
+    netns: &Netns,
+) -> Result<Ground, BootstrapError> {
+    let ground = Ground::of(&call.id);
+    if UnixStream::connect(ground.socket()).is_err() {
+        // containerd makes no pod while it knows of one of that name: what is left is of an owner that died unseen.
+        cleanup::stale(&ground).map_err(BootstrapError::Stale)?;
+    }
+    let listener = ground.claim(&call.id).map_err(BootstrapError::Ground)?;
+    let debug = call.debug || params.is_some_and(Params::debug);
+    let mut owner = Command::new("/proc/self/exe");
+    owner
+        .arg0("containerd-shim-kata-v2")
+        .args(["serve", "--id", &call.id, "--namespace", &call.namespace, "--events", &events(call, params)])
+        .arg("--bundle")
+        .arg(dir);
+    if let Netns::At(path) = netns {
+        owner.arg("--netns").arg(path);
+    }
+    if debug {
+        owner.arg("--debug");
+    }
+    let served = spawn(owner, listener);
+    if served.is_err()
+        && let Err(error) = ground.clear()
+    {
+        // Not to stderr, which is the answer; the next start finds it again.
+        tracing::debug!(%error, "the directory of a pod that did not start stays");
+    }
+    served.map(|()| ground)
+}
+
+/// The owner gets the socket as its standard input, and says on its standard error what keeps it from serving; it closes
+/// that when it serves.
+fn spawn(mut owner: Command, listener: UnixListener) -> Result<(), BootstrapError> {
+    let (mut words, end) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map(|(read, write)| (File::from(read), write))
+        .map_err(|error| BootstrapError::Spawn(error.into()))?;
+    owner.current_dir("/").stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(end);
+    // SAFETY: setsid is a bare system call: async-signal-safe, without memory of this process.
+    unsafe { owner.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from)) };
+    let mut child = owner.spawn().map_err(BootstrapError::Spawn)?;
+    // Our copy of the pipe's end goes with it.
+    drop(owner);
+    let mut text = String::new();
+    words.read_to_string(&mut text).map_err(BootstrapError::Spawn)?;
+    match (text.trim(), child.try_wait()) {
+        ("", Ok(None)) => Ok(()),
+        ("", status) => Err(BootstrapError::Owner(ended(status.ok().flatten()))),
+        (text, _) => Err(BootstrapError::Owner(text.to_owned())),
+    }
+}
+
+fn ended(status: Option<ExitStatus>) -> String {
+    status.map_or_else(|| "it ended without a word".to_owned(), |status| format!("it ended with {status}"))
+}
+
+/// The socket that takes events.
+fn events(call: &Invocation, params: Option<&Params>) -> String {
+    let told =
+        params.map(|params| params.containerd_ttrpc_address.clone()).filter(|address| !address.is_empty());
+    let told = told.or_else(|| std::env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty()));
+    told.unwrap_or_else(|| {
+        let main = params
+            .map(|params| params.containerd_grpc_address.as_str())
+            .filter(|address| !address.is_empty());
+        format!("{}.ttrpc", main.unwrap_or(&call.address))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_no_parameters_and_json_in_either_spelling_is() {
+        assert!(params(&b""[..]).unwrap().is_none());
+        assert!(params(&b"\x0a\x19runtimeoptions.v1.Options"[..]).unwrap().is_none());
+        for text in [
+            r#"{"instanceId":"a","containerdTtrpcAddress":"/c.ttrpc","logLevel":"LOG_LEVEL_DEBUG"}"#,
+            r#"{"instance_id":"a","containerd_ttrpc_address":"/c.ttrpc","log_level":-4}"#,
+        ] {
+            let params = params(text.as_bytes()).unwrap().unwrap();
+            assert_eq!(params.containerd_ttrpc_address, "/c.ttrpc");
+            assert!(params.debug());
+        }
+        assert!(!params(&b"{}"[..]).unwrap().unwrap().debug());
+        assert!(matches!(params(&b"{"[..]), Err(BootstrapError::Params(_))));
+    }
+
+    #[test]
+    fn a_dead_owners_words_are_the_reason() {
+        let listener = || UnixListener::bind(tempfile::tempdir().unwrap().path().join("s")).unwrap();
+        let script = |text: &str| {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", text]);
+            command
+        };
+        let error = spawn(script("echo no such thing >&2; exit 1"), listener()).unwrap_err();
+        assert_eq!(error.to_string(), "the pod's owner does not serve: no such thing");
+        assert!(spawn(script("exec 2>&-; exec sleep 1"), listener()).is_ok());
+    }
+
+    #[test]
+    fn a_container_of_a_pod_without_owner_is_told_so() {
+        let error = owner_of("no-such-pod-of-a-test").unwrap_err();
+        assert!(matches!(error, BootstrapError::NoPod { .. }), "{error}");
+    }
+}

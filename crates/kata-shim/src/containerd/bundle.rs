@@ -1,0 +1,132 @@
+//! What a bundle tells of its container before there is a pod: whose it is, and which network it has.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use thiserror::Error;
+
+/// How container managers mark the containers of a pod: the key of the kind, its value for a container that is not the
+/// pod's first, and the key of the pod's id.
+const MARKS: [(&str, &str, &str); 3] = [
+    ("io.kubernetes.cri.container-type", "container", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "container", "io.kubernetes.cri-o.SandboxID"),
+    ("io.kubernetes.docker.type", "container", "io.kubernetes.sandbox.id"),
+];
+/// What Docker names before there is a namespace. It fills the one of the pid that it is answered.
+const PLACEHOLDER: &str = "/proc/0/ns/net";
+
+#[derive(Debug, Error)]
+pub(crate) enum BundleError {
+    #[error("cannot read {path}")]
+    Spec { path: PathBuf, source: Box<oci_spec::OciSpecError> },
+    #[error(
+        "{path}: the annotation {kind} says that this is a container of a pod, and {pod} does not say which"
+    )]
+    NoPod { path: PathBuf, kind: &'static str, pod: &'static str },
+    #[error(
+        "{path}: the container asks for the host's network, which a virtual machine cannot share; give it a network namespace \
+         (Kubernetes: hostNetwork: false, ctr: without --net-host, Docker: another --network)"
+    )]
+    HostNetwork { path: PathBuf },
+}
+
+/// The network namespace that a specification asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Netns {
+    /// One of its own, which others may fill later.
+    New,
+    /// One that is there.
+    At(PathBuf),
+}
+
+/// A container's bundle.
+#[derive(Debug)]
+pub(crate) struct Bundle {
+    file: PathBuf,
+    spec: Spec,
+}
+
+impl Bundle {
+    pub(crate) fn read(dir: &Path) -> Result<Self, BundleError> {
+        let file = dir.join("config.json");
+        match Spec::load(&file) {
+            Ok(spec) => Ok(Self { file, spec }),
+            Err(source) => Err(BundleError::Spec { path: file, source: Box::new(source) }),
+        }
+    }
+
+    /// The pod that the container joins; `None` for a container that makes its own.
+    pub(crate) fn pod(&self) -> Result<Option<&str>, BundleError> {
+        match self.spec.annotations() {
+            Some(annotations) => joined(annotations).map_err(|(kind, pod)| BundleError::NoPod {
+                path: self.file.clone(),
+                kind,
+                pod,
+            }),
+            None => Ok(None),
+        }
+    }
+
+    /// The network namespace of the pod that the container makes.
+    pub(crate) fn netns(&self) -> Result<Netns, BundleError> {
+        let namespaces = self.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        let network = namespaces.into_iter().flatten().find(|it| it.typ() == LinuxNamespaceType::Network);
+        let network = network.ok_or_else(|| BundleError::HostNetwork { path: self.file.clone() })?;
+        Ok(match network.path() {
+            Some(path) if !path.as_os_str().is_empty() && path != Path::new(PLACEHOLDER) => {
+                Netns::At(path.clone())
+            }
+            _ => Netns::New,
+        })
+    }
+}
+
+type Marks = (&'static str, &'static str);
+
+fn joined(annotations: &HashMap<String, String>) -> Result<Option<&str>, Marks> {
+    let mark = MARKS.iter().find(|(key, joins, _)| annotations.get(*key).is_some_and(|kind| kind == joins));
+    let Some((kind, _, pod)) = mark else { return Ok(None) };
+    match annotations.get(*pod).filter(|id| !id.is_empty()) {
+        Some(id) => Ok(Some(id)),
+        None => Err((kind, pod)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle(namespaces: &str, annotations: &str) -> Bundle {
+        let text = format!(
+            r#"{{"ociVersion":"1.1.0","annotations":{{{annotations}}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+        );
+        Bundle { file: "/b/config.json".into(), spec: serde_json::from_str(&text).unwrap() }
+    }
+
+    #[test]
+    fn a_container_of_a_pod_names_it_in_each_managers_way() {
+        for (kind, _, pod) in MARKS {
+            let of = |kind_of: &str| bundle("", &format!("{kind:?}:{kind_of:?},{pod:?}:\"web\""));
+            assert_eq!(of("container").pod().unwrap(), Some("web"));
+            assert_eq!(of("sandbox").pod().unwrap(), None);
+        }
+        assert_eq!(bundle("", "").pod().unwrap(), None);
+    }
+
+    #[test]
+    fn a_container_of_no_named_pod_is_refused() {
+        let error = bundle("", r#""io.kubernetes.cri.container-type":"container""#).pod().unwrap_err();
+        assert!(error.to_string().contains("io.kubernetes.cri.sandbox-id"), "{error}");
+    }
+
+    #[test]
+    fn the_network_namespace_is_named_or_new_and_never_the_hosts() {
+        let netns = |text| bundle(text, "").netns();
+        let at = Netns::At("/run/netns/a".into());
+        assert_eq!(netns(r#"{"type":"network","path":"/run/netns/a"}"#).unwrap(), at);
+        assert_eq!(netns(r#"{"type":"network"}"#).unwrap(), Netns::New);
+        assert_eq!(netns(r#"{"type":"network","path":"/proc/0/ns/net"}"#).unwrap(), Netns::New);
+        assert!(matches!(netns(r#"{"type":"pid"}"#), Err(BundleError::HostNetwork { .. })));
+    }
+}

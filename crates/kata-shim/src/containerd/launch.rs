@@ -1,0 +1,150 @@
+//! From the first container's creation to its pod: the options, the configuration, the network that is there.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use kata_api::runtime_options::Options;
+use kata_config::Sources;
+use kata_hypervisor::Vm;
+use kata_sandbox::{Event, NetworkSpec, Sandbox, SandboxSpec};
+use oci_spec::runtime::{Hook, Spec};
+use protobuf::Message;
+use tokio::sync::{broadcast, mpsc};
+
+use crate::fault;
+use crate::ground::Ground;
+use crate::plan::{Plan, PlanError};
+use crate::trace::Level;
+
+/// The options that are ours to read; other runtimes' may reach us when a client asks for the wrong one.
+const OPTIONS: &str = "runtimeoptions.v1.Options";
+
+/// A pod that was launched, and everything that happens in it.
+pub(super) type Launched = (Sandbox, broadcast::Receiver<Event>);
+
+/// Makes the pod.
+pub(crate) struct Launcher {
+    pub(super) id: String,
+    pub(super) ground: Ground,
+    /// When this process began.
+    pub(super) started: Instant,
+    /// Tells the pod's life.
+    pub(super) launched: mpsc::UnboundedSender<Launched>,
+    /// What the configuration says of logging is applied here.
+    pub(super) level: Level,
+    pub(super) prepare: Prepare,
+}
+
+/// Looks everything up and picks the driver.
+pub(super) type Prepare = Box<dyn Fn(&Sources) -> Result<(Plan, Box<dyn Vm>), PlanError> + Send + Sync>;
+
+/// The real way to prepare.
+pub(super) fn prepare() -> Prepare {
+    Box::new(|sources| {
+        let plan = Plan::make(sources)?;
+        let driver = kata_hypervisor::driver(plan.choice.driver);
+        Ok((plan, driver))
+    })
+}
+
+impl Launcher {
+    /// The pod of the container that `request` and its bundle's `spec` describe.
+    pub(crate) async fn launch(&self, request: &CreateTaskRequest, spec: &Spec) -> ttrpc::Result<Sandbox> {
+        let sources = Sources { file: config_path(request)?, overrides: Vec::new() };
+        let (plan, vm) = (self.prepare)(&sources).map_err(|error| {
+            let words = fault::chain(&error);
+            match error {
+                PlanError::Config(_) => fault::invalid(words),
+                PlanError::Artefacts(_) | PlanError::Host(_) => fault::precondition("create", words),
+            }
+        })?;
+        self.level.set(plan.config.runtime.effective_log_level());
+        let spec = SandboxSpec {
+            id: self.id.clone(),
+            config: plan.config,
+            artefacts: plan.artefacts,
+            run_dir: self.ground.run_dir.clone(),
+            started: self.started,
+            choice: plan.choice,
+            network: Some(NetworkSpec { hooks: network_hooks(spec), bundle: PathBuf::from(&request.bundle) }),
+        };
+        let sandbox =
+            Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;
+        // Without a life the process is about to exit.
+        let _ = self.launched.send((sandbox.clone(), sandbox.events()));
+        Ok(sandbox)
+    }
+}
+
+/// The configuration file that the options name.
+fn config_path(request: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
+    let Some(any) = request.options.as_ref().filter(|any| !any.type_url.is_empty()) else { return Ok(None) };
+    // Some clients write a host before the name.
+    if any.type_url.rsplit('/').next() != Some(OPTIONS) {
+        tracing::warn!(type_url = any.type_url, "options of another runtime are not read");
+        return Ok(None);
+    }
+    let options = Options::parse_from_bytes(&any.value).map_err(|error| {
+        fault::invalid(format!("the runtime's options ({OPTIONS}) cannot be read: {error}"))
+    })?;
+    if !options.config_body.is_empty() && options.config_path.is_empty() {
+        return Err(fault::invalid(
+            "the runtime's options carry the configuration itself, which is not supported: set ConfigPath to a file",
+        ));
+    }
+    Ok(Some(options.config_path).filter(|path| !path.is_empty()).map(PathBuf::from))
+}
+
+/// The hooks that may fill the pod's network namespace.
+fn network_hooks(spec: &Spec) -> Vec<Hook> {
+    let Some(hooks) = spec.hooks() else { return Vec::new() };
+    // The name of the first kind is deprecated, and Docker's network comes by it.
+    #[allow(deprecated, reason = "the specification keeps prestart, and clients use it")]
+    let prestart = hooks.prestart();
+    [prestart, hooks.create_runtime()].into_iter().flatten().flatten().cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use protobuf::well_known_types::any::Any;
+
+    use super::*;
+
+    fn request(type_url: &str, options: &Options) -> CreateTaskRequest {
+        let value = options.write_to_bytes().unwrap();
+        let any = Any { type_url: type_url.to_owned(), value, ..Any::default() };
+        CreateTaskRequest { options: Some(any).into(), ..CreateTaskRequest::default() }
+    }
+
+    #[test]
+    fn the_configuration_file_is_the_options_config_path() {
+        let options = Options { config_path: "/etc/kata.toml".to_owned(), ..Options::default() };
+        for url in [OPTIONS.to_owned(), format!("types.example/{OPTIONS}")] {
+            assert_eq!(config_path(&request(&url, &options)).unwrap(), Some("/etc/kata.toml".into()));
+        }
+        assert_eq!(config_path(&CreateTaskRequest::default()).unwrap(), None);
+        assert_eq!(config_path(&request(OPTIONS, &Options::default())).unwrap(), None);
+        assert_eq!(config_path(&request("containerd.runc.v1.Options", &options)).unwrap(), None);
+    }
+
+    #[test]
+    fn options_that_cannot_be_carried_out_are_refused() {
+        let body = Options { config_body: b"[runtime]".to_vec(), ..Options::default() };
+        assert!(config_path(&request(OPTIONS, &body)).is_err());
+        let garbage = Any { type_url: OPTIONS.to_owned(), value: vec![0xff], ..Any::default() };
+        let garbage = CreateTaskRequest { options: Some(garbage).into(), ..CreateTaskRequest::default() };
+        assert!(config_path(&garbage).is_err());
+    }
+
+    #[test]
+    fn prestart_hooks_come_before_create_runtime_hooks() {
+        let spec = r#"{"ociVersion":"1.1.0","hooks":{"createRuntime":[{"path":"/b"}],"prestart":[{"path":"/a"}],
+            "poststop":[{"path":"/c"}]}}"#;
+        let paths: Vec<PathBuf> = network_hooks(&serde_json::from_str(spec).unwrap())
+            .into_iter()
+            .map(|hook| hook.path().clone())
+            .collect();
+        assert_eq!(paths, [PathBuf::from("/a"), "/b".into()]);
+    }
+}

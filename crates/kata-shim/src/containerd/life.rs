@@ -1,0 +1,250 @@
+//! The life of an owner under containerd: it outlives its pod, for containerd asks until it has deleted the last container.
+//!
+//! ```text
+//!   until_shut_down ───────────────────────────────▶ leave ──▶ exit
+//!     │ first container ended ▶ the machine goes       │ teardown, last events, directories, then the answer
+//!     │ machine died ▶ every process has ended        Shutdown, Destroy, SIGTERM, or no container within a bound
+//!     └ events ▶ publisher
+//! ```
+//!
+//! The machine does not wait for containerd: where the pod's first container has ended, nothing can run in it any more, and
+//! Kubernetes may keep the dead pod for hours.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
+};
+use containerd_shim_protos::topics;
+use kata_sandbox::{Event, ProcessId, Sandbox};
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::time::Instant;
+
+use super::launch::Launched;
+use super::publisher::Publisher;
+use crate::convert::timestamp;
+use crate::fault::chain;
+use crate::ground::Ground;
+use crate::life::{LifeError, Watch};
+use crate::reins::{Answer, Request};
+
+/// How long an owner without a pod waits for its first container.
+const UNUSED_BOUND: Duration = Duration::from_secs(60);
+/// How long the last events may take.
+const FLUSH: Duration = Duration::from_secs(5);
+/// When whoever shuts the pod down is answered, whatever is still under way: containerd gives it 3 s.
+const ANSWER_BOUND: Duration = Duration::from_millis(2500);
+/// How long connections are waited for at the end, so that the last answer gets through.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Why the owner goes, and who wants to know when it is done.
+struct End {
+    cause: &'static str,
+    answers: Vec<Answer>,
+}
+
+impl End {
+    fn new(cause: &'static str) -> Self {
+        Self { cause, answers: Vec::new() }
+    }
+
+    fn answered(cause: &'static str, answer: Answer) -> Self {
+        Self { cause, answers: vec![answer] }
+    }
+}
+
+pub(super) struct Life {
+    pub(super) ground: Ground,
+    pub(super) publisher: Publisher,
+    pub(super) watch: Watch,
+    pub(super) requests: mpsc::UnboundedReceiver<Request>,
+    pub(super) launched: mpsc::UnboundedReceiver<Launched>,
+    pub(super) connections: watch::Receiver<usize>,
+}
+
+/// What is known of the pod on the way.
+#[derive(Default)]
+struct Pod {
+    sandbox: Option<Sandbox>,
+    events: Option<broadcast::Receiver<Event>>,
+    /// The container that the pod lives for.
+    first: Option<String>,
+    /// Containers being made, with the event to publish if they are.
+    creating: HashMap<String, TaskCreate>,
+}
+
+impl Pod {
+    async fn event(&mut self) -> Result<Event, RecvError> {
+        match &mut self.events {
+            Some(events) => events.recv().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Life {
+    /// Lives until containerd needs the owner no more. The pod is torn down then.
+    pub(super) async fn run(mut self) -> Result<(), LifeError> {
+        let mut pod = Pod::default();
+        let end = self.until_shut_down(&mut pod).await;
+        tracing::info!(cause = end.cause, "the owner leaves");
+        self.leave(pod, end).await
+    }
+
+    async fn until_shut_down(&mut self, pod: &mut Pod) -> End {
+        let mut unused = Instant::now() + UNUSED_BOUND;
+        loop {
+            let idle = pod.first.is_none() && pod.creating.is_empty();
+            tokio::select! {
+                // What a creation announces is there before the event that it leads to.
+                biased;
+                Some(request) = self.requests.recv() => match request {
+                    Request::CreateBegan(event) => drop(pod.creating.insert(event.container_id.clone(), *event)),
+                    Request::CreateEnded(id) => {
+                        self.catch_up(pod);
+                        pod.creating.remove(&id);
+                        unused = Instant::now() + UNUSED_BOUND;
+                    }
+                    Request::Told => {}
+                    Request::ShutDown(answer) => return End::answered("containerd shut it down", answer),
+                    Request::Destroy(answer) => return End::answered("a client destroyed the pod", answer),
+                },
+                Some((sandbox, events)) = self.launched.recv() => {
+                    pod.sandbox = Some(sandbox);
+                    pod.events = Some(events);
+                }
+                event = pod.event() => match event {
+                    Ok(event) => self.on_event(pod, event),
+                    Err(RecvError::Lagged(missed)) => tracing::error!(missed, "events are lost: the owner is too slow"),
+                    Err(RecvError::Closed) => pod.events = None,
+                },
+                () = tokio::time::sleep_until(unused), if idle => return End::new("no container was created within 60 s"),
+                _ = self.watch.terminate.recv() => return End::new("SIGTERM"),
+                _ = self.watch.interrupt.recv() => return End::new("SIGINT"),
+            }
+        }
+    }
+
+    /// Takes what has happened already.
+    fn catch_up(&self, pod: &mut Pod) {
+        loop {
+            match pod.events.as_mut().map(broadcast::Receiver::try_recv) {
+                Some(Ok(event)) => self.on_event(pod, event),
+                Some(Err(TryRecvError::Lagged(missed))) => tracing::error!(missed, "events are lost"),
+                Some(Err(TryRecvError::Empty | TryRecvError::Closed)) | None => return,
+            }
+        }
+    }
+
+    fn on_event(&self, pod: &mut Pod, event: Event) {
+        match &event {
+            Event::Created { process: ProcessId { container, exec: None } } => {
+                pod.first.get_or_insert_with(|| container.clone());
+                if let Some(event) = pod.creating.remove(container) {
+                    self.publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+                }
+            }
+            Event::Exited { process, exit }
+                if process.exec.is_none() && pod.first.as_ref() == Some(&process.container) =>
+            {
+                tracing::info!(%process, code = exit.code, "the pod's first container ended: the machine is taken down");
+                if let Some(sandbox) = pod.sandbox.clone() {
+                    tokio::spawn(take_down(sandbox, process.clone()));
+                }
+            }
+            // Goes to containerd's log, which is where somebody looks for the reason of a 255.
+            Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
+            _ => {}
+        }
+        publish(&self.publisher, event);
+    }
+
+    async fn leave(self, mut pod: Pod, end: End) -> Result<(), LifeError> {
+        let answer_by = Instant::now() + ANSWER_BOUND;
+        let mut connections = self.connections.clone();
+        let gone = self.vanish(&mut pod);
+        tokio::pin!(gone);
+        let early = tokio::time::timeout_at(answer_by, &mut gone).await.ok();
+        let words = match &early {
+            Some(Err(error)) => Err(chain(error)),
+            Some(Ok(())) | None => Ok(()),
+        };
+        for answer in end.answers {
+            answer.send(words.clone());
+        }
+        let result = match early {
+            Some(result) => result,
+            None => gone.await,
+        };
+        // They may ask until they have heard.
+        let hung_up = connections.wait_for(|open| *open == 0);
+        let _ = tokio::time::timeout(LINGER, hung_up).await;
+        result
+    }
+
+    /// Takes down what there is, tells the last of it, and leaves no directory.
+    async fn vanish(self, pod: &mut Pod) -> Result<(), LifeError> {
+        let torn_down = match &pod.sandbox {
+            Some(sandbox) => sandbox.shutdown().await.map_err(LifeError::Teardown),
+            None => Ok(()),
+        };
+        self.catch_up(pod);
+        self.publisher.finish(FLUSH).await;
+        torn_down.and_then(|()| self.ground.clear().map_err(LifeError::Clear))
+    }
+}
+
+/// Ends the machine once the container's output is with its client.
+async fn take_down(sandbox: Sandbox, process: ProcessId) {
+    // That there is no such process any more means that it was deleted meanwhile, with its output.
+    let _ = sandbox.delivered(&process).await;
+    if let Err(error) = sandbox.shutdown().await {
+        tracing::error!("{}", error.chain());
+    }
+}
+
+/// An event in containerd's words. Those of an exec have topics of their own, but for its end.
+fn publish(publisher: &Publisher, event: Event) {
+    let pid = std::process::id();
+    match event {
+        Event::Created { process: ProcessId { container: container_id, exec: Some(exec_id) } } => {
+            let event = TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() };
+            publisher.publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+        }
+        Event::Started { process: ProcessId { container: container_id, exec: None } } => {
+            let event = TaskStart { container_id, pid, ..TaskStart::default() };
+            publisher.publish(topics::TASK_START_EVENT_TOPIC, &event);
+        }
+        Event::Started { process: ProcessId { container: container_id, exec: Some(exec_id) } } => {
+            let event = TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() };
+            publisher.publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+        }
+        Event::Exited { process: ProcessId { container: container_id, exec }, exit } => {
+            let id = exec.unwrap_or_else(|| container_id.clone());
+            let (exit_status, exited_at) = (exit.code, timestamp(exit.at));
+            let event = TaskExit { container_id, id, pid, exit_status, exited_at, ..TaskExit::default() };
+            publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
+        }
+        Event::Paused { container: container_id } => {
+            let event = TaskPaused { container_id, ..TaskPaused::default() };
+            publisher.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
+        }
+        Event::Resumed { container: container_id } => {
+            let event = TaskResumed { container_id, ..TaskResumed::default() };
+            publisher.publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
+        }
+        Event::Oom { container: container_id } => {
+            publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &TaskOOM { container_id, ..TaskOOM::default() });
+        }
+        Event::Deleted { process: ProcessId { container: container_id, exec: None }, exit } => {
+            let (exit_status, exited_at) = (exit.code, timestamp(exit.at));
+            let event = TaskDelete { container_id, pid, exit_status, exited_at, ..TaskDelete::default() };
+            publisher.publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
+        }
+        // The first was published with what its request said; the deletion of an exec and the pod's end have no event.
+        Event::Created { .. } | Event::Deleted { .. } | Event::Stopped { .. } => {}
+    }
+}

@@ -1,0 +1,49 @@
+//! Where the services find their pod: there from the start, or launched by the first container that is created.
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use kata_sandbox::Sandbox;
+use oci_spec::runtime::Spec;
+use tokio::sync::OnceCell;
+
+use crate::containerd::launch::Launcher;
+
+/// The place of one pod.
+pub(crate) struct Slot {
+    sandbox: OnceCell<Sandbox>,
+    launcher: Option<Launcher>,
+}
+
+impl Slot {
+    /// A pod that is there.
+    pub(crate) fn taken(sandbox: Sandbox) -> Self {
+        Self { sandbox: OnceCell::new_with(Some(sandbox)), launcher: None }
+    }
+
+    /// A pod that `launcher` will make.
+    pub(crate) fn waiting(launcher: Launcher) -> Self {
+        Self { sandbox: OnceCell::new(), launcher: Some(launcher) }
+    }
+
+    pub(crate) fn get(&self) -> Option<&Sandbox> {
+        self.sandbox.get()
+    }
+
+    /// The pod for a container that is being created. Where that fails, the next one may try again.
+    pub(crate) async fn for_create(
+        &self,
+        request: &CreateTaskRequest,
+        spec: &Spec,
+    ) -> ttrpc::Result<&Sandbox> {
+        let launch = async || match &self.launcher {
+            Some(launcher) => launcher.launch(request, spec).await,
+            // Made with its pod inside.
+            None => Err(crate::fault::no_container()),
+        };
+        self.sandbox.get_or_try_init(launch).await
+    }
+
+    /// Whether clients go and come back while the pod lives, as containerd does when it is restarted.
+    pub(crate) fn lasting(&self) -> bool {
+        self.launcher.is_some()
+    }
+}
