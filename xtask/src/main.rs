@@ -10,11 +10,11 @@ mod bench;
 mod demo;
 mod directions;
 mod lint;
-mod newer_qemu;
 mod packages;
 mod products;
 mod shell;
 mod suite;
+mod unpacked;
 
 use std::process::ExitCode;
 

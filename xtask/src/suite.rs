@@ -6,7 +6,8 @@ use std::process::Command;
 
 use crate::products::Profile;
 use crate::shell::{self, ChoreError, at, cargo, tree};
-use crate::{Chores, demo, newer_qemu, packages, products, say};
+use crate::unpacked::{NEWER_CONTAINERD, NEWER_QEMU};
+use crate::{Chores, demo, packages, products, say};
 
 /// Runs the test suite; with `unit`, without booting machines.
 pub fn run(unit: bool, filter: &[String]) -> Chores {
@@ -20,9 +21,13 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
         nextest.env("KATA_TEST_PROGRAMS", &products.dir).env("KATA_TEST_IMAGE", demo::busybox_image()?);
         nextest.env("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux"));
         nextest.env("KATA_TEST_INITRD", small_initrd()?);
-        match newer_qemu::program() {
-            Ok(program) => drop(nextest.env("KATA_TEST_NEWER_QEMU", program)),
-            Err(error) => say(&format!("no newer QEMU to test: {}", shell::chain(&error))),
+        for (variable, unpacked) in
+            [("KATA_TEST_NEWER_QEMU", NEWER_QEMU), ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD)]
+        {
+            match unpacked.program() {
+                Ok(program) => drop(nextest.env(variable, program)),
+                Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
+            }
         }
     }
     say("running the tests");

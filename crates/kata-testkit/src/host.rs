@@ -81,15 +81,24 @@ impl Host {
         format!("oci:{}:latest", self.image.display())
     }
 
-    /// `kata-ctl` in this world.
-    pub fn ctl<I: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Command {
-        let mut command = Command::new(self.program("kata-ctl"));
+    /// The image's directory, an OCI layout.
+    pub fn layout(&self) -> &Path {
+        &self.image
+    }
+
+    /// Has a program, and what it starts, find this world's directories and configuration.
+    pub fn enter(&self, command: &mut Command) {
         command
             .env("KATA_RUN_DIR", self.run_dir())
             .env("KATA_STATE_DIR", self.state_dir())
-            .env("KATA_CONF_FILE", self.config())
-            .stdin(Stdio::null())
-            .args(args);
+            .env("KATA_CONF_FILE", self.config());
+    }
+
+    /// `kata-ctl` in this world.
+    pub fn ctl<I: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Command {
+        let mut command = Command::new(self.program("kata-ctl"));
+        self.enter(&mut command);
+        command.stdin(Stdio::null()).args(args);
         command
     }
 
@@ -107,14 +116,9 @@ impl Host {
 
     /// What a shell command of this world shows on a terminal of its own, which `script` makes.
     pub fn on_terminal(&self, command: &str) -> String {
-        let output = Command::new("script")
-            .args(["-qec", command, "/dev/null"])
-            .env("KATA_RUN_DIR", self.run_dir())
-            .env("KATA_STATE_DIR", self.state_dir())
-            .env("KATA_CONF_FILE", self.config())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+        let mut script = Command::new("script");
+        self.enter(&mut script);
+        let output = script.args(["-qec", command, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
         // The end of its own input, which `script` types into the terminal, is echoed at some moment.
         stdout(&output).replace("^@", "")
     }

@@ -8,6 +8,7 @@
     reason = "a test fails by panicking"
 )]
 
+pub mod containerd;
 pub mod fake_agent;
 pub mod host;
 pub mod leaks;

@@ -1,0 +1,333 @@
+//! A real containerd in a test's private world, and `ctr` to speak with it.
+//!
+//! ```text
+//!  test ── ctr ──▶ containerd ── start, delete ──▶ containerd-shim-kata-v2 ──▶ pod
+//!     │               │ own root, state, socket         │ KATA_RUN_DIR, KATA_STATE_DIR, KATA_CONF_FILE
+//!     └── Events ◀────┘                                 │ come through containerd's environment
+//!                          everything in /run/kt-XXXX ◀─┘ of the test's Host
+//! ```
+//!
+//! `KATA_TEST_RUNTIME=io.containerd.runc.v2` runs the same tests against runc: what fails then is wrong in the test.
+
+mod events;
+mod version;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::host::{Host, stderr, stdout, wait_for};
+pub use events::{Event, Events};
+pub use version::Version;
+
+/// The runtime under test.
+const RUNTIME: &str = "io.containerd.kata.v2";
+/// Name of the only image.
+pub const IMAGE: &str = "docker.io/library/busybox:latest";
+/// Where containerd keeps what it hands to shims, below its state directory.
+const BUNDLES: &str = "io.containerd.runtime.v2.task/default";
+/// A client that is not back by then never will be.
+const CLIENT_PATIENCE: &str = "60";
+
+/// A containerd and its world. When it is dropped, no task may be left in it, and nothing of any pod on the host.
+pub struct Containerd {
+    version: Version,
+    program: PathBuf,
+    runtime: String,
+    /// Words before containerd's own: what it runs in.
+    within: Vec<String>,
+    daemon: Option<Child>,
+    host: Host,
+}
+
+impl Containerd {
+    /// Starts a containerd that has the image; `None` (said and counted) where something of it is missing.
+    pub fn new(version: Version) -> Option<Self> {
+        Self::configured(version, "", &[])
+    }
+
+    /// The same with `config` at the end of its configuration, run by the program `within` (e.g. `unshare`).
+    pub fn configured(version: Version, config: &str, within: &[&str]) -> Option<Self> {
+        let host = Host::new()?;
+        let Some(program) = std::env::var_os(version.variable()) else {
+            crate::skip(&format!("{} is not set: run `make test`", version.variable()));
+            return None;
+        };
+        let mut rig = Self {
+            version,
+            program: program.into(),
+            runtime: std::env::var("KATA_TEST_RUNTIME").unwrap_or_else(|_| RUNTIME.to_owned()),
+            within: within.iter().map(|word| (*word).to_owned()).collect(),
+            daemon: None,
+            host,
+        };
+        for dir in [rig.root(), rig.state()] {
+            std::fs::create_dir_all(dir).unwrap();
+        }
+        rig.configure(config);
+        rig.start();
+        rig.import();
+        Some(rig)
+    }
+
+    /// Replaces the daemon's configuration: takes effect when it is started again.
+    pub fn configure(&self, text: &str) {
+        let base = self.version.config(&self.root(), &self.state(), &self.socket());
+        std::fs::write(self.config(), base + text).unwrap();
+    }
+
+    /// The world around it.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Which containerd this is.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Name of the runtime that containers are started with.
+    pub fn runtime(&self) -> &str {
+        &self.runtime
+    }
+
+    /// Whether containers run in machines, or (said and counted) a test of machines has nothing to test.
+    pub fn has_machines(&self) -> bool {
+        let machines = self.runtime == RUNTIME;
+        if !machines {
+            crate::skip(&format!("{} has no machines", self.runtime));
+        }
+        machines
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("containerd runs").id()
+    }
+
+    /// Where clients connect.
+    pub fn socket(&self) -> PathBuf {
+        self.state().join("c.sock")
+    }
+
+    /// What containerd hands to the shim of a container.
+    pub fn bundle(&self, container: &str) -> PathBuf {
+        self.state().join(BUNDLES).join(container)
+    }
+
+    fn root(&self) -> PathBuf {
+        self.host.scratch("root")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.host.scratch("state")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.host.scratch("containerd.toml")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.host.scratch("containerd.log")
+    }
+
+    /// Starts the daemon; answers when it can be spoken to.
+    pub fn start(&mut self) {
+        let log = File::options().create(true).append(true).open(self.log()).unwrap();
+        let mut words = self.within.iter().map(OsStr::new).chain([self.program.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).arg("--config").arg(self.config());
+        self.host.enter(&mut command);
+        command.env("PATH", self.path()).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let mut daemon = command.spawn().unwrap();
+        let socket = self.socket();
+        let answers = || {
+            if let Some(status) = daemon.try_wait().unwrap() {
+                panic!("containerd ended: {status}\n{}", read(&self.log()));
+            }
+            UnixStream::connect(&socket).is_ok().then_some(())
+        };
+        wait_for("containerd's socket", Duration::from_secs(20), answers);
+        self.daemon = Some(daemon);
+    }
+
+    /// Shims are found by name: ours among the programs under test, runc's beside its containerd.
+    fn path(&self) -> std::ffi::OsString {
+        let system = std::env::var_os("PATH").unwrap_or_default();
+        let own = [self.host.program(""), self.program.parent().unwrap().to_owned()];
+        std::env::join_paths(own.into_iter().chain(std::env::split_paths(&system))).unwrap()
+    }
+
+    fn import(&self) {
+        let archive = self.host.scratch("image.tar");
+        let tar =
+            Command::new("tar").arg("-C").arg(self.host.layout()).arg("-cf").arg(&archive).arg(".").status();
+        assert!(tar.unwrap().success());
+        let archive = archive.to_str().unwrap();
+        self.ok(["images", "import", "--base-name", IMAGE.trim_end_matches(":latest"), archive]);
+    }
+
+    /// Ends the daemon without asking it.
+    pub fn kill(&mut self) {
+        let mut daemon = self.daemon.take().expect("containerd runs");
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// Ends the daemon the orderly way. Its pods go on.
+    pub fn stop(&mut self) {
+        let mut daemon = self.daemon.take().expect("containerd runs");
+        send(daemon.id(), Signal::TERM);
+        wait_for("containerd to stop", Duration::from_secs(20), || daemon.try_wait().unwrap());
+    }
+
+    /// `ctr` for this containerd.
+    pub fn ctr<I: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Command {
+        let mut command = Command::new(self.client());
+        command.arg("--address").arg(self.socket()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// The client that came with the daemon.
+    pub fn client(&self) -> PathBuf {
+        self.program.with_file_name("ctr")
+    }
+
+    /// Runs `ctr` to its end, which comes within a minute.
+    pub fn output<I: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Output {
+        let mut command = Command::new("timeout");
+        command.args(["--foreground", "--signal", "KILL", CLIENT_PATIENCE]);
+        command.arg(self.client()).arg("--address").arg(self.socket()).args(args);
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// Runs a `ctr` that must succeed; answers what it printed.
+    #[track_caller]
+    pub fn ok<I: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = I>) -> String {
+        let output = self.output(args);
+        assert!(output.status.success(), "{}: {}{}", output.status, stdout(&output), stderr(&output));
+        stdout(&output)
+    }
+
+    /// Words of `ctr` that run what `what` says (options, an image, an id, a command) with the runtime under test.
+    pub fn run(&self, what: &[&str]) -> Vec<String> {
+        let fifos = self.fifos();
+        let head = ["run", "--runtime", self.runtime(), "--fifo-dir", fifos.to_str().unwrap()];
+        head.iter().chain(what).map(|word| (*word).to_owned()).collect()
+    }
+
+    /// `ctr run --rm` of a shell script in a container of the image with options, to its end.
+    pub fn sh(&self, options: &[&str], id: &str, script: &str) -> Output {
+        self.output(self.run(&[&["--rm"], options, &[IMAGE, id, "sh", "-c", script]].concat()))
+    }
+
+    /// `ctr run -d` of a shell script in a container of the image with options.
+    #[track_caller]
+    pub fn detached(&self, options: &[&str], id: &str, script: &str) {
+        self.ok(self.run(&[&["-d"], options, &[IMAGE, id, "sh", "-c", script]].concat()));
+    }
+
+    /// Words of `ctr` that run a shell script in a container that is there.
+    pub fn in_container(&self, options: &[&str], id: &str, exec: &str, script: &str) -> Vec<String> {
+        let fifos = self.fifos();
+        let head = ["task", "exec", "--fifo-dir", fifos.to_str().unwrap(), "--exec-id", exec];
+        let words = [&head, options, &[id, "sh", "-c", script]].concat();
+        words.into_iter().map(str::to_owned).collect()
+    }
+
+    /// `ctr task exec` of a shell script, to its end.
+    pub fn exec(&self, id: &str, exec: &str, script: &str) -> Output {
+        self.output(self.in_container(&[], id, exec, script))
+    }
+
+    /// Where clients keep the standard streams.
+    pub fn fifos(&self) -> PathBuf {
+        self.host.scratch("fifos")
+    }
+
+    /// What `ctr task ls` says of a task, e.g. `RUNNING`; `None` if it does not list it.
+    pub fn status(&self, id: &str) -> Option<String> {
+        let listed = self.ok(["task", "ls"]);
+        let mut rows = listed.lines().map(|line| line.split_whitespace());
+        rows.find_map(|mut row| (row.next() == Some(id)).then(|| row.last().unwrap_or_default().to_owned()))
+    }
+
+    /// Ends a task and removes it and its container.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        self.ok(["task", "rm", "--force", id]);
+        self.ok(["container", "rm", id]);
+    }
+
+    /// A root file system unpacked from the image, outside of containerd's stores.
+    pub fn unpacked_root(&self) -> PathBuf {
+        let root = self.host.scratch("rootfs");
+        std::fs::create_dir_all(&root).unwrap();
+        let blobs = std::fs::read_dir(self.host.layout().join("blobs/sha256")).unwrap();
+        let layer =
+            blobs.map(|entry| entry.unwrap().path()).max_by_key(|path| path.metadata().unwrap().len());
+        let tar = Command::new("tar").arg("-C").arg(&root).arg("-xzf").arg(layer.unwrap()).status();
+        assert!(tar.unwrap().success());
+        root
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = read(&self.log());
+            let told =
+                log.lines().filter(|line| !line.contains("loading plugin") && !line.contains("content"));
+            eprintln!("--- containerd ---\n{}", told.collect::<Vec<_>>().join("\n"));
+            if let Some(mut daemon) = self.daemon.take() {
+                let _ = daemon.kill();
+                let _ = daemon.wait();
+            }
+            return;
+        }
+        if self.daemon.is_none() {
+            return;
+        }
+        let tasks = self.ok(["task", "ls", "-q"]);
+        self.stop();
+        assert_eq!(tasks, "", "the test left these tasks");
+        let bundles = std::fs::read_dir(self.bundle("")).into_iter().flatten().flatten();
+        let left: Vec<PathBuf> = bundles.map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "bundles are left: {left:?}");
+    }
+}
+
+/// Sends a signal to a process, which must exist.
+#[track_caller]
+pub fn send(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), signal).unwrap();
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Makes of each named `fn(&mut Containerd)` a test for each version: `v1::name` and `v2::name`.
+#[macro_export]
+macro_rules! with_each_containerd {
+    ($($test:ident),* $(,)?) => {
+        mod v1 {
+            $(#[test] fn $test() { $crate::containerd::with($crate::containerd::Version::V1, super::$test) })*
+        }
+        mod v2 {
+            $(#[test] fn $test() { $crate::containerd::with($crate::containerd::Version::V2, super::$test) })*
+        }
+    };
+}
+
+/// Runs a test with a containerd of this version, where there is one.
+pub fn with(version: Version, test: fn(&mut Containerd)) {
+    if let Some(mut rig) = Containerd::new(version) {
+        test(&mut rig);
+    }
+}

@@ -1,0 +1,46 @@
+//! The two containerds that differ in how they start and speak to a shim.
+
+use std::path::Path;
+
+/// Plugins that no test here uses, and that cost start time or look for programs, modules and directories of the host.
+const UNUSED: [&str; 8] = [
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.tracing.processor.v1.otlp",
+];
+
+/// A major version of containerd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// 1.x: the shim prints an address and serves Task v2.
+    V1,
+    /// 2.x: the shim reads bootstrap parameters and may answer with JSON and serve Task v3.
+    V2,
+}
+
+impl Version {
+    /// The variable that holds the path of its program.
+    pub(super) fn variable(self) -> &'static str {
+        match self {
+            Self::V1 => "KATA_TEST_CONTAINERD",
+            Self::V2 => "KATA_TEST_NEWER_CONTAINERD",
+        }
+    }
+
+    /// The beginning of its configuration.
+    pub(super) fn config(self, root: &Path, state: &Path, socket: &Path) -> String {
+        let schema = match self {
+            Self::V1 => 2,
+            Self::V2 => 3,
+        };
+        format!(
+            "version = {schema}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = {UNUSED:?}\n\
+             [grpc]\naddress = {socket:?}\n[debug]\nlevel = \"debug\"\n"
+        )
+    }
+}
