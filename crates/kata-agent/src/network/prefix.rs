@@ -22,7 +22,7 @@ impl Prefix {
     /// `length` bits of `address`.
     ///
     /// # Errors
-    /// [`PrefixError`] if the address has fewer.
+    /// If the address has fewer.
     pub fn new(address: IpAddr, length: u8) -> Result<Self, PrefixError> {
         if length <= bits(address) { Ok(Self { address, length }) } else { Err(PrefixError) }
     }
