@@ -22,6 +22,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::host::{Host, stderr, stdout, wait_for};
+use crate::leaks;
 pub use events::{Event, Events};
 pub use version::Version;
 
@@ -132,13 +133,27 @@ impl Containerd {
         self.host.scratch("containerd.toml")
     }
 
-    fn log(&self) -> PathBuf {
+    fn log_file(&self) -> PathBuf {
         self.host.scratch("containerd.log")
+    }
+
+    /// What the daemon and, through it, the owners of pods have logged.
+    pub fn log(&self) -> String {
+        read(&self.log_file())
+    }
+
+    /// What of any pod is there: everything of this world but the daemon and its clients.
+    pub fn remains(&self) -> Vec<String> {
+        let own = |line: &String| {
+            let process = [" containerd", " ctr"].iter().any(|name| line.ends_with(name));
+            process || (line.starts_with("socket ") && line.contains("c.sock"))
+        };
+        self.host.remains().into_iter().filter(|line| !own(line)).collect()
     }
 
     /// Starts the daemon; answers when it can be spoken to.
     pub fn start(&mut self) {
-        let log = File::options().create(true).append(true).open(self.log()).unwrap();
+        let log = File::options().create(true).append(true).open(self.log_file()).unwrap();
         let mut words = self.within.iter().map(OsStr::new).chain([self.program.as_os_str()]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).arg("--config").arg(self.config());
@@ -148,7 +163,7 @@ impl Containerd {
         let socket = self.socket();
         let answers = || {
             if let Some(status) = daemon.try_wait().unwrap() {
-                panic!("containerd ended: {status}\n{}", read(&self.log()));
+                panic!("containerd ended: {status}\n{}", self.log());
             }
             UnixStream::connect(&socket).is_ok().then_some(())
         };
@@ -264,6 +279,16 @@ impl Containerd {
         self.ok(["container", "rm", id]);
     }
 
+    /// Removes a task that has ended, which must have done so with this code other than zero, and its container.
+    #[track_caller]
+    pub fn reap(&self, id: &str, code: u32) {
+        let output = self.output(["task", "rm", id]);
+        // The client tells no other way.
+        let told = format!("exit with non-zero exit code {code}\"");
+        assert!(stderr(&output).contains(&told), "{}", stderr(&output));
+        self.ok(["container", "rm", id]);
+    }
+
     /// A root file system unpacked from the image, outside of containerd's stores.
     pub fn unpacked_root(&self) -> PathBuf {
         let root = self.host.scratch("rootfs");
@@ -280,7 +305,7 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = read(&self.log());
+            let log = self.log();
             let told =
                 log.lines().filter(|line| !line.contains("loading plugin") && !line.contains("content"));
             eprintln!("--- containerd ---\n{}", told.collect::<Vec<_>>().join("\n"));
@@ -296,6 +321,8 @@ impl Drop for Containerd {
         let tasks = self.ok(["task", "ls", "-q"]);
         self.stop();
         assert_eq!(tasks, "", "the test left these tasks");
+        // A snapshotter keeps its layers mounted: containerd's business, not a pod's.
+        leaks::unmount(&self.root());
         let bundles = std::fs::read_dir(self.bundle("")).into_iter().flatten().flatten();
         let left: Vec<PathBuf> = bundles.map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "bundles are left: {left:?}");
