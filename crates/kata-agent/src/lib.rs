@@ -3,7 +3,9 @@
 //! ```text
 //!  boot ─▶ serve ─▶ rpc ─────┬─▶ container   namespaces, cgroups, seccomp: the engine
 //!   │        │               ├─▶ mount       storages, with modules loaded on demand
-//!   │        ├─▶ log         ├─▶ stdio ─▶ stream    bytes between processes and the host
+//!   │        ├─▶ log         │     └─▶ device   disks that the host plugs in
+//!   │        │               ├─▶ network     interfaces, routes and neighbours of the guest
+//!   │        │               ├─▶ stdio ─▶ stream    bytes between processes and the host
 //!   │        └─▶ console     └─▶ reaper      who ended, and how
 //!   └─ mounts, root, modules, settings: only as PID 1
 //! ```
@@ -12,10 +14,12 @@ pub mod boot;
 pub mod cmdline;
 pub mod console;
 pub mod container;
+pub mod device;
 pub mod entropy;
 pub mod log;
 pub mod modules;
 pub mod mount;
+pub mod network;
 pub mod reaper;
 pub mod rpc;
 pub mod serve;

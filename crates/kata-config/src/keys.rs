@@ -51,6 +51,7 @@ pub(crate) const KEYS: &[Key] = keys! {
     agent.kata.create_container_timeout = |value| whole(value, 1, 86_400);
     agent.kata.dial_timeout_ms = |value| whole(value, 1, 600_000);
     agent.kata.reconnect_timeout_ms = |value| whole(value, 1, 3_600_000);
+    agent.kata.health_timeout_ms = |value| whole(value, 0, 3_600_000);
     agent.kata.kernel_modules = list;
     runtime.hypervisor_name = word;
     runtime.accelerator = word;

@@ -119,6 +119,9 @@ pub struct KataAgent {
     /// Bound on the whole wait from the VMM's start until the agent serves, in milliseconds. Taken as written; the default
     /// is 60 000 (upstream's 3000 does not fit an emulated guest).
     pub reconnect_timeout_ms: u64,
+    /// How long the pod may give no sign of life before it counts as dead, in milliseconds; 0 never gives it up. The default
+    /// is 30 000. Upstream looks every 30 s and has no setting.
+    pub health_timeout_ms: u64,
     /// Modules the agent loads, each with its parameters: `"e1000e InterruptThrottleRate=3000"`.
     pub kernel_modules: Vec<String>,
 }
@@ -131,6 +134,7 @@ impl Default for KataAgent {
             create_container_timeout: 30,
             dial_timeout_ms: 10,
             reconnect_timeout_ms: 60_000,
+            health_timeout_ms: 30_000,
             kernel_modules: Vec::new(),
         }
     }
@@ -150,6 +154,11 @@ impl KataAgent {
     /// [`KataAgent::reconnect_timeout_ms`] as a duration.
     pub fn reconnect_bound(&self) -> Duration {
         Duration::from_millis(self.reconnect_timeout_ms)
+    }
+
+    /// [`KataAgent::health_timeout_ms`] as a duration, if there is a bound.
+    pub fn health_bound(&self) -> Option<Duration> {
+        (self.health_timeout_ms > 0).then(|| Duration::from_millis(self.health_timeout_ms))
     }
 }
 

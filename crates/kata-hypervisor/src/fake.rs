@@ -43,6 +43,7 @@ struct Script {
     boot_takes: Duration,
     boot_fails: Option<String>,
     stop_fails: bool,
+    no_hotplug: bool,
     sockets: HashMap<u32, PathBuf>,
     callback: Option<Callback>,
 }
@@ -58,6 +59,7 @@ struct Machine {
     paused: watch::Sender<bool>,
     exit: watch::Sender<Option<VmExit>>,
     next_port: AtomicU32,
+    disks: Mutex<Vec<Disk>>,
 }
 
 impl Default for FakeVm {
@@ -82,6 +84,7 @@ impl FakeVm {
             paused: watch::channel(false).0,
             exit: watch::channel(None).0,
             next_port: AtomicU32::new(1 << 30),
+            disks: Mutex::default(),
         }))
     }
 
@@ -104,6 +107,18 @@ impl FakeVm {
     pub fn stop_fails(self) -> Self {
         lock(&self.0.script).stop_fails = true;
         self
+    }
+
+    /// Nothing can be added to the running machine.
+    #[must_use]
+    pub fn without_hotplug(self) -> Self {
+        lock(&self.0.script).no_hotplug = true;
+        self
+    }
+
+    /// The disks that were added and not removed, oldest first.
+    pub fn disks(&self) -> Vec<Disk> {
+        lock(&self.0.disks).clone()
     }
 
     /// Connections to any port without a socket of its own go to `callback`. It runs on the accepting task: spawn what takes time.
@@ -173,7 +188,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[async_trait]
 impl Vm for FakeVm {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { shared_fs: true, pause: true, ..Capabilities::default() }
+        let hotplug_block = !lock(&self.0.script).no_hotplug;
+        Capabilities { shared_fs: true, pause: true, hotplug_block, ..Capabilities::default() }
     }
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
@@ -218,16 +234,25 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    async fn add_disk(&self, _: Disk) -> Result<PciPath, HypervisorError> {
-        Err(unsupported("add a disk"))
+    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
+        self.running("add a disk")?;
+        if lock(&self.0.script).no_hotplug {
+            return Err(unsupported("add a disk"));
+        }
+        let mut disks = lock(&self.0.disks);
+        disks.push(disk);
+        Ok(PciPath(format!("{:02x}/00", disks.len())))
     }
 
     async fn add_nic(&self, _: Nic) -> Result<PciPath, HypervisorError> {
         Err(unsupported("add a network interface"))
     }
 
-    async fn remove_device(&self, _: &str) -> Result<(), HypervisorError> {
-        Err(unsupported("remove a device"))
+    async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
+        let mut disks = lock(&self.0.disks);
+        let at = disks.iter().position(|disk| disk.id == id).ok_or_else(|| unsupported("remove a device"))?;
+        disks.remove(at);
+        Ok(())
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {

@@ -61,6 +61,8 @@ pub mod capability {
     pub const OVERLAY: &str = "overlay";
     /// The guest mounts erofs.
     pub const EROFS: &str = "erofs";
+    /// The guest mounts ext4.
+    pub const EXT4: &str = "ext4";
     /// The guest has a virtio block driver.
     pub const VIRTIO_BLK: &str = "virtio-blk";
     /// The guest has a virtio network driver.

@@ -6,11 +6,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use kata_api::agent::{
-    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, Empty, ExecProcessRequest,
-    GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, WaitProcessRequest,
-    WriteStreamRequest,
+    CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
+    ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse,
+    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
+    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
+    WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::health::CheckRequest;
@@ -133,6 +133,12 @@ impl Agent {
         let _ = lost.wait_for(|lost| *lost).await;
     }
 
+    /// Whether the agent answers within `bound`, whatever it says.
+    pub(crate) async fn answers(&self, bound: Duration) -> bool {
+        let answer = bounded("Check", bound, self.health.check(within(bound), &CheckRequest::new())).await;
+        !matches!(answer, Err(AgentError::NoAnswer { .. }))
+    }
+
     /// The agent's version, as its health service tells it.
     pub(crate) async fn version(&self) -> Result<String, AgentError> {
         let request = CheckRequest::new();
@@ -154,6 +160,10 @@ impl Agent {
         bound: Duration,
     ) -> Result<(), AgentError> {
         done("CreateContainer", bound, self.service.create_container(within(bound), request)).await
+    }
+
+    pub(crate) async fn copy_file(&self, request: &CopyFileRequest) -> Result<(), AgentError> {
+        done("CopyFile", PROMPT, self.service.copy_file(within(PROMPT), request)).await
     }
 
     pub(crate) async fn start_container(&self, container: &str, bound: Duration) -> Result<(), AgentError> {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use kata_api::agent::{CreateSandboxRequest, KernelModule, Storage};
 use kata_api::{Announcement, guest, ports};
-use kata_config::{MachineType, SharedFs};
+use kata_config::MachineType;
 use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
 use kata_hypervisor::{HypervisorError, Machine, VmExit, VmSpec};
 use kata_image::manifest::{Manifest, ManifestError};
@@ -26,6 +26,7 @@ use tokio::net::UnixListener;
 use crate::agent_client::{Agent, AgentError, guest_text};
 use crate::hybrid::{self, HybridError};
 use crate::lifecycle::Pod;
+use crate::storage::Share;
 use crate::timeline::{Layer, Timeline};
 
 /// Longest announcement that is read.
@@ -174,10 +175,10 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
     let mut timeline = pod.timeline.fork();
     let guest = Guest::find(pod)?;
     let start = Instant::now();
-    let (virtiofsd, shared_fs) = match pod.config.hypervisor.qemu.shared_fs {
-        SharedFs::None => (None, None),
-        SharedFs::VirtioFs => {
-            let (child, socket) = spawn_virtiofsd(pod)?;
+    let (virtiofsd, shared_fs) = match &pod.share {
+        None => (None, None),
+        Some(share) => {
+            let (child, socket) = spawn_virtiofsd(pod, share)?;
             timeline.add(Layer::Host, "virtio-fs daemon", start);
             (Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket }))
         }
@@ -249,7 +250,7 @@ async fn daemon_failure(child: Option<&Child>) -> Option<BootError> {
 }
 
 /// Starts the virtio-fs daemon on one end of a connection that exists before it does.
-fn spawn_virtiofsd(pod: &Pod) -> Result<(Child, OwnedFd), BootError> {
+fn spawn_virtiofsd(pod: &Pod, share: &Share) -> Result<(Child, OwnedFd), BootError> {
     let program = pod.artefacts.virtiofsd.as_ref().ok_or(BootError::NoDaemon)?;
     let path = pod.run_dir.join("virtiofsd.vhost");
     let connect = || -> io::Result<(OwnedFd, OwnedFd)> {
@@ -264,7 +265,7 @@ fn spawn_virtiofsd(pod: &Pod) -> Result<(Child, OwnedFd), BootError> {
     let qemu = &pod.config.hypervisor.qemu;
     let child = Spawn::new("virtiofsd", program)
         .args(["--listen-fd", &FIRST_FD.to_string(), "--shared-dir"])
-        .arg(pod.share.dir())
+        .arg(share.dir())
         .args(["--cache", qemu.virtio_fs_cache.as_str()])
         .args(&qemu.virtio_fs_extra_args)
         .inherit(listener)

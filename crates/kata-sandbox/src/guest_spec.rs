@@ -2,9 +2,9 @@
 //!
 //! | in the specification | in the guest |
 //! |---|---|
-//! | `root.path` | the container's directory in the share |
+//! | `root.path` | the container's directory in the share, or where its disks are mounted |
 //! | bind mounts of host paths | the same file or directory through the share, see [`crate::storage`] |
-//! | a bind mount at `/dev/shm` | a tmpfs of the guest: shared memory cannot span kernels |
+//! | a bind mount at `/dev/shm` | one tmpfs of the guest for the pod: shared memory cannot span kernels |
 //! | bind mounts of `/dev`, `/proc`, `/sys` and below | left alone: they mean the guest's own |
 //! | network namespace | dropped: the machine's network is the pod's |
 //! | paths of ipc, uts, mount, cgroup namespaces | dropped: they name namespaces of the host; the type stays |
@@ -67,10 +67,37 @@ pub(crate) struct GuestSpec {
     pub(crate) spec: Spec,
     /// For the host to put into the share.
     pub(crate) volumes: Vec<Volume>,
+    /// The host's directory behind the pod's shared memory, where the container takes part in it.
+    pub(crate) shm: Option<PathBuf>,
+}
+
+impl GuestSpec {
+    /// Whether the container may not write its root.
+    pub(crate) fn root_readonly(&self) -> bool {
+        self.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false)
+    }
+
+    /// Puts the root elsewhere in the guest.
+    pub(crate) fn set_root(&mut self, path: &str, readonly: bool) {
+        if let Some(root) = self.spec.root_mut() {
+            root.set_path(path.into());
+            root.set_readonly(Some(readonly));
+        }
+    }
 }
 
 /// The container's root file system below its directory in the share.
 pub(crate) const ROOTFS: &str = "rootfs";
+
+/// The container's directory in the share, as the guest sees it.
+pub(crate) fn in_share(id: &str) -> PathBuf {
+    Path::new(guest::SHARE_DIR).join(id)
+}
+
+/// Where the guest mounts the pod's shared memory.
+pub(crate) fn pod_shm() -> PathBuf {
+    Path::new(guest::SANDBOX_DIR).join("shm")
+}
 
 /// Translates `spec` for a container called `id`.
 pub(crate) fn translate(
@@ -79,7 +106,7 @@ pub(crate) fn translate(
     disable_seccomp: bool,
 ) -> Result<GuestSpec, GuestSpecError> {
     refuse_unsupported(&spec)?;
-    let in_guest = Path::new(guest::SHARE_DIR).join(id);
+    let in_guest = in_share(id);
 
     let mut root = spec.root().clone().ok_or(GuestSpecError::Missing("root"))?;
     root.set_path(in_guest.join(ROOTFS));
@@ -90,14 +117,19 @@ pub(crate) fn translate(
         tracing::info!(container = id, "hooks are programs of the host and are not run in the guest");
         spec.set_hooks(None);
     }
-    let mut volumes = Vec::new();
+    let (mut volumes, mut shm) = (Vec::new(), None);
     if let Some(mounts) = spec.mounts_mut() {
-        for mount in mounts.iter_mut() {
-            translate_mount(mount, &in_guest, &mut volumes)?;
+        for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
+            if mount.destination() == Path::new("/dev/shm") {
+                shm = mount.source().clone();
+                mount.set_typ(Some("bind".to_owned())).set_source(Some(pod_shm()));
+            } else {
+                translate_bind(mount, &in_guest, &mut volumes)?;
+            }
         }
     }
     translate_linux(id, &mut spec, disable_seccomp)?;
-    Ok(GuestSpec { spec, volumes })
+    Ok(GuestSpec { spec, volumes, shm })
 }
 
 /// A process as it is meant for the guest.
@@ -212,21 +244,19 @@ fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(
     Ok(())
 }
 
-fn translate_mount(
+fn has_option(mount: &Mount, names: &[&str]) -> bool {
+    mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+}
+
+fn translate_bind(
     mount: &mut Mount,
     in_guest: &Path,
     volumes: &mut Vec<Volume>,
 ) -> Result<(), GuestSpecError> {
-    let options = mount.options().clone().unwrap_or_default();
-    let has = |names: &[&str]| options.iter().any(|option| names.contains(&option.as_str()));
-    if mount.typ().as_deref() != Some("bind") && !has(&["bind", "rbind"]) {
-        return Ok(());
-    }
-    if mount.destination() == Path::new("/dev/shm") {
-        let shm = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"].map(str::to_owned).to_vec();
-        mount.set_typ(Some("tmpfs".to_owned())).set_source(Some(PathBuf::from("shm"))).set_options(Some(shm));
-        return Ok(());
-    }
     let source = mount.source().clone().ok_or(GuestSpecError::Missing("source of a bind mount"))?;
     if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
         return Ok(());
@@ -237,8 +267,8 @@ fn translate_mount(
     volumes.push(Volume {
         source,
         name,
-        readonly: has(&["ro", "rro"]),
-        follows_host: has(&["slave", "rslave", "shared", "rshared"]),
+        readonly: has_option(mount, &["ro", "rro"]),
+        follows_host: has_option(mount, &["slave", "rslave", "shared", "rshared"]),
     });
     Ok(())
 }

@@ -19,6 +19,7 @@ mod agent_log;
 mod boot;
 mod error;
 mod guest_spec;
+mod health;
 mod hybrid;
 mod identity;
 mod lifecycle;

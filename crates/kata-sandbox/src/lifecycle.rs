@@ -8,12 +8,14 @@
 //! It only ever handles one message at a time and never waits inside one. Work runs in tasks that find what they need
 //! in [`Pod`], wait for the machine through [`Link`] and come back as messages.
 
+mod files;
 mod message;
 mod requests;
 mod work;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
 use kata_config::{Artefacts, Config};
@@ -24,6 +26,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+pub(crate) use files::ContainerFiles;
 use message::Done;
 pub(crate) use message::{Message, Reply, Request};
 pub(crate) use work::{drain, wait};
@@ -32,6 +35,7 @@ use crate::agent_client::Agent;
 use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
+use crate::health;
 use crate::pod::{Event, Exit, Inspection, NetworkSpec};
 use crate::process_table::{ProcessTable, millis};
 use crate::state::{State, owner};
@@ -56,7 +60,10 @@ pub(crate) struct Pod {
     pub(crate) hybrid: PathBuf,
     pub(crate) identity: Identity,
     pub(crate) record: Record,
-    pub(crate) share: Share,
+    /// `None` where no files are shared.
+    pub(crate) share: Option<Share>,
+    /// Number of the next disk, for its name.
+    pub(crate) next_disk: AtomicU32,
     pub(crate) vm: Box<dyn Vm>,
     /// The stages before the boot.
     pub(crate) timeline: Timeline,
@@ -411,6 +418,8 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
         () = agent.lost() => {
             format!("the agent closed its connection{}", Excerpt::console(&pod.vm.console_tail()))
         }
+        // Nobody ends because of that: what is stuck is not waited for.
+        cause = health::lapsed(pod, agent, virtiofsd.as_ref()) => return cause,
     };
     // Both usually go because the machine went, which then is the better answer.
     match tokio::time::timeout(boot::GRACE, pod.vm.exited()).await {

@@ -15,9 +15,9 @@ use std::time::SystemTime;
 use tokio::sync::{Notify, watch};
 
 use crate::error::SandboxError;
+use crate::lifecycle::ContainerFiles;
 use crate::pod::{ContainerView, Exit, ProcessId, ProcessState, Status, Stdio};
 use crate::stdio::Streams;
-use crate::storage::ContainerFiles;
 
 /// A request for a process that is being carried out. There is at most one at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,9 +5,11 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
 use kata_api::agent::StatsContainerResponse;
+use kata_config::SharedFs;
 use kata_hypervisor::Vm;
 use kata_hypervisor::process::{Identity, Record};
 use oci_spec::runtime::{LinuxResources, Process};
@@ -260,8 +262,13 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
     let record = Record::open(run_dir.join(RECORD))
         .map_err(|error| run_dir_error(&run_dir, io::Error::other(error)))?;
     let identity = take_identity(&run_dir, &id, &config, &record)?;
-    let share = Share::prepare(&run_dir, &record)
-        .map_err(|error| run_dir_error(&run_dir, io::Error::other(error)))?;
+    let share = match config.hypervisor.qemu.shared_fs {
+        SharedFs::None => None,
+        SharedFs::VirtioFs => Some(
+            Share::prepare(&run_dir, &record)
+                .map_err(|error| run_dir_error(&run_dir, io::Error::other(error)))?,
+        ),
+    };
     timeline.add(Layer::Host, "share", start);
     let hybrid = run_dir.join("kata.hvsock");
     let created_at = SystemTime::now();
@@ -276,6 +283,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         identity,
         record,
         share,
+        next_disk: AtomicU32::new(0),
         vm,
         timeline,
         created_at,

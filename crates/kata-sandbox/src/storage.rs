@@ -1,5 +1,7 @@
 //! The host files that the guest sees: one shared directory for the pod, one directory in it for each container.
 //!
+//! A root file system on disks does not come this way, see [`rootfs`].
+//!
 //! ```text
 //!   <bundle>/rootfs ◀── overlay, … (the mounts of Task.Create)
 //!         │ clone                              <run_dir>/shared          served by kata-virtiofsd
@@ -16,18 +18,27 @@
 //! `shared` itself is read-only, whatever is mounted below it. A guest that could write there would put a symbolic link
 //! where the next container's mount point is made, and have root follow it anywhere on the host.
 
+mod copy;
+mod disk;
+mod loop_device;
 mod mount;
+pub(crate) mod rootfs;
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use kata_hypervisor::HypervisorError;
 use kata_hypervisor::process::{Record, RecordError};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
+use crate::agent_client::AgentError;
 use crate::error::ErrorKind;
 use crate::guest_spec::{ROOTFS, Volume};
 use crate::pod::RootfsMount;
+
+pub(crate) use copy::copy;
+pub(crate) use disk::claim;
 
 /// Why a container's files could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -75,11 +86,35 @@ pub enum StorageError {
         #[source]
         source: io::Error,
     },
+    /// A disk that somebody else uses.
+    #[error("{path} is in use on the host: unmount it, or end what holds it", path = .0.display())]
+    Busy(PathBuf),
+    /// The machine did not take a disk.
+    #[error("cannot attach {path} to the virtual machine", path = .path.display())]
+    Attach {
+        /// The image or device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<HypervisorError>,
+    },
     /// There is no way for files into the guest.
     #[error(
-        "containers need hypervisor.qemu.shared_fs = \"virtio-fs\": there is no other way for their files yet"
+        "{path} cannot reach the guest: hypervisor.qemu.shared_fs is \"none\", which leaves block devices and copies \
+         of files up to {limit} KiB; set it to \"virtio-fs\"",
+        path = .0.display(),
+        limit = copy::SIZE_MAX / 1024
     )]
-    NoShare,
+    NoShare(PathBuf),
+    /// The agent did not take a copy.
+    #[error("cannot copy {path} into the guest", path = .path.display())]
+    Copy {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: AgentError,
+    },
     /// The work was interrupted by a fault of this program.
     #[error("interrupted")]
     Interrupted,
@@ -93,10 +128,17 @@ impl StorageError {
         match self {
             // Not NotFound: that says "no such command" to whoever creates a container.
             Self::Absent(_) | Self::Target(_) | Self::Options { .. } => ErrorKind::InvalidArgument,
-            Self::Device(_) | Self::NoShare => ErrorKind::Unimplemented,
-            Self::Mount { .. } | Self::File { .. } | Self::Interrupted | Self::Record(_) => {
-                ErrorKind::Internal
+            Self::Device(_) | Self::NoShare(_) => ErrorKind::Unimplemented,
+            Self::Busy(_) => ErrorKind::FailedPrecondition,
+            Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {
+                ErrorKind::Unimplemented
             }
+            Self::Copy { source, .. } => source.kind(),
+            Self::Attach { .. }
+            | Self::Mount { .. }
+            | Self::File { .. }
+            | Self::Interrupted
+            | Self::Record(_) => ErrorKind::Internal,
         }
     }
 
@@ -139,21 +181,21 @@ impl Share {
         &self.dir
     }
 
-    /// Puts a container's files into the share. What was made before a failure is undone.
+    /// Puts a container's files into the share, without a root where that comes another way. What was made before a
+    /// failure is undone.
     pub(crate) fn add(
         &self,
         id: &str,
-        rootfs: &Path,
-        mounts: &[RootfsMount],
+        root: Option<&SharedRoot>,
         volumes: &[Volume],
-    ) -> Result<ContainerFiles, StorageError> {
-        let mut files = ContainerFiles {
+    ) -> Result<SharedFiles, StorageError> {
+        let mut files = SharedFiles {
             dir: self.dir.join(id),
             places: self.places.join(id),
             mounts: Vec::new(),
             record: self.record.clone(),
         };
-        match files.fill(rootfs, mounts, volumes) {
+        match files.fill(root, volumes) {
             Ok(()) => Ok(files),
             Err(error) => {
                 files.release();
@@ -163,9 +205,18 @@ impl Share {
     }
 }
 
+/// A root file system that is shared.
+#[derive(Debug)]
+pub(crate) struct SharedRoot {
+    /// Where it is on the host.
+    pub(crate) path: PathBuf,
+    /// What it is made of; empty where it is there already.
+    pub(crate) mounts: Vec<RootfsMount>,
+}
+
 /// One container's files in the share.
 #[derive(Debug)]
-pub(crate) struct ContainerFiles {
+pub(crate) struct SharedFiles {
     dir: PathBuf,
     /// The same directory, where it can be written.
     places: PathBuf,
@@ -174,29 +225,23 @@ pub(crate) struct ContainerFiles {
     record: Record,
 }
 
-impl ContainerFiles {
-    fn fill(
-        &mut self,
-        rootfs: &Path,
-        mounts: &[RootfsMount],
-        volumes: &[Volume],
-    ) -> Result<(), StorageError> {
-        if !mounts.is_empty() {
-            make_dir(rootfs, 0o755)?;
-        }
-        for part in mounts {
-            self.mount_rootfs(rootfs, part)?;
+impl SharedFiles {
+    fn fill(&mut self, root: Option<&SharedRoot>, volumes: &[Volume]) -> Result<(), StorageError> {
+        if let Some(SharedRoot { path, mounts }) = root.filter(|root| !root.mounts.is_empty()) {
+            make_dir(path, 0o755)?;
+            mounts.iter().try_for_each(|part| self.mount_rootfs(path, part))?;
         }
         self.record.dir(&self.places)?;
         make_dir(&self.places, 0o700)?;
-        let root = Volume {
-            source: rootfs.to_owned(),
-            name: PathBuf::from(ROOTFS),
-            // The agent makes mount points in it, and then makes it read-only where that is asked.
-            readonly: false,
-            follows_host: false,
-        };
-        self.clone_in(&root)?;
+        if let Some(root) = root {
+            self.clone_in(&Volume {
+                source: root.path.clone(),
+                name: PathBuf::from(ROOTFS),
+                // The agent makes mount points in it, and then makes it read-only where that is asked.
+                readonly: false,
+                follows_host: false,
+            })?;
+        }
         volumes.iter().try_for_each(|volume| self.clone_in(volume))
     }
 

@@ -41,6 +41,7 @@ async fn container_goes_from_create_to_delete() {
         Event::Created { process: init() },
         Event::Started { process: init() },
         Event::Exited { process: init(), exit },
+        Event::Deleted { process: init(), exit },
     ] {
         assert_eq!(soon(events.recv()).await.unwrap(), expected);
     }

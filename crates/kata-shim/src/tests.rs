@@ -141,7 +141,7 @@ fn spec(dir: &Path, ground: &Ground) -> SandboxSpec {
 }
 
 /// Stands in for the virtio-fs daemon, which has nothing to do without a guest.
-fn daemon(dir: &Path) -> PathBuf {
+pub(crate) fn daemon(dir: &Path) -> PathBuf {
     let path = dir.join("daemon");
     std::fs::write(&path, "#!/bin/sh\nexec /bin/sleep 600\n").unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();

@@ -24,11 +24,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_api::agent::{
-    CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest, Empty, ExecProcessRequest,
-    GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse,
-    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
-    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
+    ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest,
+    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
+    UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
@@ -63,6 +63,7 @@ struct State {
     script: Mutex<Script>,
     calls: Mutex<Vec<String>>,
     created: Mutex<Vec<CreateContainerRequest>>,
+    copied: Mutex<Vec<CopyFileRequest>>,
     sandbox: Mutex<Option<CreateSandboxRequest>>,
     streams: Mutex<HashMap<u32, UnixStream>>,
     arrived: Notify,
@@ -76,6 +77,7 @@ struct State {
 #[derive(Default)]
 struct Script {
     hang_create: bool,
+    hang_check: bool,
     refuse: HashMap<&'static str, (Code, String)>,
 }
 
@@ -97,6 +99,7 @@ impl FakeAgent {
             script: Mutex::default(),
             calls: Mutex::default(),
             created: Mutex::default(),
+            copied: Mutex::default(),
             sandbox: Mutex::default(),
             streams: Mutex::default(),
             arrived: Notify::new(),
@@ -118,6 +121,11 @@ impl FakeAgent {
     /// CreateContainer never answers.
     pub fn hang_create(&self) {
         self.0.script.lock().unwrap().hang_create = true;
+    }
+
+    /// Health is not answered any more, as by a guest that is stuck.
+    pub fn hang_check(&self) {
+        self.0.script.lock().unwrap().hang_check = true;
     }
 
     /// Every `call` (its name in the protocol) fails.
@@ -150,6 +158,11 @@ impl FakeAgent {
     /// The containers asked for so far.
     pub fn created(&self) -> Vec<CreateContainerRequest> {
         self.0.created.lock().unwrap().clone()
+    }
+
+    /// The chunks of files copied so far.
+    pub fn copied(&self) -> Vec<CopyFileRequest> {
+        self.0.copied.lock().unwrap().clone()
     }
 
     /// The sandbox asked for.
@@ -343,7 +356,10 @@ impl Service {
 #[async_trait]
 impl Health for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<HealthCheckResponse> {
-        self.enter("Check")?;
+        let hangs = self.enter("Check")?.script.lock().unwrap().hang_check;
+        if hangs {
+            std::future::pending::<()>().await;
+        }
         Ok(HealthCheckResponse::new())
     }
 
@@ -374,6 +390,11 @@ impl AgentService for Service {
         let args = request.oci.process.args.clone();
         let id = (request.container_id, String::new());
         state.insert(id, args, request.stdin_port, request.stdout_port).await?;
+        Ok(Empty::new())
+    }
+
+    async fn copy_file(&self, _: &TtrpcContext, request: CopyFileRequest) -> ttrpc::Result<Empty> {
+        self.enter("CopyFile")?.copied.lock().unwrap().push(request);
         Ok(Empty::new())
     }
 

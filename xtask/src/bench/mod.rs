@@ -7,6 +7,7 @@
 //! ```
 
 mod boot;
+mod containerd;
 mod exec;
 mod memory;
 mod table;
@@ -42,7 +43,10 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     let bench = Bench { products, image, runs };
     let mut rows = Vec::new();
     say("start: first output byte against a bare boot");
-    rows.extend(boot::measure(&bench)?);
+    let (start, bare_boot) = boot::measure(&bench)?;
+    rows.extend(start);
+    say("containerd, beside runc");
+    rows.extend(containerd::measure(&bench, bare_boot)?);
     say("exec");
     rows.extend(exec::measure(&bench)?);
     say("memory");

@@ -40,6 +40,7 @@ mod error;
 mod filesystem;
 mod init;
 mod lookup;
+mod namespaces;
 mod plan;
 mod rootfs;
 mod seccomp;
@@ -52,6 +53,7 @@ pub use cgroup::{CgroupError, OomEvents};
 pub use child::helper_main;
 pub use engine::{Layout, NativeEngine};
 pub use error::{EngineError, Fault};
+pub use namespaces::PodNamespaces;
 pub use rootfs::make_root_pivotable;
 
 /// `argv[0]` of the helper process. `main` calls [`helper_main`] when it sees this, before anything else.

@@ -1,6 +1,25 @@
 //! Storages: what the host asks to be mounted in the guest for a sandbox or a container.
 //!
 //! A storage that several containers name by the same mount point is made once and goes with the last of them.
+//!
+//! | driver | `source` | is |
+//! |---|---|---|
+//! | `blk` | PCI path or `/dev/NAME` | the file system on a disk, waited for: see [`crate::device`] |
+//! | `virtio-fs` | tag | a share of the host |
+//! | `overlayfs` | | layers, each a directory by then |
+//! | `bind` | path | the same file or directory again |
+//! | `ephemeral` | | a tmpfs |
+//! | `local` | | a directory |
+//!
+//! Storages are made in the order of the request, so one may stand on those before it, and are undone in reverse. A
+//! root of read-only layers is that:
+//!
+//! ```text
+//!  blk        02/00  erofs    /run/kata-containers/sandbox/layers/0      one disk, any number of containers
+//!  blk        03/00  erofs    /run/kata-containers/sandbox/layers/1
+//!  ephemeral         tmpfs    /run/kata-containers/c1/rw
+//!  overlayfs         overlay  /run/kata-containers/c1/rootfs             lowerdir=…/1:…/0, upperdir=…/rw/upper, …
+//! ```
 
 use std::collections::HashMap;
 use std::ffi::{CString, NulError};
@@ -16,25 +35,21 @@ use rustix::mount::{
 use tokio::sync::Mutex;
 
 use super::options::{self, MountOptions};
+use crate::device::{DiskError, Disks};
 use crate::modules::{ModuleError, Modules};
 
 /// Drivers that are served, as told to the host.
-pub const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "overlayfs", "bind"];
+pub const DRIVERS: [&str; 6] = ["blk", "virtio-fs", "ephemeral", "local", "overlayfs", "bind"];
 
 /// Drivers of the protocol that this agent does not serve.
-const UNSUPPORTED: [&str; 8] = [
-    "blk",
-    "blk-ccw",
-    "mmioblk",
-    "scsi",
-    "nvdimm",
-    "watchable-bind",
-    "image_guest_pull",
-    "erofs.multi-layer",
-];
+const UNSUPPORTED: [&str; 7] =
+    ["blk-ccw", "mmioblk", "scsi", "nvdimm", "watchable-bind", "image_guest_pull", "erofs.multi-layer"];
 
 /// Driver option that asks for a directory of an overlay (upper, work) to be made first.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory";
+
+/// What the kernel takes of a file system's options: a page, with the byte that ends it. It cuts off the rest unsaid.
+const OPTIONS_FIT: usize = 4095;
 
 /// A storage that was not made, or not undone.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +77,37 @@ pub enum StorageError {
         /// Which module, and why.
         source: ModuleError,
     },
-    /// Making a directory, mounting or unmounting.
+    /// The disk that it is on.
+    #[error("storage at {mount_point:?}")]
+    Disk {
+        /// Where it was to be.
+        mount_point: String,
+        #[source]
+        /// Which disk, and why.
+        source: DiskError,
+    },
+    /// The kernel has no such file system.
+    #[error("storage at {mount_point:?}: the guest's kernel has no file system {kind:?}")]
+    NoFileSystem {
+        /// Where it was to be.
+        mount_point: PathBuf,
+        /// The type asked for.
+        kind: String,
+    },
+    /// The kernel refused the mount.
+    #[error("mounting {kind} from {from} on {mount_point:?}")]
+    Mount {
+        /// Type of the file system.
+        kind: String,
+        /// Device, tag or whatever the type calls it.
+        from: String,
+        /// Where it was to be.
+        mount_point: PathBuf,
+        /// The system's word.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Making a directory, binding or unmounting.
     #[error("{what} {path:?}")]
     System {
         /// What was tried.
@@ -107,17 +152,18 @@ struct Made {
 }
 
 /// All storages of the guest. Clones share them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Storages {
     made: Arc<Mutex<HashMap<PathBuf, Made>>>,
     modules: Arc<Modules>,
+    disks: Arc<Disks>,
 }
 
 impl Storages {
-    /// None so far; `modules` are loaded as storages need them.
+    /// None so far; `modules` are loaded as storages need them, `disks` are where block storages are found.
     #[must_use]
-    pub fn new(modules: Arc<Modules>) -> Self {
-        Self { made: Arc::default(), modules }
+    pub fn new(modules: Arc<Modules>, disks: Disks) -> Self {
+        Self { made: Arc::default(), modules, disks: Arc::new(disks) }
     }
 
     /// Makes `storages` in order and gives the mount points, for [`remove`](Self::remove). All or none.
@@ -142,6 +188,8 @@ impl Storages {
 
     async fn add_one(&self, storage: Storage) -> Result<PathBuf, StorageError> {
         let point = mount_point(&storage)?;
+        // Before the lock: others need not wait for this one's disk.
+        let storage = if storage.driver == "blk" { self.with_disk(storage).await? } else { storage };
         let mut all = self.made.lock().await;
         if let Some(made) = all.get_mut(&point) {
             made.users += 1;
@@ -154,6 +202,22 @@ impl Storages {
         let made = made.map_err(|_| StorageError::Interrupted { mount_point: name })??;
         all.insert(point.clone(), made);
         Ok(point)
+    }
+
+    /// The storage with the block device of its disk for a source.
+    async fn with_disk(&self, storage: Storage) -> Result<Storage, StorageError> {
+        let wrong = [
+            (storage.fstype.is_empty(), "a disk needs the type of its file system"),
+            (!storage.driver_options.is_empty(), "a disk takes no driver options"),
+            (storage.fs_group.is_some(), "the files of a disk are not given to a group"),
+        ];
+        if let Some((_, reason)) = wrong.into_iter().find(|(is, _)| *is) {
+            return Err(invalid(&storage, reason));
+        }
+        match self.disks.find(&storage.source).await {
+            Ok(node) => Ok(Storage { source: node.to_string_lossy().into_owned(), ..storage }),
+            Err(source) => Err(StorageError::Disk { mount_point: storage.mount_point, source }),
+        }
     }
 
     /// Remounts ephemeral storages that are there with new options (the size).
@@ -226,6 +290,7 @@ fn make(storage: &Storage, point: &Path, modules: &Modules) -> Result<Made, Stor
     let done = match driver {
         "local" => make_local(storage, point),
         "bind" => make_bind(storage, point),
+        "blk" => mount_filesystem(storage, point, modules, &storage.fstype),
         "virtio-fs" => mount_filesystem(storage, point, modules, "virtiofs"),
         "overlayfs" => make_overlay(storage, point, modules),
         _ => make_ephemeral(storage, point, modules),
@@ -250,6 +315,10 @@ fn mount_filesystem(
 ) -> Result<(), StorageError> {
     let kind = if storage.fstype.is_empty() { default } else { storage.fstype.as_str() };
     let options = options::parse(&storage.options);
+    if options.data.len() > OPTIONS_FIT {
+        let reason = format!("{} bytes of options, the kernel takes {OPTIONS_FIT}", options.data.len());
+        return Err(invalid(storage, reason));
+    }
     modules.want(kind).map_err(|source| StorageError::Module { mount_point: point.to_owned(), source })?;
     make_directory(point)?;
     let source = if storage.source.is_empty() { kind } else { storage.source.as_str() };
@@ -260,7 +329,13 @@ fn mount_with(source: &str, point: &Path, kind: &str, options: &MountOptions) ->
     let data = CString::new(options.data.as_str())
         .map_err(|source| StorageError::Data { mount_point: point.to_owned(), source })?;
     let data = Some(data.as_c_str()).filter(|data| !data.is_empty());
-    mount(source, point, kind, options.flags, data).map_err(system("mounting on", point))?;
+    mount(source, point, kind, options.flags, data).map_err(|error| {
+        let (mount_point, kind) = (point.to_owned(), kind.to_owned());
+        match error {
+            Errno::NODEV => StorageError::NoFileSystem { mount_point, kind },
+            error => StorageError::Mount { kind, from: source.to_owned(), mount_point, source: error.into() },
+        }
+    })?;
     propagate(point, options)
 }
 

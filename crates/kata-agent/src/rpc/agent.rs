@@ -10,7 +10,8 @@ use tokio::sync::{Notify, mpsc};
 
 use super::error::RpcError;
 use crate::cmdline::Settings;
-use crate::container::Engine;
+use crate::container::{Engine, PodNamespaces};
+use crate::device::Disks;
 use crate::modules::Modules;
 use crate::mount::Storages;
 use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
@@ -139,13 +140,22 @@ impl Drop for ExecSlot {
     }
 }
 
-/// The sandbox of the guest, once it was made.
-#[derive(Debug, Default)]
+/// The sandbox of the guest.
+#[derive(Debug)]
 pub struct Sandbox {
     /// Its id; for the log only.
     pub id: String,
-    /// Mount points that go with it.
+    /// What goes with it, once it is made.
+    pub made: Option<SandboxParts>,
+}
+
+/// What the containers of a sandbox share.
+#[derive(Debug)]
+pub struct SandboxParts {
+    /// Mount points.
     pub mounts: Vec<PathBuf>,
+    /// Host name and System V IPC.
+    pub namespaces: Arc<PodNamespaces>,
 }
 
 /// Containers by id. `None` is one in the making.
@@ -177,11 +187,12 @@ impl Agent {
     #[must_use]
     pub fn new(engine: Arc<dyn Engine>, reaper: Reaper, modules: Arc<Modules>, settings: Settings) -> Self {
         let (sender, receiver) = mpsc::channel(OOM_KILLS);
+        let disks = Disks::new(modules.clone(), settings.hotplug_timeout);
         Self {
             engine,
             reaper,
             streams: Streams::default(),
-            storages: Storages::new(modules.clone()),
+            storages: Storages::new(modules.clone(), disks),
             modules,
             settings,
             done: Notify::new(),
@@ -194,6 +205,19 @@ impl Agent {
     /// The sandbox, if there is one.
     pub fn sandbox(&self) -> MutexGuard<'_, Option<Sandbox>> {
         self.sandbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The namespaces that containers share; none without a sandbox.
+    ///
+    /// # Errors
+    /// [`RpcError::State`] while the sandbox is being made.
+    pub fn pod_namespaces(&self) -> Result<Option<Arc<PodNamespaces>>, RpcError> {
+        let sandbox = self.sandbox();
+        let Some(sandbox) = sandbox.as_ref() else { return Ok(None) };
+        match &sandbox.made {
+            Some(parts) => Ok(Some(parts.namespaces.clone())),
+            None => Err(RpcError::State(format!("sandbox {:?} is being created", sandbox.id))),
+        }
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {

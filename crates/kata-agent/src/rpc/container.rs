@@ -71,7 +71,12 @@ fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError
 async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Container, RpcError> {
     let wire =
         request.oci.into_option().ok_or_else(|| RpcError::Invalid("the request has no spec".to_owned()))?;
-    let spec = spec::spec(wire)?;
+    let mut spec = spec::spec(wire)?;
+    // Held until the container is in them.
+    let namespaces = agent.pod_namespaces()?;
+    if let Some(namespaces) = &namespaces {
+        namespaces.share_with(&mut spec);
+    }
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let made = make_init(agent, &request.container_id, &spec, ports).await;

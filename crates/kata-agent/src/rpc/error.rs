@@ -6,8 +6,10 @@ use ttrpc::Code;
 
 use super::spec::SpecError;
 use crate::container::{EngineError, Fault};
+use crate::device::DiskError;
 use crate::modules::ModuleError;
 use crate::mount::StorageError;
+use crate::network::NetworkError;
 use crate::stdio::StdioError;
 use crate::stream::StreamError;
 
@@ -52,6 +54,9 @@ pub enum RpcError {
     /// A kernel module.
     #[error(transparent)]
     Module(#[from] ModuleError),
+    /// Interfaces, routes, neighbours.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Stream connections.
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -108,14 +113,19 @@ impl RpcError {
             Self::Storage(error) => of_storage(error),
             Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
             Self::Module(ModuleError::Parameters { .. }) => Code::INVALID_ARGUMENT,
+            Self::Network(NetworkError::NoLink { .. } | NetworkError::NoDevice { .. }) => Code::NOT_FOUND,
+            Self::Network(NetworkError::LoopbackName(_)) => Code::INVALID_ARGUMENT,
             Self::Stream(StreamError::NotConnected { .. } | StreamError::Claimed { .. }) => {
                 Code::INVALID_ARGUMENT
             }
             Self::Stdio(StdioError::Absent(_) | StdioError::NoTerminal) => Code::FAILED_PRECONDITION,
             Self::Stdio(StdioError::End(_)) => Code::OUT_OF_RANGE,
-            Self::Module(_) | Self::Stream(_) | Self::Stdio(_) | Self::System { .. } | Self::File { .. } => {
-                Code::INTERNAL
-            }
+            Self::Module(_)
+            | Self::Network(_)
+            | Self::Stream(_)
+            | Self::Stdio(_)
+            | Self::System { .. }
+            | Self::File { .. } => Code::INTERNAL,
         }
     }
 }
@@ -134,11 +144,15 @@ fn of_fault(fault: Fault) -> Code {
 
 fn of_storage(error: &StorageError) -> Code {
     match error {
-        StorageError::Unsupported { .. } => Code::UNIMPLEMENTED,
+        StorageError::Unsupported { .. } | StorageError::NoFileSystem { .. } => Code::UNIMPLEMENTED,
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
-        StorageError::Module { .. } | StorageError::System { .. } | StorageError::Interrupted { .. } => {
-            Code::INTERNAL
-        }
+        StorageError::Disk { source: DiskError::Source(_), .. } => Code::INVALID_ARGUMENT,
+        StorageError::Disk { source: DiskError::Absent { .. }, .. } => Code::DEADLINE_EXCEEDED,
+        StorageError::Module { .. }
+        | StorageError::Disk { .. }
+        | StorageError::Mount { .. }
+        | StorageError::System { .. }
+        | StorageError::Interrupted { .. } => Code::INTERNAL,
     }
 }
 

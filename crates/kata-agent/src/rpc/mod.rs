@@ -5,6 +5,7 @@ mod container;
 mod error;
 mod files;
 mod guest;
+mod network;
 mod process;
 mod sandbox;
 mod signal;
@@ -20,6 +21,7 @@ use kata_api::agent as wire;
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response};
 use kata_api::health_ttrpc::{Health, create_health};
+use kata_api::types;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 pub use agent::Agent;
@@ -31,7 +33,7 @@ const PROTOCOL_VERSION: &str = "0.0.1";
 
 /// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
 /// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
-const SERVED: [&str; 27] = [
+const SERVED: [&str; 32] = [
     "CreateContainer",
     "StartContainer",
     "RemoveContainer",
@@ -47,6 +49,11 @@ const SERVED: [&str; 27] = [
     "ReadStderr",
     "CloseStdin",
     "TtyWinResize",
+    "UpdateInterface",
+    "UpdateRoutes",
+    "ListInterfaces",
+    "ListRoutes",
+    "AddARPNeighbors",
     "GetMetrics",
     "CreateSandbox",
     "DestroySandbox",
@@ -193,6 +200,38 @@ impl AgentService for Handlers {
 
     async fn tty_win_resize(&self, _: &TtrpcContext, req: wire::TtyWinResizeRequest) -> Answer<wire::Empty> {
         answer("TtyWinResize", stdio::resize(&self.0, &req).map(empty))
+    }
+
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        req: wire::UpdateInterfaceRequest,
+    ) -> Answer<types::Interface> {
+        answer("UpdateInterface", network::update_interface(&self.0, req).await)
+    }
+
+    async fn update_routes(&self, _: &TtrpcContext, req: wire::UpdateRoutesRequest) -> Answer<wire::Routes> {
+        answer("UpdateRoutes", network::update_routes(&req))
+    }
+
+    async fn list_interfaces(
+        &self,
+        _: &TtrpcContext,
+        _: wire::ListInterfacesRequest,
+    ) -> Answer<wire::Interfaces> {
+        answer("ListInterfaces", network::list_interfaces())
+    }
+
+    async fn list_routes(&self, _: &TtrpcContext, _: wire::ListRoutesRequest) -> Answer<wire::Routes> {
+        answer("ListRoutes", network::list_routes())
+    }
+
+    async fn add_arp_neighbors(
+        &self,
+        _: &TtrpcContext,
+        req: wire::AddARPNeighborsRequest,
+    ) -> Answer<wire::Empty> {
+        answer("AddARPNeighbors", network::add_neighbours(&req).map(empty))
     }
 
     async fn get_metrics(&self, _: &TtrpcContext, _: wire::GetMetricsRequest) -> Answer<wire::Metrics> {

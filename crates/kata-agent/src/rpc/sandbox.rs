@@ -6,15 +6,16 @@ use std::sync::Arc;
 use kata_api::agent::{CreateSandboxRequest, RemoveContainerRequest};
 use kata_api::guest;
 
-use super::agent::{Agent, Sandbox};
+use super::agent::{Agent, Sandbox, SandboxParts};
 use super::container;
 use super::error::RpcError;
+use crate::container::PodNamespaces;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Seconds that each container has to go when the sandbox goes.
 const REMOVE_WITHIN: u32 = 10;
 
-/// Sets up what containers rely on: name, name servers, modules, storages.
+/// Sets up what containers rely on: name, name servers, modules, namespaces, storages.
 ///
 /// # Errors
 /// A second sandbox, an unsupported part, or the step that failed. Nothing stays mounted then.
@@ -30,7 +31,7 @@ pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result
         if let Some(sandbox) = sandbox.as_ref() {
             return Err(RpcError::Exists(format!("sandbox {:?}", sandbox.id)));
         }
-        *sandbox = Some(Sandbox { id: request.sandbox_id.clone(), mounts: Vec::new() });
+        *sandbox = Some(Sandbox { id: request.sandbox_id.clone(), made: None });
     }
     // In a task of its own, so that a caller that gives up leaves no half of it.
     let owned = agent.clone();
@@ -38,9 +39,9 @@ pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result
         let made = set_up(&owned, request).await;
         let mut sandbox = owned.sandbox();
         match made {
-            Ok(mounts) => {
+            Ok(parts) => {
                 if let Some(sandbox) = sandbox.as_mut() {
-                    sandbox.mounts = mounts;
+                    sandbox.made = Some(parts);
                 }
                 Ok(())
             }
@@ -53,7 +54,7 @@ pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result
     made.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
 }
 
-async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<Vec<std::path::PathBuf>, RpcError> {
+async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxParts, RpcError> {
     if !request.hostname.is_empty() {
         let set = rustix::system::sethostname(request.hostname.as_bytes());
         set.map_err(RpcError::system(format!("setting the host name {:?}", request.hostname)))?;
@@ -68,7 +69,9 @@ async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<Vec<std:
     }
     let shared = Path::new(guest::SANDBOX_DIR);
     std::fs::create_dir_all(shared).map_err(RpcError::file("making directory", shared))?;
-    Ok(agent.storages.add(request.storages).await?)
+    // They begin with the host name that was just set.
+    let namespaces = Arc::new(PodNamespaces::new()?);
+    Ok(SandboxParts { mounts: agent.storages.add(request.storages).await?, namespaces })
 }
 
 /// Lines of a resolv.conf as they are; bare addresses become name servers.
@@ -97,7 +100,8 @@ pub async fn destroy(agent: &Arc<Agent>) -> Result<(), RpcError> {
     let sandbox = agent.sandbox().take();
     if let Some(sandbox) = sandbox {
         tracing::info!(sandbox = sandbox.id, "sandbox destroyed");
-        let unmounted = agent.storages.remove(sandbox.mounts).await.map_err(RpcError::from);
+        let mounts = sandbox.made.map(|parts| parts.mounts).unwrap_or_default();
+        let unmounted = agent.storages.remove(mounts).await.map_err(RpcError::from);
         result = result.and(unmounted);
     }
     // May take as long as the host's disks do.

@@ -212,10 +212,25 @@ async fn each_failure_has_the_code_that_the_contract_names() {
 #[tokio::test]
 async fn what_is_not_served_is_unimplemented() {
     let guest = Guest::boot().await;
-    let answer = guest.client.list_interfaces(context(), &wire::ListInterfacesRequest::new()).await;
+    let answer = guest.client.get_ip_tables(context(), &wire::GetIPTablesRequest::new()).await;
     assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
     let answer = guest.client.set_policy(context(), &wire::SetPolicyRequest::new()).await;
     assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
+}
+
+#[tokio::test]
+async fn the_network_is_listed_and_a_request_without_sense_is_refused() {
+    let guest = Guest::boot().await;
+    let listed = guest.client.list_interfaces(context(), &wire::ListInterfacesRequest::new()).await.unwrap();
+    assert!(listed.interfaces.iter().any(|interface| interface.name == "lo"), "{listed:?}");
+    let answer = guest.client.update_interface(context(), &wire::UpdateInterfaceRequest::new()).await;
+    assert_eq!(code(answer).0, Code::INVALID_ARGUMENT);
+    let mut request = wire::UpdateRoutesRequest::new();
+    let route = types::Route { device: "no-such-device".into(), ..Default::default() };
+    request.routes.mut_or_insert_default().routes.push(route);
+    let (not_found, text) = code(guest.client.update_routes(context(), &request).await);
+    assert_eq!(not_found, Code::NOT_FOUND);
+    assert!(text.contains("no-such-device"), "{text}");
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! What a container sees, and what it does not.
 
-use kata_agent::container::Engine;
+use kata_agent::container::{Engine, PodNamespaces};
 use serde_json::json;
 
 use crate::world::{spec, with_world};
@@ -196,6 +196,54 @@ fn namespaces_are_joined_by_path() {
         let text =
             world.sh(&second, "hostname; ps | grep -c 'sleep 100[0]'; test $$ != 1 && echo other").await.ok();
         assert_eq!(text, "box\n1\nother");
+        world.engine.delete(&id).await.unwrap();
+    });
+}
+
+#[test]
+fn containers_of_a_pod_share_host_name_and_ipc() {
+    with_world(|world| async move {
+        let pod = PodNamespaces::new().unwrap();
+        let guest = |kind: &str| std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
+        let (first, _exit) = world.sleeper_in(Some(&pod), "first", &spec()).await;
+        let mut second = spec();
+        second["hostname"] = json!(null);
+        let (second, _exit) = world.sleeper_in(Some(&pod), "second", &second).await;
+        assert_eq!(world.exec_sh(&second, "hostname").await.ok(), "box", "the first container's name");
+        world.exec_sh(&first, "hostname renamed; touch /dev/mqueue/queue").await;
+        assert_eq!(world.exec_sh(&second, "ls /dev/mqueue").await.ok(), "queue");
+        for (kind, shared) in [("uts", true), ("ipc", true), ("pid", false), ("mnt", false)] {
+            let look = format!("readlink /proc/self/ns/{kind}");
+            let (one, other) =
+                (world.exec_sh(&first, &look).await.ok(), world.exec_sh(&second, &look).await.ok());
+            assert_eq!(one == other, shared, "{kind}");
+            assert_ne!(guest(kind).to_str().unwrap(), one, "the guest keeps its own {kind}");
+        }
+        let (alone, _exit) = world.sleeper("alone", &spec()).await;
+        assert_eq!(world.exec_sh(&alone, "ls /dev/mqueue").await.ok(), "");
+        world.engine.delete(&first).await.unwrap();
+        assert_eq!(
+            world.exec_sh(&second, "ls /dev/mqueue").await.ok(),
+            "queue",
+            "the pod outlives its containers"
+        );
+        for id in [second, alone] {
+            world.engine.delete(&id).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_container_that_asks_for_no_namespace_of_a_kind_is_not_given_the_pods() {
+    with_world(|world| async move {
+        let pod = PodNamespaces::new().unwrap();
+        let mut spec = spec();
+        spec["hostname"] = json!(null);
+        spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}]);
+        let (id, _exit) = world.sleeper_in(Some(&pod), "c", &spec).await;
+        let guest = std::fs::read_link("/proc/self/ns/uts").unwrap();
+        let seen = world.exec_sh(&id, "readlink /proc/self/ns/uts").await.ok();
+        assert_eq!(seen, guest.to_str().unwrap());
         world.engine.delete(&id).await.unwrap();
     });
 }

@@ -3,8 +3,12 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kata_agent::container::EngineError;
+use kata_agent::device::Disks;
+use kata_agent::mount::Storages;
+use kata_api::agent::Storage;
 use serde_json::{Value, json};
 
 use crate::world::{World, spec, with_world};
@@ -43,6 +47,32 @@ fn a_bind_mount_is_writable_unless_it_is_read_only() {
         assert_eq!(fs::read_to_string(source.join("new")).unwrap(), "new\n");
         let outcome = world.sh(&at(json!(["bind", "ro"])), "echo x > /deep/er/mnt/file").await;
         assert!(outcome.stderr.contains("Read-only"), "{outcome:?}");
+    });
+}
+
+#[test]
+fn containers_share_memory_that_the_sandbox_has_mounted() {
+    with_world(|world| async move {
+        let disks = Disks::new(Arc::default(), Duration::ZERO);
+        let storages = Storages::new(Arc::default(), disks);
+        let shm = world.bundle.path().join("sandbox/shm");
+        let wanted = Storage {
+            driver: "ephemeral".into(),
+            source: "shm".into(),
+            fstype: "tmpfs".into(),
+            options: ["nosuid", "noexec", "nodev", "mode=1777", "size=64k"].map(str::to_owned).into(),
+            mount_point: shm.to_str().unwrap().into(),
+            ..Default::default()
+        };
+        let made = storages.add(vec![wanted]).await.unwrap();
+        let spec = with_mount(
+            json!({"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind"]}),
+        );
+        world.sh(&spec, "echo shared > /dev/shm/segment").await.ok();
+        let text = world.sh(&spec, "cat /dev/shm/segment; grep ' /dev/shm ' /proc/mounts").await.ok();
+        assert!(text.starts_with("shared\nshm /dev/shm tmpfs rw,nosuid,nodev,noexec"), "{text}");
+        assert!(text.contains("size=64k"), "{text}");
+        storages.remove(made).await.unwrap();
     });
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use kata_agent::container::{Engine, EngineError, Layout, NativeEngine, ProcessIo};
+use kata_agent::container::{Engine, EngineError, Layout, NativeEngine, PodNamespaces, ProcessIo};
 use kata_agent::reaper::{ExitReceiver, Reaper};
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
@@ -127,10 +127,24 @@ impl World {
 
     /// A container that sleeps, for others to look at.
     pub async fn sleeper(&self, name: &str, spec: &Value) -> (String, ExitReceiver) {
+        self.sleeper_in(None, name, spec).await
+    }
+
+    /// The same in the namespaces of a pod.
+    pub async fn sleeper_in(
+        &self,
+        pod: Option<&PodNamespaces>,
+        name: &str,
+        spec: &Value,
+    ) -> (String, ExitReceiver) {
         let id = self.id(name);
         let mut spec = spec.clone();
         spec["process"]["args"] = json!(["sleep", "1000"]);
-        let created = self.engine.create(&id, &parse(&spec), self.bundle.path(), ProcessIo::default()).await;
+        let mut spec = parse(&spec);
+        if let Some(pod) = pod {
+            pod.share_with(&mut spec);
+        }
+        let created = self.engine.create(&id, &spec, self.bundle.path(), ProcessIo::default()).await;
         let pid = created.unwrap_or_else(|error| panic!("{}", kata_agent::chain(&error))).pid;
         self.engine.start(&id).await.unwrap();
         (id, self.reaper.register(pid))

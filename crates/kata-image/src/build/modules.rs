@@ -36,8 +36,17 @@ pub const LIST_PATH: &str = "/etc/kata-agent/modules";
 const BOOT: &[&str] = &["virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport", "virtiofs"];
 
 /// Loaded when first needed, and left out where a kernel does not have them.
-const ON_DEMAND: &[&str] =
-    &["overlay", "virtio_blk", "erofs", "virtio_net", "loop", "dm_verity", "virtio_balloon", "virtio_mem"];
+const ON_DEMAND: &[&str] = &[
+    "overlay",
+    "virtio_blk",
+    "erofs",
+    "ext4",
+    "virtio_net",
+    "loop",
+    "dm_verity",
+    "virtio_balloon",
+    "virtio_mem",
+];
 
 /// Why the modules of an image cannot be gathered.
 #[derive(Debug, thiserror::Error)]

@@ -82,10 +82,34 @@ fn bind_mounts_go_through_the_share() {
     );
     let mounts = &spec["mounts"];
     assert_eq!(mounts[1]["source"], "/run/kata-containers/shared/containers/web/mounts/0");
-    assert_eq!(mounts[2]["type"], "tmpfs");
-    assert_eq!(mounts[2]["options"][4], "size=65536k");
     assert_eq!((&mounts[3]["type"], &mounts[3]["options"][1]), (&json!("bind"), &json!("ro")));
     assert_eq!(mounts[4]["source"], "/sys/kernel");
+}
+
+#[test]
+fn bound_shared_memory_is_the_pods() {
+    let guest = translated(containerd_spec()).unwrap();
+    let mounts = serde_json::to_value(&guest.spec).unwrap()["mounts"].take();
+    let expected = json!({"destination": "/dev/shm", "type": "bind", "options": ["rbind", "ro"],
+        "source": "/run/kata-containers/sandbox/shm"});
+    assert_eq!(mounts[2], expected);
+    assert_eq!(guest.shm.unwrap(), Path::new("/run/containerd/s/shm"));
+
+    let mut private = containerd_spec();
+    private["mounts"] =
+        json!([{"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=1m"]}]);
+    let guest = translated(private.clone()).unwrap();
+    assert_eq!(serde_json::to_value(&guest.spec).unwrap()["mounts"], private["mounts"]);
+    assert_eq!(guest.shm, None);
+}
+
+#[test]
+fn root_can_be_elsewhere() {
+    let mut guest = translated(containerd_spec()).unwrap();
+    assert!(guest.root_readonly());
+    guest.set_root("/run/kata-containers/web/rootfs", false);
+    assert_eq!(guest.spec.root().as_ref().unwrap().path(), Path::new("/run/kata-containers/web/rootfs"));
+    assert!(!guest.root_readonly());
 }
 
 #[test]

@@ -4,12 +4,12 @@ use kata_api::agent::StatsContainerResponse;
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{oneshot, watch};
 
+use super::files::ContainerFiles;
 use crate::agent_client::AgentError;
 use crate::boot::{BootError, Booted};
 use crate::error::SandboxError;
 use crate::pod::{ContainerSpec, Exit, Inspection, ProcessId, ProcessState, Status, Stdio};
 use crate::stdio::Streams;
-use crate::storage::ContainerFiles;
 use crate::timeline::Timeline;
 
 /// Where an answer goes. Callers that went away are not missed.

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 
+use super::files::ContainerFiles;
 use super::message::{Created, Done, Launched};
 use super::{Actor, Link, Message, Phase, Reply, Request, work};
 use crate::agent_client::{Agent, AgentError};
@@ -16,7 +17,6 @@ use crate::pod::{ContainerSpec, Event, Exit, ProcessId, Status, Stdio};
 use crate::process_table::{Container, Pending, Process, check_id};
 use crate::spec;
 use crate::stdio::Streams;
-use crate::storage::ContainerFiles;
 
 /// Signals that end a creation: there is no process yet that could handle them.
 const ENDING: [u32; 5] = [1, 2, 3, 9, 15];
@@ -143,9 +143,9 @@ impl Actor {
             }
             // The kill came when all was done already.
             (Ok(created), Some(_)) => {
-                let (post, link) = (self.post.clone(), self.link.subscribe());
+                let (pod, post, link) = (self.pod.clone(), self.post.clone(), self.link.subscribe());
                 self.creations.spawn(async move {
-                    work::undo(&link, &id, *created).await;
+                    work::undo(&pod, &link, &id, *created).await;
                     let result = Err(SandboxError::CreateCancelled(id.clone()));
                     let _ = post.send(Message::Done(Done::Created { id, result, reply }));
                 });
@@ -433,10 +433,10 @@ impl Actor {
             Ok(None) => return self.delete_cancelled(id, reply),
             Err(error) => return answer(reply, Err(error)),
         };
-        let (post, link) = (self.post.clone(), self.link.subscribe());
+        let (pod, post, link) = (self.pod.clone(), self.post.clone(), self.link.subscribe());
         // A teardown waits for it: it takes down mounts.
         self.creations.spawn(async move {
-            let (result, files) = work::delete(&link, &id, remains).await;
+            let (result, files) = work::delete(&pod, &link, &id, remains).await;
             let _ = post.send(Message::Done(Done::Deleted { id, result, files, reply }));
         });
     }

@@ -1,22 +1,22 @@
 //! What takes time: calls to the agent, files, streams. Each function runs in a task of its own.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kata_api::agent::{CreateContainerRequest, ExecProcessRequest};
 use tokio::sync::{Notify, watch};
 
+use super::files::{self, ContainerFiles};
 use super::message::{Created, Launched};
 use super::{Link, Pod};
 use crate::agent_client::{Agent, AgentError};
 use crate::error::{ErrorKind, SandboxError};
-use crate::guest_spec::{self, GuestSpecError, Volume};
-use crate::pod::{ContainerSpec, Exit, ProcessId, RootfsMount, Stdio};
+use crate::guest_spec::{self, GuestSpecError};
+use crate::pod::{ContainerSpec, Exit, ProcessId, Stdio};
 use crate::process_table::Pending;
 use crate::spec;
 use crate::stdio::{Connected, StdioError, Streams};
-use crate::storage::{ContainerFiles, StorageError};
+use crate::storage::SharedRoot;
 use crate::timeline::Layer;
 
 /// How long the removal of a process waits for its client to take the last output.
@@ -55,27 +55,38 @@ pub(super) async fn create(
         (Some(_), false) => bundle.join("rootfs"),
         (None, _) => return Err(refused(GuestSpecError::Missing("root"))),
     };
-    let guest =
+    let root = SharedRoot { path: root, mounts: rootfs };
+    let mut guest =
         guest_spec::translate(&name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
+    let way = files::choose(&id, &root, &guest).await?;
+    if files::need_guest(pod, &way, &guest) {
+        tokio::select! {
+            biased;
+            _ = cancel.wait_for(Option::is_some) => return Err(SandboxError::CreateCancelled(id)),
+            agent = Link::agent(link) => drop(agent?),
+        }
+    }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
-    let files = add_files(pod, &id, root, rootfs, guest.volumes).await?;
+    let (files, storages) = files::add(pod, link, &id, (way, root), &mut guest).await?;
     timeline.add(Layer::Host, format!("files of {name}"), start);
 
     let mut wire = spec::spec(&guest.spec);
     if let Some(process) = wire.process.as_mut() {
         process.terminal = stdio.terminal;
     }
+    let request =
+        CreateContainerRequest { container_id: name, oci: Some(wire).into(), storages, ..Default::default() };
     let mut created = Created { files, streams: Streams::default(), timeline };
     let asked = tokio::select! {
         biased;
         _ = cancel.wait_for(Option::is_some) => Err(SandboxError::CreateCancelled(id.clone())),
-        asked = ask(pod, link, &id, wire, &stdio, close_stdin, &mut created) => asked,
+        asked = ask(pod, link, &id, request, &stdio, close_stdin, &mut created) => asked,
     };
     match asked {
         Ok(()) => Ok(created),
         Err(error) => {
-            undo(link, &id, created).await;
+            undo(pod, link, &id, created).await;
             Err(match (error, &*link.borrow()) {
                 (SandboxError::CreateCancelled(_), Link::Down(cause)) => cause.clone(),
                 (error, _) => error,
@@ -84,28 +95,12 @@ pub(super) async fn create(
     }
 }
 
-async fn add_files(
-    pod: &Arc<Pod>,
-    id: &ProcessId,
-    root: PathBuf,
-    rootfs: Vec<RootfsMount>,
-    volumes: Vec<Volume>,
-) -> Result<ContainerFiles, SandboxError> {
-    if pod.config.hypervisor.qemu.shared_fs == kata_config::SharedFs::None {
-        return Err(SandboxError::Storage { process: id.clone(), source: Arc::new(StorageError::NoShare) });
-    }
-    let (pod, name) = (pod.clone(), id.container.clone());
-    let add = move || pod.share.add(&name, &root, &rootfs, &volumes);
-    let added = tokio::task::spawn_blocking(add).await.unwrap_or(Err(StorageError::Interrupted));
-    added.map_err(|source| SandboxError::Storage { process: id.clone(), source: Arc::new(source) })
-}
-
 /// Has the agent make the container, with its streams.
 async fn ask(
     pod: &Pod,
     link: &watch::Receiver<Link>,
     id: &ProcessId,
-    spec: kata_api::oci::Spec,
+    mut request: CreateContainerRequest,
     stdio: &Stdio,
     close_stdin: Arc<Notify>,
     created: &mut Created,
@@ -114,14 +109,9 @@ async fn ask(
     let start = Instant::now();
     let connected = Connected::open(&pod.hybrid, stdio).await.map_err(|source| stdio_error(id, source))?;
     let ports = connected.ports();
-    let request = CreateContainerRequest {
-        container_id: id.container.clone(),
-        oci: Some(spec).into(),
-        stdin_port: ports.stdin,
-        stdout_port: ports.stdout,
-        stderr_port: ports.stderr,
-        ..Default::default()
-    };
+    request.stdin_port = ports.stdin;
+    request.stdout_port = ports.stdout;
+    request.stderr_port = ports.stderr;
     let bound = pod.config.agent.kata.create_container_bound();
     let answer = agent.create_container(&request, bound).await;
     answer.map_err(|error| match error {
@@ -134,8 +124,8 @@ async fn ask(
 }
 
 /// Takes a container back that was made, or half made. The agent may not know it.
-pub(super) async fn undo(link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
-    let Created { mut files, streams, .. } = created;
+pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
+    let Created { files, streams, .. } = created;
     drop(streams);
     let up = match &*link.borrow() {
         Link::Up(agent) => Some(agent.clone()),
@@ -152,8 +142,7 @@ pub(super) async fn undo(link: &watch::Receiver<Link>, id: &ProcessId, created: 
             }
         }
     }
-    // It can only fail by a panic, and what is left then is in the leak record.
-    let _ = tokio::task::spawn_blocking(move || files.release()).await;
+    files.release(pod, link).await;
 }
 
 /// Removes a container that the agent may still be making: it refuses until it is done.
@@ -242,11 +231,12 @@ pub(super) struct Remains {
 
 /// Removes a process that does not run. Where the agent refuses, the files come back: the container is still there.
 pub(super) async fn delete(
+    pod: &Pod,
     link: &watch::Receiver<Link>,
     id: &ProcessId,
     remains: Remains,
 ) -> (Result<(), SandboxError>, Option<ContainerFiles>) {
-    let Remains { streams, mut files } = remains;
+    let Remains { streams, files } = remains;
     drain(streams, &id.to_string()).await;
     if id.exec.is_none() {
         let up = match &*link.borrow() {
@@ -262,8 +252,8 @@ pub(super) async fn delete(
             }
         }
     }
-    if let Some(mut files) = files.take() {
-        let _ = tokio::task::spawn_blocking(move || files.release()).await;
+    if let Some(files) = files {
+        files.release(pod, link).await;
     }
     (Ok(()), None)
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags};
 
+use super::loop_device::{self, LoopDevice};
 use super::{StorageError, bind_error};
 use crate::pod::RootfsMount;
 
@@ -24,13 +25,24 @@ pub(super) fn mount(part: &RootfsMount, target: &Path) -> Result<(), StorageErro
     }
     // The descriptors must live until the mount is made: the options name them.
     let (data, _held) = options.data(part, target)?;
+    // The loop device goes with the mount, once there is one.
+    let device = options.loops.then(|| attach(part, options.flags)).transpose()?;
+    let source = device.as_ref().map_or_else(|| Path::new(&part.source), |device| &device.path);
     let failed = |error: rustix::io::Errno| StorageError::Mount {
         fs_type: part.fs_type.clone(),
         source_text: part.source.clone(),
         target: target.to_owned(),
         source: error.into(),
     };
-    rustix::mount::mount(&*part.source, target, &*part.fs_type, options.flags, &*data).map_err(failed)
+    rustix::mount::mount(source, target, &*part.fs_type, options.flags, &*data).map_err(failed)
+}
+
+fn attach(part: &RootfsMount, flags: MountFlags) -> Result<LoopDevice, StorageError> {
+    let file = Path::new(&part.source);
+    loop_device::attach(file, flags.contains(MountFlags::RDONLY)).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound if !file.exists() => StorageError::Absent(file.to_owned()),
+        _ => StorageError::file("attach a loop device to", file, error),
+    })
 }
 
 /// Makes what is mounted at `source`, and below it, appear at `target`.
@@ -83,18 +95,21 @@ pub(super) fn path_of(fd: &impl AsFd) -> io::Result<PathBuf> {
 struct Options<'a> {
     flags: MountFlags,
     bind: bool,
+    /// Whether the source is a regular file that wants a loop device.
+    loops: bool,
     /// For the file system itself.
     rest: Vec<&'a str>,
 }
 
 impl<'a> Options<'a> {
     fn parse(options: &'a [String]) -> Self {
-        let mut parsed = Self { flags: MountFlags::empty(), bind: false, rest: Vec::new() };
+        let mut parsed = Self { flags: MountFlags::empty(), bind: false, loops: false, rest: Vec::new() };
         for option in options {
             match (flag(option), option.as_str()) {
                 (Some((flag, true)), _) => parsed.flags |= flag,
                 (Some((flag, false)), _) => parsed.flags -= flag,
                 (None, "bind" | "rbind") => parsed.bind = true,
+                (None, "loop") => parsed.loops = true,
                 (None, "defaults" | "") => {}
                 (None, option) => parsed.rest.push(option),
             }
@@ -150,7 +165,7 @@ fn open_layers(layers: &str, held: &mut Vec<OwnedFd>) -> Result<String, StorageE
 }
 
 /// Layers are separated by colons; a backslash makes the next character part of a name.
-fn split_layers(layers: &str) -> Vec<String> {
+pub(super) fn split_layers(layers: &str) -> Vec<String> {
     let mut names = vec![String::new()];
     let mut characters = layers.chars();
     while let Some(character) = characters.next() {
@@ -196,9 +211,9 @@ mod tests {
 
     #[test]
     fn options_are_told_apart_from_flags() {
-        let options = ["ro", "nodev", "dev", "lowerdir=/a:/b", "index=off"].map(str::to_owned);
+        let options = ["ro", "nodev", "dev", "loop", "lowerdir=/a:/b", "index=off"].map(str::to_owned);
         let parsed = Options::parse(&options);
-        assert_eq!(parsed.flags, MountFlags::RDONLY);
+        assert_eq!((parsed.flags, parsed.loops), (MountFlags::RDONLY, true));
         assert_eq!(parsed.rest, ["lowerdir=/a:/b", "index=off"]);
     }
 

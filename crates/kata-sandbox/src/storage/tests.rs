@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use super::rootfs::Rootfs;
 use super::*;
 
 struct World {
@@ -57,6 +58,11 @@ fn volume(source: PathBuf, name: &str, readonly: bool) -> Volume {
     Volume { source, name: name.into(), readonly, follows_host: false }
 }
 
+/// A root that is there already.
+fn ready(path: PathBuf) -> SharedRoot {
+    SharedRoot { path, mounts: Vec::new() }
+}
+
 fn mount_tmpfs(at: &Path) {
     rustix::mount::mount("tmpfs", at, "tmpfs", rustix::mount::MountFlags::empty(), c"size=64k").unwrap();
 }
@@ -79,7 +85,7 @@ fn share_is_a_peer_group_of_its_own() {
 fn guest_cannot_write_beside_its_containers_files() {
     let Some(world) = World::new() else { return };
     let share = world.share();
-    let mut files = share.add("c", &world.made("root"), &[], &[]).unwrap();
+    let mut files = share.add("c", Some(&ready(world.made("root"))), &[]).unwrap();
     let readonly = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::ReadOnlyFilesystem;
     let link = |place: &str| std::os::unix::fs::symlink("/etc", share.dir().join(place));
     assert!(readonly(link("next")), "a link where the next container's files will be");
@@ -101,7 +107,7 @@ fn readonly_volume_cannot_be_written_and_a_writable_one_can() {
         volume(data.join("file"), "mounts/1", true),
         volume(data.clone(), "mounts/2", false),
     ];
-    let mut files = share.add("c", &root, &[], &volumes).unwrap();
+    let mut files = share.add("c", Some(&ready(root)), &volumes).unwrap();
     let inside = share.dir().join("c/mounts");
     let readonly = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::ReadOnlyFilesystem;
     assert!(readonly(fs::write(inside.join("0/new"), "x")));
@@ -127,7 +133,7 @@ fn release_does_not_reach_back_to_the_host() {
     mount_tmpfs(&below);
     fs::write(below.join("file"), "kept").unwrap();
 
-    let mut files = share.add("c", &root, &[], &[volume(data, "mounts/0", false)]).unwrap();
+    let mut files = share.add("c", Some(&ready(root)), &[volume(data, "mounts/0", false)]).unwrap();
     assert_eq!(fs::read_to_string(share.dir().join("c/mounts/0/below/file")).unwrap(), "kept");
     files.release();
     assert_eq!(fs::read_to_string(below.join("file")).unwrap(), "kept");
@@ -143,7 +149,7 @@ fn later_mounts_of_the_host_appear_only_where_asked() {
     mount_tmpfs(&data);
     rustix::mount::mount_change(&data, MountPropagationFlags::SHARED).unwrap();
     let follower = Volume { follows_host: true, ..volume(data.clone(), "mounts/0", false) };
-    let mut files = share.add("c", &root, &[], &[follower, volume(data, "mounts/1", false)]).unwrap();
+    let mut files = share.add("c", Some(&ready(root)), &[follower, volume(data, "mounts/1", false)]).unwrap();
     let below = world.made("data/below");
     world.record.mount(&below).unwrap();
     mount_tmpfs(&below);
@@ -178,7 +184,7 @@ fn overlay_of_more_layers_than_a_page_holds_is_mounted() {
     };
     assert!(part.options.join(",").len() > 4096);
     let rootfs = world.path("bundle/rootfs");
-    let mut files = share.add("c", &rootfs, &[part], &[]).unwrap();
+    let mut files = share.add("c", Some(&SharedRoot { path: rootfs, mounts: vec![part] }), &[]).unwrap();
     let seen = share.dir().join("c/rootfs");
     assert_eq!(fs::read_dir(&seen).unwrap().count(), 100);
     fs::write(seen.join("new"), "x").unwrap();
@@ -193,9 +199,161 @@ fn failure_half_way_undoes_what_was_done() {
     let share = world.share();
     let tmpfs = RootfsMount { fs_type: "tmpfs".to_owned(), source: "tmpfs".to_owned(), ..Default::default() };
     let bad = RootfsMount { fs_type: "nosuchfs".to_owned(), ..tmpfs.clone() };
-    let error = share.add("c", &world.path("bundle/rootfs"), &[tmpfs, bad], &[]).unwrap_err();
+    let error = share
+        .add("c", Some(&SharedRoot { path: world.path("bundle/rootfs"), mounts: vec![tmpfs, bad] }), &[])
+        .unwrap_err();
     assert!(matches!(&error, StorageError::Mount { fs_type, .. } if fs_type == "nosuchfs"), "{error}");
     assert_eq!(world.mounts().len(), 1);
+}
+
+/// `None` where the file system cannot be made.
+fn image(
+    world: &World,
+    program: &str,
+    make: impl FnOnce(&Path, &Path) -> std::process::Command,
+) -> Option<PathBuf> {
+    let (tree, image) = (world.made("tree"), world.path("image"));
+    fs::write(tree.join("file"), "from the image").unwrap();
+    match make(&tree, &image).stdout(std::process::Stdio::null()).output() {
+        Ok(output) => {
+            assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr))
+        }
+        Err(error) => {
+            kata_testkit::skip(&format!("{program} cannot be run: {error}"));
+            return None;
+        }
+    }
+    Some(image)
+}
+
+fn ext4_image(world: &World) -> Option<PathBuf> {
+    image(world, "mkfs.ext4", |tree, image| {
+        let mut mkfs = std::process::Command::new("mkfs.ext4");
+        mkfs.arg("-q").arg("-d").arg(tree).arg(image).arg("4M");
+        mkfs
+    })
+}
+
+fn erofs_image(world: &World) -> Option<PathBuf> {
+    image(world, "mkfs.erofs", |tree, image| {
+        let mut mkfs = std::process::Command::new("mkfs.erofs");
+        mkfs.arg(image).arg(tree);
+        mkfs
+    })
+}
+
+/// A snapshotter's mount of `image`.
+fn loop_mount(image: &Path, fs_type: &str, options: &[&str]) -> RootfsMount {
+    RootfsMount {
+        fs_type: fs_type.to_owned(),
+        source: image.display().to_string(),
+        target: String::new(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+    }
+}
+
+/// So many loop devices of the host hold `image`; soon, for others look at new devices too, and hold them meanwhile.
+fn assert_loops(image: &Path, expected: usize) {
+    let backing = |entry: fs::DirEntry| fs::read_to_string(entry.path().join("loop/backing_file")).ok();
+    let count = || {
+        let names = fs::read_dir("/sys/block").unwrap().filter_map(|entry| backing(entry.unwrap()));
+        names.filter(|name| Path::new(name.trim_end()) == image).count()
+    };
+    let begin = std::time::Instant::now();
+    while count() != expected && begin.elapsed() < std::time::Duration::from_secs(5) {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(count(), expected);
+}
+
+#[test]
+fn image_is_mounted_by_a_loop_device_that_goes_with_it() {
+    let Some(world) = World::new() else { return };
+    let Some(image) = ext4_image(&world) else { return };
+    let share = world.share();
+    let root = |options: &[&str]| SharedRoot {
+        path: world.path("bundle/rootfs"),
+        mounts: vec![loop_mount(&image, "ext4", options)],
+    };
+    let seen = share.dir().join("c/rootfs/file");
+    let mut files = share.add("c", Some(&root(&["loop", "rw"])), &[]).unwrap();
+    assert_eq!(fs::read_to_string(&seen).unwrap(), "from the image");
+    fs::write(&seen, "written").unwrap();
+    assert_loops(&image, 1);
+    files.release();
+    assert_loops(&image, 0);
+
+    let mut files = share.add("c", Some(&root(&["loop", "ro"])), &[]).unwrap();
+    assert_eq!(fs::read_to_string(&seen).unwrap(), "written");
+    let refused = fs::write(&seen, "again").unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+    files.release();
+    assert_loops(&image, 0);
+}
+
+#[test]
+fn failed_mount_leaves_no_loop_device() {
+    let Some(world) = World::new() else { return };
+    let (share, image) = (world.share(), world.path("image"));
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let root = |image: &Path| SharedRoot {
+        path: world.path("bundle/rootfs"),
+        mounts: vec![loop_mount(image, "ext4", &["loop"])],
+    };
+    let error = share.add("c", Some(&root(&image)), &[]).unwrap_err();
+    assert!(matches!(&error, StorageError::Mount { fs_type, .. } if fs_type == "ext4"), "{error}");
+    assert_loops(&image, 0);
+    let error = share.add("c", Some(&root(Path::new("/nonexistent/image"))), &[]).unwrap_err();
+    assert_eq!(error.to_string(), "/nonexistent/image does not exist on the host");
+}
+
+#[test]
+fn erofs_layers_are_told_by_their_mounts() {
+    let Some(world) = World::new() else { return };
+    let Some(image) = erofs_image(&world) else { return };
+    let (layer, point) = (world.path("1/layer.erofs"), world.made("1/fs"));
+    fs::rename(image, &layer).unwrap();
+    let overlay = RootfsMount {
+        fs_type: "overlay".to_owned(),
+        options: vec![format!("lowerdir={}", point.display())],
+        ..Default::default()
+    };
+    let classify = || Rootfs::classify(std::slice::from_ref(&overlay), false, rootfs::find).unwrap();
+    assert_eq!(classify(), Rootfs::Share);
+
+    world.record.mount(&point).unwrap();
+    mount::mount(&loop_mount(&layer, "erofs", &["ro", "loop"]), &point).unwrap();
+    let Rootfs::Block(block) = classify() else { panic!("it is on disks") };
+    assert_eq!(block.images[0].path, layer);
+}
+
+#[test]
+fn root_that_comes_another_way_leaves_room_for_volumes() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let mut files = share.add("c", None, &[volume(world.made("data"), "mounts/0", true)]).unwrap();
+    let names: Vec<_> =
+        fs::read_dir(share.dir().join("c")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["mounts"]);
+    files.release();
+    assert_eq!(world.mounts().len(), 1);
+}
+
+#[test]
+fn device_in_use_on_the_host_is_not_given_to_a_guest_that_writes() {
+    let Some(world) = World::new() else { return };
+    let Some(image) = ext4_image(&world) else { return };
+    let device = loop_device::attach(&image, false).unwrap();
+    claim(&device.path, false).unwrap();
+    let point = world.made("point");
+    world.record.mount(&point).unwrap();
+    mount::mount(&loop_mount(&device.path, "ext4", &[]), &point).unwrap();
+    let error = claim(&device.path, false).unwrap_err();
+    assert!(matches!(error, StorageError::Busy(_)), "{error}");
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    claim(&device.path, true).unwrap();
+    claim(&image, false).unwrap();
+    assert!(matches!(claim(&world.path("none"), true), Err(StorageError::Absent(_))));
 }
 
 #[test]
@@ -203,7 +361,7 @@ fn devices_are_refused() {
     let Some(world) = World::new() else { return };
     let share = world.share();
     let null = volume("/dev/null".into(), "mounts/0", false);
-    let error = share.add("c", &world.made("root"), &[], &[null]).unwrap_err();
+    let error = share.add("c", Some(&ready(world.made("root"))), &[null]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unimplemented);
 }
 

@@ -19,3 +19,6 @@ mod life;
 mod netns;
 mod publisher;
 pub(crate) mod serve;
+
+#[cfg(test)]
+mod tests;

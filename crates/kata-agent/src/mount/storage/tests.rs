@@ -1,9 +1,11 @@
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
+use std::time::Duration;
 
 use super::*;
 
 fn storages() -> Storages {
-    Storages::new(Arc::new(Modules::default()))
+    Storages::new(Arc::default(), Disks::new(Arc::default(), Duration::from_millis(20)))
 }
 
 fn storage(driver: &str, point: &Path) -> Storage {
@@ -20,9 +22,11 @@ fn may_mount() -> bool {
 }
 
 #[tokio::test]
-async fn a_block_device_is_a_typed_unsupported() {
-    let error = storages().add(vec![storage("blk", Path::new("/run/x"))]).await.unwrap_err();
-    assert!(matches!(error, StorageError::Unsupported { driver } if driver == "blk"));
+async fn a_disk_behind_another_bus_is_a_typed_unsupported() {
+    for name in ["scsi", "mmioblk", "nvdimm"] {
+        let error = storages().add(vec![storage(name, Path::new("/run/x"))]).await.unwrap_err();
+        assert!(matches!(error, StorageError::Unsupported { driver } if driver == name));
+    }
 }
 
 #[tokio::test]
@@ -98,4 +102,157 @@ async fn a_read_only_bind_refuses_writes_and_leaves_its_source() {
     all.remove(made).await.unwrap();
     assert!(!point.exists());
     assert_eq!(std::fs::read_to_string(&source).unwrap(), "kept");
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn options(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+/// A disk of this machine with an ext4 on it that holds `file`, for as long as it is kept.
+struct LoopDisk(String);
+
+impl LoopDisk {
+    fn new(dir: &Path, file: &str) -> Option<Self> {
+        let (tree, image) = (dir.join(format!("{file}.tree")), dir.join(format!("{file}.img")));
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join(file), file).unwrap();
+        let made =
+            Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).args([&tree, &image]).arg("2M").output();
+        if !made.is_ok_and(|made| made.status.success()) {
+            eprintln!("skipped: mke2fs is missing, or makes no ext4");
+            return None;
+        }
+        let attached = Command::new("losetup").args(["--find", "--show"]).arg(&image).output();
+        let name = attached.map(|attached| String::from_utf8(attached.stdout).unwrap());
+        let disk = name.ok().map(|name| Self(name.trim().to_owned())).filter(|disk| !disk.0.is_empty());
+        if disk.is_none() {
+            eprintln!("skipped: this machine has no loop devices");
+        }
+        disk
+    }
+}
+
+impl Drop for LoopDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[tokio::test]
+async fn a_disk_is_mounted_with_its_file_system_and_options() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = LoopDisk::new(dir.path(), "layer") else { return };
+    let point = dir.path().join("c1/rootfs");
+    let mut wanted = storage("blk", &point);
+    (wanted.source, wanted.fstype) = (disk.0.clone(), "ext4".into());
+    let all = storages();
+    let made = all.add(vec![wanted.clone()]).await.unwrap();
+    assert_eq!(std::fs::read_to_string(point.join("layer")).unwrap(), "layer");
+    std::fs::write(point.join("layer"), "written").unwrap();
+    all.remove(made).await.unwrap();
+    assert!(!point.exists());
+    wanted.options = options(&["ro", "noload"]);
+    let made = all.add(vec![wanted]).await.unwrap();
+    assert_eq!(std::fs::read_to_string(point.join("layer")).unwrap(), "written");
+    let refused = std::fs::write(point.join("layer"), "lost").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
+    all.remove(made).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_system_that_is_not_on_the_disk_is_told_from_one_that_no_kernel_has() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = LoopDisk::new(dir.path(), "layer") else { return };
+    let mut wanted = storage("blk", &dir.path().join("rootfs"));
+    (wanted.source, wanted.fstype) = (disk.0.clone(), "nosuchfs".into());
+    let error = storages().add(vec![wanted.clone()]).await.unwrap_err();
+    assert!(matches!(&error, StorageError::NoFileSystem { kind, .. } if kind == "nosuchfs"), "{error}");
+    std::fs::write(&disk.0, vec![0; 2 << 20]).unwrap();
+    wanted.fstype = "ext4".into();
+    let error = storages().add(vec![wanted]).await.unwrap_err().to_string();
+    assert!(error.contains(&disk.0) && error.contains("ext4") && error.contains("rootfs"), "{error}");
+    assert!(!dir.path().join("rootfs").exists());
+}
+
+#[tokio::test]
+async fn a_disk_that_does_not_come_fails_its_storage_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let point = dir.path().join("c1/rootfs");
+    let mut wanted = storage("blk", &point);
+    (wanted.source, wanted.fstype) = ("1e/1f".into(), "ext4".into());
+    let error = storages().add(vec![wanted.clone()]).await.unwrap_err();
+    let told = crate::chain(&error);
+    assert!(told.contains("c1/rootfs") && told.contains("disk 1e/1f has not appeared"), "{told}");
+    assert!(!dir.path().join("c1").exists());
+    wanted.fstype.clear();
+    let error = storages().add(vec![wanted]).await.unwrap_err();
+    assert!(matches!(error, StorageError::Invalid { .. }), "{error}");
+}
+
+/// Storages of a root of two read-only layers below a writable one, in the directory of a container.
+fn layered(container: &Path, layers: [&str; 2]) -> Vec<Storage> {
+    let at = |name: &str| container.join(name);
+    let mut wanted: Vec<Storage> = Vec::new();
+    for (number, disk) in layers.into_iter().enumerate() {
+        let mut layer = storage("blk", &at(&format!("layer{number}")));
+        (layer.source, layer.fstype, layer.options) = (disk.into(), "ext4".into(), options(&["ro"]));
+        wanted.push(layer);
+    }
+    wanted.push(storage("ephemeral", &at("rw")));
+    let (upper, work) = (text(&at("rw/upper")), text(&at("rw/work")));
+    let mut root = storage("overlayfs", &at("rootfs"));
+    root.driver_options = [&upper, &work].map(|path| format!("{CREATE_DIRECTORY}={path}")).into();
+    let lower = format!("lowerdir={}:{}", text(&at("layer1")), text(&at("layer0")));
+    root.options = vec![lower, format!("upperdir={upper}"), format!("workdir={work}")];
+    wanted.push(root);
+    wanted
+}
+
+#[tokio::test]
+async fn a_root_of_layers_is_made_in_order_and_undone_in_reverse() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let disks = (LoopDisk::new(dir.path(), "base"), LoopDisk::new(dir.path(), "top"));
+    let (Some(base), Some(top)) = disks else { return };
+    let container = dir.path().join("c1");
+    let all = storages();
+    let made = all.add(layered(&container, [&base.0, &top.0])).await.unwrap();
+    let root = container.join("rootfs");
+    for file in ["base", "top"] {
+        assert_eq!(std::fs::read_to_string(root.join(file)).unwrap(), file);
+    }
+    std::fs::write(root.join("base"), "changed").unwrap();
+    assert_eq!(std::fs::read_to_string(container.join("rw/upper/base")).unwrap(), "changed");
+    assert_eq!(std::fs::read_to_string(container.join("layer0/base")).unwrap(), "base");
+    all.remove(made).await.unwrap();
+    assert_eq!(std::fs::read_dir(&container).unwrap().count(), 0);
+
+    // A lower directory that is not there: everything below the root is undone.
+    let mut wanted = layered(&container, [&base.0, &top.0]);
+    wanted[3].options[0] = "lowerdir=/no/such/layer".into();
+    assert!(all.add(wanted).await.is_err());
+    assert_eq!(std::fs::read_dir(&container).unwrap().count(), 0);
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(&text(&container)), "{mounts}");
+}
+
+#[tokio::test]
+async fn options_that_the_kernel_would_cut_off_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut wanted = storage("overlayfs", &dir.path().join("rootfs"));
+    wanted.options = vec![format!("lowerdir={}", "/layer:".repeat(600))];
+    let error = storages().add(vec![wanted]).await.unwrap_err().to_string();
+    assert!(error.contains("4209 bytes") && error.contains("4095"), "{error}");
 }

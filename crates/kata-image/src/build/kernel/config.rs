@@ -17,6 +17,7 @@ const CAPABILITIES: &[(&str, &str, &str)] = &[
     (cap::VIRTIO_NET, "CONFIG_VIRTIO_NET", "virtio_net"),
     (cap::OVERLAY, "CONFIG_OVERLAY_FS", "overlay"),
     (cap::EROFS, "CONFIG_EROFS_FS", "erofs"),
+    (cap::EXT4, "CONFIG_EXT4_FS", "ext4"),
     (cap::DM_VERITY, "CONFIG_DM_VERITY", "dm_verity"),
     (cap::SECCOMP, "CONFIG_SECCOMP_FILTER", ""),
     (cap::CGROUP_V2, "CONFIG_CGROUP_BPF", ""),

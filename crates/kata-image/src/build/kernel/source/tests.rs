@@ -24,5 +24,5 @@ fn configuration_names_each_option_once() {
 #[test]
 fn configured_kernel_has_every_capability() {
     let config = KernelConfig::parse(FRAGMENT);
-    assert_eq!(config.capabilities(&Default::default()).len(), 13);
+    assert_eq!(config.capabilities(&Default::default()).len(), 14);
 }

@@ -1,0 +1,55 @@
+//! Namespaces that the containers of a pod share.
+//!
+//! They are the pod's and not the guest's own, so that what else runs in the guest keeps its host name and its IPC
+//! objects to itself. The agent holds them open, and so they last until it lets go, with or without a container.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use super::EngineError;
+
+/// Host name, and System V IPC with POSIX message queues.
+#[derive(Debug)]
+pub struct PodNamespaces {
+    uts: OwnedFd,
+    ipc: OwnedFd,
+}
+
+impl PodNamespaces {
+    /// New ones. The host name is that of the guest until a container with one of its own changes it.
+    ///
+    /// # Errors
+    /// [`EngineError::Setup`]: no privilege, or no such namespaces in the kernel.
+    pub fn new() -> Result<Self, EngineError> {
+        // A thread is in the namespaces that it made, so this one is not used again.
+        let made = std::thread::spawn(unshare).join();
+        let failed = |error| EngineError::setup("make the namespaces of the pod", error);
+        made.unwrap_or_else(|_| Err(std::io::Error::other("the thread that makes them ended")))
+            .map_err(failed)
+    }
+
+    /// Lets the container of `spec` join: its own UTS and IPC namespaces, if it asks for such, become the pod's. Keep
+    /// this value until the container is created.
+    pub fn share_with(&self, spec: &mut Spec) {
+        let namespaces = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut());
+        for namespace in namespaces.into_iter().flatten() {
+            let held = match namespace.typ() {
+                LinuxNamespaceType::Uts => &self.uts,
+                LinuxNamespaceType::Ipc => &self.ipc,
+                _ => continue,
+            };
+            let path = format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd());
+            namespace.set_path(Some(path.into()));
+        }
+    }
+}
+
+fn unshare() -> std::io::Result<PodNamespaces> {
+    // SAFETY: file descriptor tables are not unshared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWUTS | UnshareFlags::NEWIPC) }?;
+    let open = |name| File::open(format!("/proc/thread-self/ns/{name}")).map(OwnedFd::from);
+    Ok(PodNamespaces { uts: open("uts")?, ipc: open("ipc")? })
+}

@@ -1,0 +1,58 @@
+//! `ctr` with our runtime, beside runc under the same containerd.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::Bench;
+use super::table::{Row, Samples};
+use crate::products::Profile;
+use crate::shell::{self, ChoreError, cargo, tree};
+use crate::{Chores, packages};
+
+/// Milliseconds, printed by the example `containerd-start` of kata-testkit.
+#[derive(Deserialize)]
+struct Figures {
+    kata: Vec<f64>,
+    runc: Vec<f64>,
+    kata_exec: Vec<f64>,
+    runc_exec: Vec<f64>,
+    parallel: Vec<f64>,
+}
+
+/// Rows of containerd; `bare_boot` is the median of the same run, in milliseconds.
+pub fn measure(bench: &Bench, bare_boot: f64) -> Chores<Vec<Row>> {
+    packages::for_test()?;
+    let text = shell::output(
+        cargo()
+            .args(["run", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
+            .args(["--example", "containerd-start", "--", &bench.runs.to_string()])
+            .env("KATA_TEST_PROGRAMS", &bench.products.dir)
+            .env("KATA_TEST_IMAGE", tree().join("target/images/busybox"))
+            .env("KATA_TEST_CONTAINERD", Path::new("/usr/bin/containerd")),
+    )?;
+    let figures: Figures = serde_json::from_str(&text)
+        .map_err(|source| ChoreError::Json { what: "the figures of containerd", source })?;
+    let ratios =
+        figures.kata.iter().zip(&figures.runc).map(|(kata, runc)| (kata - runc) / bare_boot).collect();
+    let mut rows = vec![
+        row("`ctr run` minus runc's ÷ bare boot", "", ratios, Some(1.45)),
+        row("`ctr run --rm`, client's start to end", "ms", figures.kata, None),
+        row("the same with runc", "ms", figures.runc, None),
+        row("`ctr task exec`, client's start to end", "ms", figures.kata_exec, None),
+        row("the same with runc", "ms", figures.runc_exec, None),
+    ];
+    for (pods, time) in [1, 5, 10].iter().zip(figures.parallel) {
+        rows.push(row(
+            &format!("`ctr run --rm` of {pods} at once, until the last has ended"),
+            "ms",
+            vec![time],
+            None,
+        ));
+    }
+    Ok(rows)
+}
+
+fn row(what: &str, unit: &'static str, samples: Vec<f64>, budget: Option<f64>) -> Row {
+    Row { what: what.to_owned(), unit, samples: Samples::new(samples), budget }
+}
