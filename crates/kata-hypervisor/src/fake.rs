@@ -22,6 +22,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
 use crate::process::{Exit, Record, Tail};
+use crate::qemu::qmp::QmpError;
+use crate::slots::{self, Slots};
 use crate::vm::{Capabilities, Disk, HypervisorError, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec};
 use crate::vsock::{self, CONNECT_LINE_LIMIT};
 
@@ -44,8 +46,16 @@ struct Script {
     boot_fails: Option<String>,
     stop_fails: bool,
     no_hotplug: bool,
+    plugging_fails: Option<String>,
     sockets: HashMap<u32, PathBuf>,
     callback: Option<Callback>,
+}
+
+/// What was added to a running machine.
+#[derive(Debug)]
+enum Device {
+    Disk(Disk),
+    Nic(Nic),
 }
 
 /// A [`Vm`] whose guest is the test. Clones are handles to the same machine: keep one, give the other away.
@@ -55,11 +65,11 @@ pub struct FakeVm(Arc<Machine>);
 struct Machine {
     script: Mutex<Script>,
     spec: Mutex<Option<VmSpec>>,
+    devices: Mutex<Slots<Device>>,
     console: Tail,
     paused: watch::Sender<bool>,
     exit: watch::Sender<Option<VmExit>>,
     next_port: AtomicU32,
-    disks: Mutex<Vec<Disk>>,
 }
 
 impl Default for FakeVm {
@@ -80,11 +90,11 @@ impl FakeVm {
         Self(Arc::new(Machine {
             script: Mutex::default(),
             spec: Mutex::default(),
+            devices: Mutex::default(),
             console: Tail::new(64 * 1024),
             paused: watch::channel(false).0,
             exit: watch::channel(None).0,
             next_port: AtomicU32::new(1 << 30),
-            disks: Mutex::default(),
         }))
     }
 
@@ -116,9 +126,11 @@ impl FakeVm {
         self
     }
 
-    /// The disks that were added and not removed, oldest first.
-    pub fn disks(&self) -> Vec<Disk> {
-        lock(&self.0.disks).clone()
+    /// Adding and removing devices fails from now on, as if QEMU had refused it and said `why`. Can be said of a machine that runs.
+    #[must_use]
+    pub fn plugging_fails(self, why: impl Into<String>) -> Self {
+        lock(&self.0.script).plugging_fails = Some(why.into());
+        self
     }
 
     /// Connections to any port without a socket of its own go to `callback`. It runs on the accepting task: spawn what takes time.
@@ -149,6 +161,31 @@ impl FakeVm {
         lock(&self.0.spec).as_ref().map(look)
     }
 
+    /// Names of the devices that were added to the running machine and not removed, in the order of their slots.
+    pub fn device_ids(&self) -> Vec<String> {
+        lock(&self.0.devices).iter().map(|(id, _)| id.to_owned()).collect()
+    }
+
+    /// The disks among those devices.
+    pub fn disks(&self) -> Vec<Disk> {
+        let devices = lock(&self.0.devices);
+        let disks = devices.iter().filter_map(|(_, device)| match device {
+            Device::Disk(disk) => Some(disk.clone()),
+            Device::Nic(_) => None,
+        });
+        disks.collect()
+    }
+
+    /// Looks at a network interface among them; `None` where there is none of that name.
+    pub fn with_nic<T>(&self, id: &str, look: impl FnOnce(&Nic) -> T) -> Option<T> {
+        let devices = lock(&self.0.devices);
+        let nic = devices.iter().find_map(|(of, device)| match device {
+            Device::Nic(nic) if of == id => Some(nic),
+            _ => None,
+        });
+        nic.map(look)
+    }
+
     /// Writes to the guest's console.
     pub fn write_console(&self, text: &str) {
         self.0.console.push(text.as_bytes());
@@ -175,10 +212,27 @@ impl FakeVm {
             _ => Ok(()),
         }
     }
-}
 
-fn unsupported(operation: &'static str) -> HypervisorError {
-    HypervisorError::Unsupported { operation, driver: "fake".to_owned() }
+    /// Whether devices of this machine can be added and removed now.
+    fn pluggable(&self, operation: &'static str, command: &str) -> Result<(), HypervisorError> {
+        self.running(operation)?;
+        if lock(&self.0.script).no_hotplug {
+            return Err(HypervisorError::Unsupported { operation, driver: "fake".to_owned() });
+        }
+        match lock(&self.0.script).plugging_fails.clone() {
+            Some(description) => {
+                let (command, class) = (command.to_owned(), "GenericError".to_owned());
+                Err(QmpError::Refused { command, class, description }.into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn plug(&self, id: &str, device: Device) -> Result<PciPath, HypervisorError> {
+        let mut devices = lock(&self.0.devices);
+        let (slot, _) = devices.take(id, |_| device)?;
+        Ok(slots::path(slot))
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -188,8 +242,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[async_trait]
 impl Vm for FakeVm {
     fn capabilities(&self) -> Capabilities {
-        let hotplug_block = !lock(&self.0.script).no_hotplug;
-        Capabilities { shared_fs: true, pause: true, hotplug_block, ..Capabilities::default() }
+        let hotplug = !lock(&self.0.script).no_hotplug;
+        Capabilities {
+            shared_fs: true,
+            pause: true,
+            hotplug_block: hotplug,
+            hotplug_network: hotplug,
+            ..Capabilities::default()
+        }
     }
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
@@ -235,24 +295,21 @@ impl Vm for FakeVm {
     }
 
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
-        self.running("add a disk")?;
-        if lock(&self.0.script).no_hotplug {
-            return Err(unsupported("add a disk"));
-        }
-        let mut disks = lock(&self.0.disks);
-        disks.push(disk);
-        Ok(PciPath(format!("{:02x}/00", disks.len())))
+        self.pluggable("adding a disk", "device_add")?;
+        self.plug(&disk.id.clone(), Device::Disk(disk))
     }
 
-    async fn add_nic(&self, _: Nic) -> Result<PciPath, HypervisorError> {
-        Err(unsupported("add a network interface"))
+    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
+        self.pluggable("adding a network interface", "device_add")?;
+        if let Some(reason) = nic.fault() {
+            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+        }
+        self.plug(&nic.id.clone(), Device::Nic(nic))
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
-        let mut disks = lock(&self.0.disks);
-        let at = disks.iter().position(|disk| disk.id == id).ok_or_else(|| unsupported("remove a device"))?;
-        disks.remove(at);
-        Ok(())
+        self.pluggable("removing a device", "device_del")?;
+        lock(&self.0.devices).free(id).map(drop)
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {

@@ -5,6 +5,7 @@
 //!                               └─ fake   no guest at all; for tests of what sits above
 //!                      │
 //!                      ├─ host      what this machine can run, and the choice that follows from it
+//!                      ├─ slots     which device is plugged in where
 //!                      ├─ process   the one way a child is started, watched, ended and recorded
 //!                      └─ vsock     the back end of the guest's vsock device, `kata-vmm vsock`
 //! ```
@@ -16,6 +17,7 @@ pub mod fake;
 pub mod host;
 pub mod process;
 mod qemu;
+mod slots;
 mod vm;
 mod vsock;
 

@@ -76,15 +76,16 @@ pub struct Nic {
 /// A raw disk: a block device, or a file that holds a file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Its name among the machine's devices, `[A-Za-z0-9_-]+`.
+    /// Its name among the machine's devices, `[A-Za-z0-9_-]+`. The guest sees its first 20 characters as the disk's serial number.
     pub id: String,
-    /// Block device or regular file on the host.
+    /// Block device or regular file on the host. It is opened here, so the VMM's user needs no access to it.
     pub path: PathBuf,
-    /// Whether the guest may not write to it. Enforced by the VMM.
+    /// Whether the guest may not write to it. Enforced by the VMM, which gets a descriptor that cannot be written to either.
     pub readonly: bool,
 }
 
-/// Where the guest finds a device: the slot on each bus from the root on, as `02/00`.
+/// Where the guest finds a device: the slot on each bus from the root on, two hexadecimal digits each, as `10/01` for slot 1
+/// behind the bridge in slot 16 of the root bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciPath(pub String);
 
@@ -181,6 +182,13 @@ pub enum VmExit {
     },
 }
 
+impl Nic {
+    /// Why this makes no network interface, if so.
+    pub(crate) fn fault(&self) -> Option<&'static str> {
+        self.queues.is_empty().then_some("it is a network interface without a tap")
+    }
+}
+
 impl VmExit {
     /// Whether the machine ended because the guest or its owner wanted it to.
     pub fn is_expected(&self) -> bool {
@@ -246,7 +254,7 @@ pub enum HypervisorError {
     /// A file that the VMM needs could not be opened or prepared.
     #[error("{what} {path:?} cannot be used", path = .path.display())]
     File {
-        /// `guest kernel`, `initrd`, `image`, `vsock socket`.
+        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket`.
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -309,6 +317,49 @@ pub enum HypervisorError {
         /// Why, and what to do.
         reason: String,
     },
+    /// A [`Disk`] or [`Nic`] makes no device.
+    #[error("device {id:?} cannot be added: {reason}")]
+    InvalidDevice {
+        /// The device.
+        id: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A device of that name was added before.
+    #[error("device {id:?} cannot be added: the virtual machine has a device of that name; remove it first")]
+    DeviceExists {
+        /// The device.
+        id: String,
+    },
+    /// There is no room for another device.
+    #[error(
+        "device {id:?} cannot be added: all {slots} slots of the virtual machine are taken; remove a device first"
+    )]
+    NoFreeSlot {
+        /// The device.
+        id: String,
+        /// How many slots there are.
+        slots: usize,
+    },
+    /// No device of that name was added to the running machine. What it started with cannot be removed.
+    #[error(
+        "device {id:?} cannot be removed: no device of that name was added to the running virtual machine"
+    )]
+    UnknownDevice {
+        /// The device.
+        id: String,
+    },
+    /// The guest was asked to give a device back and did not.
+    #[error(
+        "device {id:?} cannot be removed: the guest did not let go of it within {bound:?}; see whether its kernel runs, then remove \
+         it again"
+    )]
+    DeviceHeld {
+        /// The device.
+        id: String,
+        /// The bound that has passed.
+        bound: Duration,
+    },
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),
@@ -349,12 +400,13 @@ pub trait Vm: Send + Sync {
     async fn resume(&self) -> Result<(), HypervisorError>;
 
     /// Adds a disk to the running machine, and answers where the guest finds it. The guest may take a moment to notice.
+    /// On an error the machine is as it was; a future dropped half way leaves a device that [`Vm::remove_device`] takes away.
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError>;
 
-    /// Adds a network interface to the running machine. The guest may take a moment to notice.
+    /// Adds a network interface to the running machine, in all else like [`Vm::add_disk`].
     async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError>;
 
-    /// Takes a device away that was added, once the guest has let go of it.
+    /// Takes a device away that was added, once the guest has let go of it. After an error it can be tried again.
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError>;
 
     /// Ends the machine without asking the guest. Idempotent; comes back when all its processes are gone.

@@ -6,16 +6,18 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use kata_api::agent::{
-    CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
-    ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse,
-    RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
+    ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
+    CreateSandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
     WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::health::CheckRequest;
 use kata_api::health_ttrpc::HealthClient;
 use kata_api::oci::LinuxResources;
+use kata_api::types::{ARPNeighbor, Interface, Route};
 use kata_hypervisor::process::printable;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
@@ -152,6 +154,28 @@ impl Agent {
         bound: Duration,
     ) -> Result<(), AgentError> {
         done("CreateSandbox", bound, self.service.create_sandbox(within(bound), request)).await
+    }
+
+    /// Has the guest set up the interface with this hardware address, which may be about to appear.
+    pub(crate) async fn update_interface(&self, interface: &Interface) -> Result<(), AgentError> {
+        let mut request = UpdateInterfaceRequest::new();
+        request.interface = Some(interface.clone()).into();
+        let answer = self.service.update_interface(within(PROMPT), &request);
+        bounded("UpdateInterface", PROMPT, answer).await.map(drop)
+    }
+
+    /// Replaces the guest's routes.
+    pub(crate) async fn update_routes(&self, routes: Vec<Route>) -> Result<(), AgentError> {
+        let mut request = UpdateRoutesRequest::new();
+        request.routes = Some(Routes { routes, ..Default::default() }).into();
+        bounded("UpdateRoutes", PROMPT, self.service.update_routes(within(PROMPT), &request)).await.map(drop)
+    }
+
+    /// Adds neighbours that the guest need not ask for.
+    pub(crate) async fn add_neighbours(&self, neighbours: Vec<ARPNeighbor>) -> Result<(), AgentError> {
+        let mut request = AddARPNeighborsRequest::new();
+        request.neighbors = Some(ARPNeighbors { arp_neighbors: neighbours, ..Default::default() }).into();
+        done("AddARPNeighbors", PROMPT, self.service.add_arp_neighbors(within(PROMPT), &request)).await
     }
 
     pub(crate) async fn create_container(

@@ -1,7 +1,7 @@
 //! From nothing to an agent that serves.
 //!
 //! ```text
-//!   ready listener ── kata-virtiofsd ── VMM ── guest ── announcement on port 1028 ── connect port 1024 ── CreateSandbox
+//!   ready listener ── hooks, network │ kata-virtiofsd ── VMM ── guest ── announcement on port 1028 ── connect port 1024 ── CreateSandbox
 //! ```
 //!
 //! Whatever ends this is told with its layer and its cause: the VMM's end, the daemon's end, the agent's refusal, or,
@@ -18,14 +18,17 @@ use kata_api::agent::{CreateSandboxRequest, KernelModule, Storage};
 use kata_api::{Announcement, guest, ports};
 use kata_config::MachineType;
 use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
-use kata_hypervisor::{HypervisorError, Machine, VmExit, VmSpec};
+use kata_hypervisor::{HypervisorError, Machine, Nic, VmExit, VmSpec};
 use kata_image::manifest::{Manifest, ManifestError};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 
 use crate::agent_client::{Agent, AgentError, guest_text};
+use crate::hooks::{self, HookError};
 use crate::hybrid::{self, HybridError};
 use crate::lifecycle::Pod;
+use crate::network::NetworkError;
+use crate::pod::NetworkSpec;
 use crate::storage::Share;
 use crate::timeline::{Layer, Timeline};
 
@@ -54,6 +57,12 @@ pub enum BootError {
         "no virtio-fs daemon: set hypervisor.qemu.virtio_fs_daemon, or hypervisor.qemu.shared_fs = \"none\""
     )]
     NoDaemon,
+    /// A hook that makes the pod's network failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// The pod's network cannot be carried to the guest.
+    #[error("the pod's network cannot be set up")]
+    Network(#[from] NetworkError),
     /// A socket of the pod cannot be made.
     #[error("cannot make the socket {path}", path = .path.display())]
     Socket {
@@ -174,18 +183,17 @@ pub(crate) fn ready_listener(pod: &Pod) -> Result<UnixListener, BootError> {
 pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootError> {
     let mut timeline = pod.timeline.fork();
     let guest = Guest::find(pod)?;
-    let start = Instant::now();
-    let (virtiofsd, shared_fs) = match &pod.share {
-        None => (None, None),
-        Some(share) => {
-            let (child, socket) = spawn_virtiofsd(pod, share)?;
-            timeline.add(Layer::Host, "virtio-fs daemon", start);
-            (Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket }))
-        }
-    };
+    // The daemon gets going while the kernel answers about the network, or a hook runs.
+    let (mut daemon_timeline, mut network_timeline) = (timeline.fork(), timeline.fork());
+    let (nics, (virtiofsd, shared_fs)) =
+        tokio::try_join!(attach_network(pod, &mut network_timeline), async {
+            share_files(pod, &mut daemon_timeline)
+        })?;
+    timeline.merge(daemon_timeline);
+    timeline.merge(network_timeline);
     let start = Instant::now();
     let announces = guest.announces;
-    if let Err(error) = pod.vm.boot(guest.vm_spec(pod, shared_fs), &pod.record).await {
+    if let Err(error) = pod.vm.boot(guest.vm_spec(pod, shared_fs, nics), &pod.record).await {
         // A VMM that cannot reach the daemon says so in its own words; the daemon's are better.
         return Err(daemon_failure(virtiofsd.as_ref()).await.unwrap_or_else(|| error.into()));
     }
@@ -203,6 +211,10 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
                 .await
                 .map_err(|source| BootError::Refused { source, console: console() })?;
             timeline.add(Layer::Agent, "create sandbox", start);
+            let start = Instant::now();
+            if let Some(network) = &pod.network && network.tell(&agent).await? {
+                timeline.add(Layer::Agent, "network", start);
+            }
             let (agent_version, guest_kernel) = match announcement {
                 Some(announcement) => {
                     (guest_text(&announcement.agent_version), guest_text(&announcement.kernel))
@@ -247,6 +259,33 @@ async fn watch_daemon(child: Option<&Child>) -> BootError {
 async fn daemon_failure(child: Option<&Child>) -> Option<BootError> {
     let ended = tokio::time::timeout(GRACE, watch_daemon(child)).await.ok();
     ended.filter(|error| !matches!(error, BootError::DaemonDied { exit: Exit::Code(0), .. }))
+}
+
+/// Runs the hooks that make the pod's network, and connects what is there.
+async fn attach_network(pod: &Pod, timeline: &mut Timeline) -> Result<Vec<Nic>, BootError> {
+    let Some(network) = &pod.network else { return Ok(Vec::new()) };
+    let NetworkSpec { hooks, bundle } = network.spec();
+    if !hooks.is_empty() {
+        let start = Instant::now();
+        hooks::run_network_hooks(&pod.id, bundle, hooks).await?;
+        timeline.add(Layer::Host, "hooks", start);
+    }
+    let start = Instant::now();
+    let nics = network.attach().await?;
+    timeline.add(Layer::Host, "network", start);
+    Ok(nics)
+}
+
+/// The virtio-fs daemon and the machine's end of it, where files are shared.
+fn share_files(
+    pod: &Pod,
+    timeline: &mut Timeline,
+) -> Result<(Option<Child>, Option<kata_hypervisor::SharedFs>), BootError> {
+    let Some(share) = &pod.share else { return Ok((None, None)) };
+    let start = Instant::now();
+    let (child, socket) = spawn_virtiofsd(pod, share)?;
+    timeline.add(Layer::Host, "virtio-fs daemon", start);
+    Ok((Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket })))
 }
 
 /// Starts the virtio-fs daemon on one end of a connection that exists before it does.
@@ -308,7 +347,7 @@ impl Guest {
         })
     }
 
-    fn vm_spec(self, pod: &Pod, shared_fs: Option<kata_hypervisor::SharedFs>) -> VmSpec {
+    fn vm_spec(self, pod: &Pod, shared_fs: Option<kata_hypervisor::SharedFs>, nics: Vec<Nic>) -> VmSpec {
         let qemu = &pod.config.hypervisor.qemu;
         let cpus = std::thread::available_parallelism()
             .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX));
@@ -330,7 +369,7 @@ impl Guest {
             memory_mib: qemu.default_memory,
             vsock: pod.hybrid.clone(),
             shared_fs,
-            nics: Vec::new(),
+            nics,
             identity: pod.identity.clone(),
             seccomp_sandbox: qemu.seccomp_sandbox.clone(),
         }

@@ -8,7 +8,9 @@ use std::time::Duration;
 use crate::agent_client::AgentError;
 use crate::boot::BootError;
 use crate::guest_spec::GuestSpecError;
+use crate::hooks::HookError;
 use crate::identity::IdentityError;
+use crate::network::NetworkError;
 use crate::pod::{ProcessId, Status};
 use crate::stdio::StdioError;
 use crate::storage::StorageError;
@@ -119,6 +121,24 @@ pub enum SandboxError {
         #[source]
         source: Arc<StorageError>,
     },
+    /// A hook of the container failed.
+    #[error("cannot create {process}")]
+    Hook {
+        /// Of which process.
+        process: ProcessId,
+        /// Which, and why.
+        #[source]
+        source: Arc<HookError>,
+    },
+    /// The guest could not be given what has come into the pod's network.
+    #[error("cannot start {process}")]
+    Network {
+        /// Which process.
+        process: ProcessId,
+        /// Why.
+        #[source]
+        source: Arc<NetworkError>,
+    },
     /// The standard streams could not be connected.
     #[error("cannot connect the standard streams of {process}")]
     Stdio {
@@ -172,9 +192,12 @@ impl SandboxError {
             Self::Storage { source, .. } => source.kind(),
             Self::GuestSpec { source, .. } => source.kind(),
             Self::Stdio { source, .. } => source.kind(),
-            Self::CreateTimeout { .. } | Self::Identity(_) | Self::RunDir { .. } | Self::Teardown(_) => {
-                ErrorKind::Internal
-            }
+            Self::Network { source, .. } => source.kind(),
+            Self::CreateTimeout { .. }
+            | Self::Hook { .. }
+            | Self::Identity(_)
+            | Self::RunDir { .. }
+            | Self::Teardown(_) => ErrorKind::Internal,
         }
     }
 

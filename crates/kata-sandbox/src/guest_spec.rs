@@ -11,7 +11,8 @@
 //! | path of a pid or user namespace | refused: sharing between a pod's containers is not supported yet |
 //! | `cgroupsPath` | `/<container id>`: the host's hierarchy does not exist there |
 //! | cpusets, device weights and throttles, network classes, RDT | dropped: they name the host's CPUs, disks and interfaces |
-//! | hooks | dropped: they are programs of the host |
+//! | `prestart`, `createRuntime`, `poststart`, `poststop` hooks | dropped: they are programs of the host, see [`crate::hooks`] |
+//! | `createContainer`, `startContainer` hooks | dropped, with a warning: the guest does not run them yet |
 //! | AppArmor and SELinux labels | cleared: the profiles are the host's, the guest's kernel has none of them |
 //! | seccomp | kept, unless `runtime.disable_guest_seccomp` |
 //! | device rules and nodes, limits, sysctls, capabilities | kept |
@@ -113,10 +114,15 @@ pub(crate) fn translate(
     spec.set_root(Some(root));
     let process = spec.process().clone().ok_or(GuestSpecError::Missing("process"))?;
     spec.set_process(Some(guest_process(process)?));
-    if spec.hooks().is_some() {
-        tracing::info!(container = id, "hooks are programs of the host and are not run in the guest");
-        spec.set_hooks(None);
+    if let Some(hooks) = spec.hooks()
+        && [hooks.create_container(), hooks.start_container()]
+            .into_iter()
+            .flatten()
+            .any(|hooks| !hooks.is_empty())
+    {
+        tracing::warn!(container = id, "createContainer and startContainer hooks are not run");
     }
+    spec.set_hooks(None);
     let (mut volumes, mut shm) = (Vec::new(), None);
     if let Some(mounts) = spec.mounts_mut() {
         for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {

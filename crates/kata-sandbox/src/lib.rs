@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Sandbox (handle, cheap to clone)
-//!      │ requests                       ┌─ boot: virtiofsd, VMM, ready listener, agent
+//!      │ requests                       ┌─ boot: hooks, network, virtiofsd, VMM, ready listener, agent
 //!      ▼                                ├─ create / start / exec / wait / delete: calls to the agent
 //!   ┌──────────────┐  spawns work as    ├─ stdio: client's FIFO ↔ vsock stream
 //!   │ one actor    │───────────────────▶├─ watchers: VMM exit, virtiofsd exit, OOM events
@@ -20,9 +20,11 @@ mod boot;
 mod error;
 mod guest_spec;
 mod health;
+mod hooks;
 mod hybrid;
 mod identity;
 mod lifecycle;
+mod network;
 mod pod;
 mod process_table;
 mod sandbox;

@@ -36,7 +36,8 @@ use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
 use crate::health;
-use crate::pod::{Event, Exit, Inspection, NetworkSpec};
+use crate::network::Network;
+use crate::pod::{Event, Exit, Inspection};
 use crate::process_table::{ProcessTable, millis};
 use crate::state::{State, owner};
 use crate::storage::Share;
@@ -54,7 +55,7 @@ pub(crate) struct Pod {
     pub(crate) config: Config,
     pub(crate) artefacts: Artefacts,
     pub(crate) choice: Choice,
-    pub(crate) network: Option<NetworkSpec>,
+    pub(crate) network: Option<Network>,
     pub(crate) run_dir: PathBuf,
     /// The host's side of the vsock device.
     pub(crate) hybrid: PathBuf,

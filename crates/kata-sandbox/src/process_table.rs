@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use tokio::sync::{Notify, watch};
 
 use crate::error::SandboxError;
+use crate::hooks::Hooks;
 use crate::lifecycle::ContainerFiles;
 use crate::pod::{ContainerView, Exit, ProcessId, ProcessState, Status, Stdio};
 use crate::stdio::Streams;
@@ -134,6 +135,8 @@ pub(crate) struct Container {
     pub(crate) bundle: PathBuf,
     pub(crate) args: Vec<String>,
     pub(crate) files: Option<ContainerFiles>,
+    /// Known once the container was created.
+    pub(crate) hooks: Option<Arc<Hooks>>,
     pub(crate) init: Process,
     pub(crate) execs: BTreeMap<String, Process>,
     /// Ends a creation that is under way, with the signal that ended it.

@@ -20,6 +20,7 @@ use crate::boot;
 use crate::error::SandboxError;
 use crate::identity;
 use crate::lifecycle::{self, Link, Message, Pod, Reply, Request};
+use crate::network::Network;
 use crate::pod::{
     ContainerSpec, Event, Exit, Inspection, ProcessId, ProcessState, SandboxSpec, Status, Stdio,
 };
@@ -277,7 +278,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         config,
         artefacts,
         choice,
-        network,
+        network: network.map(Network::new),
         run_dir,
         hybrid,
         identity,

@@ -51,6 +51,10 @@ impl Teardown {
         // Their ends in the guest are gone, so these come to their own.
         crate::lifecycle::drain(self.running, &self.pod.id).await;
         while self.creations.join_next().await.is_some() {}
+        let unplugged = match &self.pod.network {
+            Some(network) => network.release().await,
+            None => Ok(()),
+        };
         let run_dir = self.pod.run_dir.clone();
         let released = tokio::task::spawn_blocking(move || release(&run_dir)).await;
         let failed =
@@ -60,6 +64,7 @@ impl Teardown {
             Ok(Err(error)) => return Err(failed(error.into())),
             Err(error) => return Err(failed(error.into())),
         }
+        unplugged.map_err(|error| failed(error.into()))?;
         // The VMM's processes are in the record as well: a machine that would not stop was killed.
         if let Err(error) = stopped {
             tracing::warn!(pod = %self.pod.id, %error, "the machine was not stopped in order; its processes were killed");

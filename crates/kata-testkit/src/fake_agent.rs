@@ -24,15 +24,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_api::agent::{
-    CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
-    ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest,
-    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, SignalProcessRequest,
+    AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest,
+    Empty, ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest,
+    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes, SignalProcessRequest,
     StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
-    UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
 use kata_api::health_ttrpc::{Health, create_health};
+use kata_api::types::{ARPNeighbor, Interface, Route};
 use kata_api::{Announcement, BootStage, ports};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::UnixStream;
@@ -65,6 +67,7 @@ struct State {
     created: Mutex<Vec<CreateContainerRequest>>,
     copied: Mutex<Vec<CopyFileRequest>>,
     sandbox: Mutex<Option<CreateSandboxRequest>>,
+    network: Mutex<Network>,
     streams: Mutex<HashMap<u32, UnixStream>>,
     arrived: Notify,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
@@ -79,6 +82,17 @@ struct Script {
     hang_create: bool,
     hang_check: bool,
     refuse: HashMap<&'static str, (Code, String)>,
+}
+
+/// What the agent was told of its network.
+#[derive(Clone, Debug, Default)]
+pub struct Network {
+    /// Every interface, in the order of the calls.
+    pub interfaces: Vec<Interface>,
+    /// The routes of the last call.
+    pub routes: Vec<Route>,
+    /// Every neighbour.
+    pub neighbours: Vec<ARPNeighbor>,
 }
 
 struct Process {
@@ -101,6 +115,7 @@ impl FakeAgent {
             created: Mutex::default(),
             copied: Mutex::default(),
             sandbox: Mutex::default(),
+            network: Mutex::default(),
             streams: Mutex::default(),
             arrived: Notify::new(),
             processes: Mutex::default(),
@@ -168,6 +183,11 @@ impl FakeAgent {
     /// The sandbox asked for.
     pub fn sandbox(&self) -> Option<CreateSandboxRequest> {
         self.0.sandbox.lock().unwrap().clone()
+    }
+
+    /// The network so far.
+    pub fn network(&self) -> Network {
+        self.0.network.lock().unwrap().clone()
     }
 
     /// A unix socket on which the services listen, for hosts that reach them without [`accept`](Self::accept).
@@ -373,6 +393,32 @@ impl Health for Service {
 impl AgentService for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
         *self.enter("CreateSandbox")?.sandbox.lock().unwrap() = Some(request);
+        Ok(Empty::new())
+    }
+
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateInterfaceRequest,
+    ) -> ttrpc::Result<Interface> {
+        let interface = request.interface.unwrap();
+        self.enter("UpdateInterface")?.network.lock().unwrap().interfaces.push(interface.clone());
+        Ok(interface)
+    }
+
+    async fn update_routes(&self, _: &TtrpcContext, request: UpdateRoutesRequest) -> ttrpc::Result<Routes> {
+        let routes = request.routes.unwrap();
+        self.enter("UpdateRoutes")?.network.lock().unwrap().routes.clone_from(&routes.routes);
+        Ok(routes)
+    }
+
+    async fn add_arp_neighbors(
+        &self,
+        _: &TtrpcContext,
+        request: AddARPNeighborsRequest,
+    ) -> ttrpc::Result<Empty> {
+        let neighbours = request.neighbors.unwrap().arp_neighbors;
+        self.enter("AddARPNeighbors")?.network.lock().unwrap().neighbours.extend(neighbours);
         Ok(Empty::new())
     }
 

@@ -12,6 +12,7 @@ pub mod containerd;
 pub mod fake_agent;
 pub mod host;
 pub mod leaks;
+pub mod netns;
 
 /// Says that a test was skipped and why; the suite's runner counts these lines.
 pub fn skip(reason: &str) {

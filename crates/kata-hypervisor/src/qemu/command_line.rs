@@ -13,15 +13,16 @@
 //! | microvm without `tsc_early_khz` | 1.3, or hangs | the rate is told |
 //! | q35, one processor: `hpet=on` and `noapictimer` | 0.1 less | done under TCG |
 //! | q35 with qboot | 0.03 less, 0.1 with all our devices | not done: not every distribution's QEMU has it |
-//! | q35: hpet alone, i8042, `thread=single`, `tb-size`, 4 root ports, pvpanic | 1.3–1.5 | no difference seen; left as they are simplest |
+//! | q35: hpet alone, i8042, `thread=single`, `tb-size`, pvpanic | 1.3–1.5 | no difference seen; left as they are simplest |
 //! | q35 with `-cpu qemu64` | 1.3–1.5 | `max` all the same: containers may need the instructions |
 
 use std::os::fd::RawFd;
 
+use crate::slots::BRIDGE_SLOT;
 use crate::vm::{Accelerator, Machine};
 
-/// Ports that stay empty at start: on q35 only what sits below a root port can be plugged into a running machine.
-const SPARE_ROOT_PORTS: u8 = 4;
+/// Identifier of the bridge of a q35 that devices are plugged into while it runs. The root bus itself takes none then.
+pub(super) const BRIDGE: &str = "bridge";
 
 /// File descriptors as QEMU sees them.
 #[derive(Clone, Copy, Debug)]
@@ -52,10 +53,20 @@ pub(super) struct Plan<'a> {
     pub memory_mib: u64,
     pub kernel_params: &'a [String],
     pub shared_fs_tag: Option<&'a str>,
+    pub nics: &'a [NicPlan],
     pub seccomp_sandbox: &'a str,
     /// Rate of the time stamp counter where the guest cannot be trusted to find it out, see [`super::clock`].
     pub tsc_khz: Option<u64>,
     pub fds: Fds,
+}
+
+/// A network interface that the machine starts with.
+#[derive(Clone, Debug)]
+pub(super) struct NicPlan {
+    pub mac: [u8; 6],
+    pub mtu: u16,
+    /// The tap, one descriptor a queue pair.
+    pub fds: Vec<RawFd>,
 }
 
 /// All of QEMU's arguments, without its own name.
@@ -183,11 +194,44 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
         line.option("-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on");
         line.option("-device", format!("virtio-blk-{bus},drive=image"));
     }
-    if plan.machine == Machine::Q35 {
-        for port in 1..=SPARE_ROOT_PORTS {
-            line.option("-device", format!("pcie-root-port,id=port{port},chassis={port}"));
-        }
+    for (index, nic) in plan.nics.iter().enumerate() {
+        let fds: Vec<String> = nic.fds.iter().map(ToString::to_string).collect();
+        line.option("-netdev", format!("tap,id=nic{index},fds={},vhost=off", fds.join(":")));
+        line.option("-device", network_device(plan.machine, index, nic));
     }
+    if plan.machine == Machine::Q35 {
+        // Room for 31 devices has to be set aside: what is plugged in later gets no more. It needs no I/O ports.
+        let room = "io-reserve=0,mem-reserve=2M,pref64-reserve=2M";
+        line.option(
+            "-device",
+            format!("pci-bridge,id={BRIDGE},bus=pcie.0,addr={BRIDGE_SLOT:x},chassis_nr=1,shpc=off,{room}"),
+        );
+    }
+}
+
+fn network_device(machine: Machine, index: usize, nic: &NicPlan) -> String {
+    // The kernel is given: there is nothing to boot from the network, so no option ROM.
+    let driver = match machine {
+        Machine::Q35 => "virtio-net-pci,romfile=",
+        Machine::Microvm => "virtio-net-device",
+    };
+    let queues = match (nic.fds.len(), machine) {
+        (..2, _) => String::new(),
+        (count, Machine::Q35) => format!(",mq=on,vectors={}", vectors(count)),
+        (_, Machine::Microvm) => ",mq=on".to_owned(),
+    };
+    format!("{driver},netdev=nic{index},mac={},host_mtu={}{queues}", mac_address(nic.mac), nic.mtu)
+}
+
+/// Interrupt vectors of a network device: one for each direction of a queue pair, for changes of its configuration, and for its
+/// control queue.
+pub(super) fn vectors(queue_pairs: usize) -> usize {
+    2 * queue_pairs + 2
+}
+
+/// `52:54:00:12:34:56`
+pub(super) fn mac_address(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// QEMU's option syntax: a comma ends a value, two stand for one.

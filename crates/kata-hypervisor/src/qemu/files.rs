@@ -31,6 +31,29 @@ pub(super) fn open_for(
     in_memory(file).map_err(fault)
 }
 
+/// A disk of the host, open as it is to be used: QEMU duplicates the descriptor, so nobody's permission is asked for again.
+#[derive(Debug)]
+pub(super) struct DiskFile {
+    pub fd: OwnedFd,
+    /// A block device, as opposed to a regular file.
+    pub is_device: bool,
+}
+
+impl DiskFile {
+    /// Opens the disk for reading alone, or for writing as well.
+    pub(super) fn open(path: &Path, readonly: bool) -> Result<Self, HypervisorError> {
+        let fault = |source| HypervisorError::File { what: "disk", path: path.to_owned(), source };
+        // Looked at first: opening a pipe would wait for its other end.
+        let kind = fs::metadata(path).map_err(fault)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let reason = "it is neither a block device nor a regular file";
+            return Err(fault(io::Error::new(io::ErrorKind::InvalidInput, reason)));
+        }
+        let file = File::options().read(true).write(!readonly).open(path).map_err(fault)?;
+        Ok(Self { fd: file.into(), is_device: kind.is_block_device() })
+    }
+}
+
 fn in_memory(mut file: File) -> io::Result<OwnedFd> {
     let mut copy = File::from(rustix::fs::memfd_create("copy", MemfdFlags::CLOEXEC)?);
     io::copy(&mut file, &mut copy)?;

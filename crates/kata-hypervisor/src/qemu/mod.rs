@@ -12,6 +12,7 @@
 mod clock;
 mod command_line;
 mod files;
+mod hotplug;
 pub(crate) mod qmp;
 mod supervisor;
 
@@ -28,13 +29,14 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::clock::Measurement;
-use self::command_line::{Fds, Plan, command_line};
+use self::command_line::{Fds, NicPlan, Plan, command_line};
 use self::files::{open_for, with_kvm};
+use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
 use self::supervisor::{LastWords, explain, listen, supervise};
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, Tail, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, HypervisorError, Machine, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
 };
 use crate::vsock::Sockets;
 
@@ -51,13 +53,16 @@ pub(crate) struct QemuVm(Arc<Shared>);
 /// What the driver and its supervisor have in common.
 struct Shared {
     state: Mutex<State>,
+    /// Devices are added and removed one after the other.
+    plugged: tokio::sync::Mutex<Plugged>,
     console: Tail,
     exit: watch::Sender<Option<VmExit>>,
 }
 
 #[derive(Default)]
 struct State {
-    booted: bool,
+    /// Which machine was asked for; `None` before [`Vm::boot`].
+    machine: Option<Machine>,
     stopping: bool,
     qmp: Option<Qmp>,
     listener: Option<JoinHandle<()>>,
@@ -99,6 +104,7 @@ impl QemuVm {
     pub(crate) fn new() -> Self {
         Self(Arc::new(Shared {
             state: Mutex::default(),
+            plugged: tokio::sync::Mutex::default(),
             console: Tail::new(CONSOLE_LIMIT),
             exit: watch::channel(None).0,
         }))
@@ -178,27 +184,57 @@ impl QemuVm {
         }
     }
 
-    async fn command(&self, operation: &'static str, command: &str) -> Result<(), HypervisorError> {
-        let qmp = self.0.state().qmp.clone();
+    /// The control channel of a machine that runs.
+    fn control(&self, operation: &'static str) -> Result<Qmp, HypervisorError> {
         if let Some(exit) = self.0.exit.borrow().clone() {
             return Err(HypervisorError::Ended(exit));
         }
-        let qmp = qmp.ok_or(HypervisorError::WrongState { operation, state: "is not started" })?;
-        qmp.execute(command, Value::Null, COMMAND_BOUND).await?;
+        let qmp = self.0.state().qmp.clone();
+        qmp.ok_or(HypervisorError::WrongState { operation, state: "is not started" })
+    }
+
+    async fn command(&self, operation: &'static str, command: &str) -> Result<(), HypervisorError> {
+        self.control(operation)?.execute(command, Value::Null, COMMAND_BOUND).await?;
         Ok(())
+    }
+
+    /// Like [`QemuVm::control`], where the machine has a bus to plug into.
+    fn hotplug_control(&self, operation: &'static str) -> Result<Qmp, HypervisorError> {
+        let qmp = self.control(operation)?;
+        match self.0.state().machine {
+            Some(machine) if !takes_devices(machine) => Err(HypervisorError::Unsupported {
+                operation,
+                driver: format!("QEMU's machine {machine}; set hypervisor.qemu.machine_type to \"q35\""),
+            }),
+            _ => Ok(qmp),
+        }
+    }
+}
+
+/// Whether devices can be plugged into this machine while it runs.
+fn takes_devices(machine: Machine) -> bool {
+    match machine {
+        Machine::Q35 => true,
+        Machine::Microvm => false,
     }
 }
 
 #[async_trait]
 impl Vm for QemuVm {
-    /// Nothing can be added to a running machine yet: not on q35, and on microvm never.
     fn capabilities(&self) -> Capabilities {
-        Capabilities { shared_fs: true, pause: true, ..Capabilities::default() }
+        let plugs = self.0.state().machine.is_some_and(takes_devices);
+        Capabilities {
+            shared_fs: true,
+            pause: true,
+            hotplug_block: plugs,
+            hotplug_network: plugs,
+            ..Capabilities::default()
+        }
     }
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
         check(&spec)?;
-        if std::mem::replace(&mut self.0.state().booted, true) {
+        if self.0.state().machine.replace(spec.machine).is_some() {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
         }
         let program = spec.program.clone();
@@ -229,16 +265,19 @@ impl Vm for QemuVm {
         self.command("resume", "cont").await
     }
 
-    async fn add_disk(&self, _: Disk) -> Result<PciPath, HypervisorError> {
-        Err(HypervisorError::Unsupported { operation: "add a disk", driver: "qemu".to_owned() })
+    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
+        let qmp = self.hotplug_control("adding a disk")?;
+        self.0.plugged.lock().await.add_disk(&qmp, &disk).await
     }
 
-    async fn add_nic(&self, _: Nic) -> Result<PciPath, HypervisorError> {
-        Err(HypervisorError::Unsupported { operation: "add a network interface", driver: "qemu".to_owned() })
+    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
+        let qmp = self.hotplug_control("adding a network interface")?;
+        self.0.plugged.lock().await.add_nic(&qmp, nic).await
     }
 
-    async fn remove_device(&self, _: &str) -> Result<(), HypervisorError> {
-        Err(HypervisorError::Unsupported { operation: "remove a device", driver: "qemu".to_owned() })
+    async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
+        let qmp = self.hotplug_control("removing a device")?;
+        self.0.plugged.lock().await.remove(&qmp, id, REMOVAL_BOUND).await
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {
@@ -263,7 +302,12 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
         VmSpec { vcpus: 0, .. } => "it has no virtual CPU",
         VmSpec { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
         VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
-        _ => return Ok(()),
+        _ => match spec.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
+            Some((nic, reason)) => {
+                return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
+            }
+            None => return Ok(()),
+        },
     };
     Err(HypervisorError::InvalidSpec { id: spec.id.clone(), reason: reason.to_owned() })
 }
@@ -328,6 +372,15 @@ fn spawn_qemu(
         image: files.image.map(&mut give),
         shared_fs: shared_fs.map(&mut give),
     };
+    let nics: Vec<NicPlan> = spec
+        .nics
+        .into_iter()
+        .map(|Nic { mac, mtu, queues, .. }| NicPlan {
+            mac,
+            mtu,
+            fds: queues.into_iter().map(&mut give).collect(),
+        })
+        .collect();
     let args = command_line(&Plan {
         id: &spec.id,
         machine: spec.machine,
@@ -336,6 +389,7 @@ fn spawn_qemu(
         memory_mib: spec.memory_mib,
         kernel_params: &spec.kernel_params,
         shared_fs_tag: shared_fs_tag.as_deref(),
+        nics: &nics,
         seccomp_sandbox: &spec.seccomp_sandbox,
         tsc_khz,
         fds,

@@ -7,16 +7,23 @@
 //!
 //! A line that makes no sense is logged and skipped, a reply that comes after its caller gave up is dropped, and a line longer
 //! than [`LINE_LIMIT`] is skipped without being kept: QEMU speaks for the host, but not everything it repeats does.
+//!
+//! A file descriptor goes along with its command's first byte. QEMU keeps one of them for the next command that takes one, so
+//! a second is sent only after the first command was answered.
 
 use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -70,6 +77,8 @@ pub(crate) enum Event {
     Stop,
     /// The guest's CPUs go on.
     Resume,
+    /// A device is gone: the guest has let go of it, or it was never told of it.
+    DeviceDeleted { device: String },
 }
 
 #[derive(Debug, Deserialize)]
@@ -109,9 +118,18 @@ pub(crate) struct Qmp(Arc<Connection>);
 
 #[derive(Debug)]
 struct Connection {
-    lines: mpsc::Sender<Vec<u8>>,
+    requests: mpsc::Sender<Request>,
     waiting: Waiting,
+    /// Weak: that the reader drops the sender tells subscribers of the socket's end.
+    events: broadcast::WeakSender<Event>,
     next_id: AtomicU64,
+}
+
+/// One line, and the descriptor that goes with it.
+#[derive(Debug)]
+struct Request {
+    line: Vec<u8>,
+    fd: Option<OwnedFd>,
 }
 
 /// Callers by the id of their command; `None` once there is nobody left to answer.
@@ -159,14 +177,21 @@ impl Qmp {
             .await
             .map_err(|_| QmpError::Timeout { command: "greeting".to_owned(), bound })??;
 
-        let (lines, to_write) = mpsc::channel(16);
-        let (events, subscription) = broadcast::channel(64);
+        let (requests, to_write) = mpsc::channel(16);
+        let (sender, subscription) = broadcast::channel(64);
+        let events = sender.downgrade();
         let waiting = Waiting(Arc::new(Mutex::new(Some(HashMap::new()))));
-        tokio::spawn(write_lines(write, to_write));
-        tokio::spawn(read_lines(read, waiting.clone(), events));
-        let qmp = Self(Arc::new(Connection { lines, waiting, next_id: AtomicU64::new(1) }));
+        tokio::spawn(write_requests(write, to_write));
+        tokio::spawn(read_lines(read, waiting.clone(), sender));
+        let qmp = Self(Arc::new(Connection { requests, waiting, events, next_id: AtomicU64::new(1) }));
         qmp.execute("qmp_capabilities", Value::Null, bound).await?;
         Ok((qmp, subscription))
+    }
+
+    /// All events from here on. The channel ends with the socket.
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
+        let ended = || broadcast::channel(1).1;
+        self.0.events.upgrade().map_or_else(ended, |events| events.subscribe())
     }
 
     /// Runs a command and gives back what it returns. `arguments` is an object, or null for none.
@@ -179,7 +204,18 @@ impl Qmp {
         arguments: Value,
         bound: Duration,
     ) -> Result<Value, QmpError> {
-        let answer = tokio::time::timeout(bound, self.ask(command, arguments)).await;
+        self.execute_with(command, arguments, None, bound).await
+    }
+
+    /// Like [`Qmp::execute`], for the commands that take a file descriptor: `add-fd` and `getfd`.
+    pub(crate) async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<OwnedFd>,
+        bound: Duration,
+    ) -> Result<Value, QmpError> {
+        let answer = tokio::time::timeout(bound, self.ask(command, arguments, fd)).await;
         let command = command.to_owned();
         match answer {
             Err(_) => Err(QmpError::Timeout { command, bound }),
@@ -192,8 +228,8 @@ impl Qmp {
     }
 
     /// `None`: nobody will answer any more.
-    async fn ask(&self, command: &str, arguments: Value) -> Option<Reply> {
-        let Connection { lines, waiting, next_id, .. } = &*self.0;
+    async fn ask(&self, command: &str, arguments: Value, fd: Option<OwnedFd>) -> Option<Reply> {
+        let Connection { requests, waiting, next_id, .. } = &*self.0;
         let id = next_id.fetch_add(1, Ordering::Relaxed);
         let mut request = json!({ "execute": command, "id": id });
         if let (Some(request), false) = (request.as_object_mut(), arguments.is_null()) {
@@ -202,7 +238,7 @@ impl Qmp {
         let (caller, reply) = oneshot::channel();
         waiting.lock().as_mut()?.insert(id, caller);
         let _ticket = Ticket(waiting, id);
-        lines.send(format!("{request}\n").into_bytes()).await.ok()?;
+        requests.send(Request { line: format!("{request}\n").into_bytes(), fd }).await.ok()?;
         reply.await.ok()
     }
 }
@@ -216,13 +252,35 @@ async fn greeting(read: &mut (impl AsyncBufRead + Unpin)) -> Result<(), QmpError
     }
 }
 
-async fn write_lines(mut write: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>) {
-    while let Some(line) = lines.recv().await {
-        if let Err(error) = write.write_all(&line).await {
+async fn write_requests(mut write: OwnedWriteHalf, mut requests: mpsc::Receiver<Request>) {
+    while let Some(request) = requests.recv().await {
+        if let Err(error) = write_request(&mut write, request).await {
             tracing::debug!(%error, "QEMU's control socket takes no more commands");
             return;
         }
     }
+}
+
+async fn write_request(write: &mut OwnedWriteHalf, Request { line, fd }: Request) -> io::Result<()> {
+    let sent = match fd {
+        Some(fd) => {
+            let stream: &UnixStream = write.as_ref();
+            stream.async_io(Interest::WRITABLE, || send_with(stream, &line, &fd)).await?
+        }
+        None => 0,
+    };
+    write.write_all(line.get(sent..).unwrap_or_default()).await
+}
+
+/// Sends `fd` with the first bytes of `line`, and answers how many those were.
+fn send_with(stream: &UnixStream, line: &[u8], fd: &OwnedFd) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::Error::other("there is no room for a file descriptor"));
+    }
+    Ok(sendmsg(stream, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?)
 }
 
 /// Ends with the socket; by dropping `events` and every caller's sender it tells all of them.
@@ -264,6 +322,11 @@ fn known(event: &str, data: &Value) -> Option<Event> {
         "GUEST_PANICKED" => Some(Event::GuestPanicked),
         "STOP" => Some(Event::Stop),
         "RESUME" => Some(Event::Resume),
+        // Without a name it is a part of a device, such as its virtio half.
+        "DEVICE_DELETED" => {
+            let device = data.get("device").and_then(Value::as_str)?;
+            Some(Event::DeviceDeleted { device: device.to_owned() })
+        }
         _ => None,
     }
 }
@@ -303,4 +366,4 @@ async fn next_line(read: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>) -
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,5 +1,7 @@
 //! What reaches the actor: requests of callers, and the completions of work that it began.
 
+use std::sync::Arc;
+
 use kata_api::agent::StatsContainerResponse;
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{oneshot, watch};
@@ -8,6 +10,7 @@ use super::files::ContainerFiles;
 use crate::agent_client::AgentError;
 use crate::boot::{BootError, Booted};
 use crate::error::SandboxError;
+use crate::hooks::Hooks;
 use crate::pod::{ContainerSpec, Exit, Inspection, ProcessId, ProcessState, Status, Stdio};
 use crate::stdio::Streams;
 use crate::timeline::Timeline;
@@ -75,6 +78,7 @@ pub(crate) enum Done {
 /// A container that the agent has made.
 pub(crate) struct Created {
     pub(crate) files: ContainerFiles,
+    pub(crate) hooks: Arc<Hooks>,
     pub(crate) streams: Streams,
     pub(crate) timeline: Timeline,
 }

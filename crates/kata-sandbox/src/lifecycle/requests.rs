@@ -105,7 +105,8 @@ impl Actor {
             .and_then(|()| init.begin(Pending::Create, &[Status::Created]))
             .and_then(|()| {
                 let bundle = spec.bundle.clone();
-                let container = Container { bundle, args, files: None, init, execs: BTreeMap::new(), cancel };
+                let (files, hooks, execs) = (None, None, BTreeMap::new());
+                let container = Container { bundle, args, files, hooks, init, execs, cancel };
                 self.table.insert(&spec.id, container)
             });
         if let Err(error) = begun {
@@ -134,6 +135,7 @@ impl Actor {
                 self.timeline.merge(created.timeline);
                 if let Ok(container) = self.table.container(&id.container) {
                     container.files = Some(created.files);
+                    container.hooks = Some(created.hooks);
                     container.init.streams = Some(created.streams);
                     container.init.pending = None;
                 }
@@ -195,27 +197,32 @@ impl Actor {
         let (pod, post, link) = (self.pod.clone(), self.post.clone(), self.link.subscribe());
         tokio::spawn(async move {
             let result = match work {
-                None => work::start(&pod, &link, &id).await,
-                Some(launch) => work::launch(&pod, &link, &id, launch).await,
+                work::Start::Container(hooks) => work::start(&pod, &link, &id, hooks).await,
+                work::Start::Exec(launch) => work::launch(&pod, &link, &id, launch).await,
             };
             let _ = post.send(Message::Done(Done::Started { id, result, reply }));
         });
     }
 
-    /// What an exec needs to be launched; nothing for a container's own process, which waits in the guest.
-    fn begin_start(&mut self, id: &ProcessId) -> Result<Option<work::Launch>, SandboxError> {
+    /// What it takes to start a process.
+    fn begin_start(&mut self, id: &ProcessId) -> Result<work::Start, SandboxError> {
         self.alive()?;
+        let container = self.table.container(&id.container)?;
+        let hooks = container.hooks.clone();
         if id.exec.is_some() {
-            self.table.container(&id.container)?.init.check("execute in", &[Status::Running])?;
+            container.init.check("execute in", &[Status::Running])?;
         }
         let process = self.table.process(id)?;
         process.begin(Pending::Start, &[Status::Created])?;
         let command = process.command.take();
-        Ok(command.map(|command| work::Launch {
-            command,
-            stdio: process.stdio.clone(),
-            close_stdin: process.close_stdin.clone(),
-        }))
+        Ok(match command {
+            None => work::Start::Container(hooks),
+            Some(command) => work::Start::Exec(work::Launch {
+                command,
+                stdio: process.stdio.clone(),
+                close_stdin: process.close_stdin.clone(),
+            }),
+        })
     }
 
     pub(super) fn started(
@@ -448,7 +455,7 @@ impl Actor {
             let process = self.table.process(id)?;
             process.begin(Pending::Delete, &[Status::Created, Status::Stopped])?;
             let streams = process.streams.take().into_iter().collect();
-            return Ok(Some(work::Remains { streams, files: None }));
+            return Ok(Some(work::Remains { streams, files: None, hooks: None }));
         }
         if container.init.pending == Some(Pending::Create) {
             container.cancel.send_replace(Some(9));
@@ -461,7 +468,7 @@ impl Actor {
         container.init.begin(Pending::Delete, &[Status::Created, Status::Stopped])?;
         let processes = container.execs.values_mut().chain([&mut container.init]);
         let streams = processes.filter_map(|process| process.streams.take()).collect();
-        Ok(Some(work::Remains { streams, files: container.files.take() }))
+        Ok(Some(work::Remains { streams, files: container.files.take(), hooks: container.hooks.clone() }))
     }
 
     /// A deletion during the creation: the creation's end removes the container.

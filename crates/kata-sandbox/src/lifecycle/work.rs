@@ -12,6 +12,7 @@ use super::{Link, Pod};
 use crate::agent_client::{Agent, AgentError};
 use crate::error::{ErrorKind, SandboxError};
 use crate::guest_spec::{self, GuestSpecError};
+use crate::hooks::Hooks;
 use crate::pod::{ContainerSpec, Exit, ProcessId, Stdio};
 use crate::process_table::Pending;
 use crate::spec;
@@ -50,6 +51,10 @@ pub(super) async fn create(
     let id = ProcessId::init(&container.id);
     let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
     let ContainerSpec { id: name, bundle, spec, rootfs, stdio } = container;
+    let mut hooks = Hooks::new(&name, &bundle, &spec);
+    if pod.network.as_ref().is_some_and(|network| network.spec().bundle == bundle) {
+        hooks = hooks.created();
+    }
     let root = match (&spec.root(), rootfs.is_empty()) {
         (Some(root), true) => bundle.join(root.path()),
         (Some(_), false) => bundle.join("rootfs"),
@@ -77,11 +82,17 @@ pub(super) async fn create(
     }
     let request =
         CreateContainerRequest { container_id: name, oci: Some(wire).into(), storages, ..Default::default() };
-    let mut created = Created { files, streams: Streams::default(), timeline };
+    let hooks = Arc::new(hooks);
+    let mut created = Created { files, hooks: hooks.clone(), streams: Streams::default(), timeline };
+    let make = async {
+        let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
+        hooks.create().await.map_err(failed)?;
+        ask(pod, link, &id, request, &stdio, close_stdin, &mut created).await
+    };
     let asked = tokio::select! {
         biased;
         _ = cancel.wait_for(Option::is_some) => Err(SandboxError::CreateCancelled(id.clone())),
-        asked = ask(pod, link, &id, request, &stdio, close_stdin, &mut created) => asked,
+        asked = make => asked,
     };
     match asked {
         Ok(()) => Ok(created),
@@ -125,7 +136,7 @@ async fn ask(
 
 /// Takes a container back that was made, or half made. The agent may not know it.
 pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
-    let Created { files, streams, .. } = created;
+    let Created { files, hooks, streams, .. } = created;
     drop(streams);
     let up = match &*link.borrow() {
         Link::Up(agent) => Some(agent.clone()),
@@ -143,6 +154,7 @@ pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId
         }
     }
     files.release(pod, link).await;
+    hooks.poststop().await;
 }
 
 /// Removes a container that the agent may still be making: it refuses until it is done.
@@ -158,18 +170,37 @@ async fn forget(agent: &Agent, id: &ProcessId) -> Result<(), AgentError> {
     }
 }
 
-/// Starts a container's own process.
+/// What is to be started.
+pub(super) enum Start {
+    /// A container's own process, which waits in the guest.
+    Container(Option<Arc<Hooks>>),
+    /// An exec.
+    Exec(Launch),
+}
+
+/// Starts a container's own process, on a network that is complete.
 pub(super) async fn start(
     pod: &Pod,
     link: &watch::Receiver<Link>,
     id: &ProcessId,
+    hooks: Option<Arc<Hooks>>,
 ) -> Result<Launched, SandboxError> {
     let agent = Link::agent(link).await?;
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
+    if let Some(network) = &pod.network {
+        let failed = |source| SandboxError::Network { process: id.clone(), source: Arc::new(source) };
+        if network.catch_up(&*pod.vm, &agent).await.map_err(failed)? {
+            timeline.add(Layer::Host, format!("late network of {}", id.container), start);
+        }
+    }
+    let start = Instant::now();
     let started = agent.start_container(&id.container, pod.config.agent.kata.create_container_bound()).await;
     started.map_err(|error| agent_error("start", id, error, link))?;
     timeline.add(Layer::Container, format!("start {}", id.container), start);
+    if let Some(hooks) = hooks {
+        hooks.poststart().await;
+    }
     Ok(Launched { streams: None, timeline })
 }
 
@@ -227,6 +258,7 @@ pub(super) async fn freeze(
 pub(super) struct Remains {
     pub(super) streams: Vec<Streams>,
     pub(super) files: Option<ContainerFiles>,
+    pub(super) hooks: Option<Arc<Hooks>>,
 }
 
 /// Removes a process that does not run. Where the agent refuses, the files come back: the container is still there.
@@ -236,7 +268,7 @@ pub(super) async fn delete(
     id: &ProcessId,
     remains: Remains,
 ) -> (Result<(), SandboxError>, Option<ContainerFiles>) {
-    let Remains { streams, files } = remains;
+    let Remains { streams, files, hooks } = remains;
     drain(streams, &id.to_string()).await;
     if id.exec.is_none() {
         let up = match &*link.borrow() {
@@ -254,6 +286,9 @@ pub(super) async fn delete(
     }
     if let Some(files) = files {
         files.release(pod, link).await;
+    }
+    if let Some(hooks) = hooks {
+        hooks.poststop().await;
     }
     (Ok(()), None)
 }

@@ -9,7 +9,7 @@ use kata_api::ports;
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::fake::FakeVm;
 use kata_hypervisor::{Accelerator, Choice, DriverKind};
-use kata_sandbox::{ContainerSpec, ProcessId, Sandbox, SandboxError, SandboxSpec, Stdio};
+use kata_sandbox::{ContainerSpec, NetworkSpec, ProcessId, Sandbox, SandboxError, SandboxSpec, Stdio};
 use kata_testkit::fake_agent::FakeAgent;
 use kata_testkit::leaks;
 use oci_spec::runtime::{Process, Spec};
@@ -23,6 +23,7 @@ pub struct Rig {
     pub vm: FakeVm,
     pub agent: FakeAgent,
     pub config: Config,
+    pub network: Option<NetworkSpec>,
     daemon: String,
     announces: bool,
     streams: bool,
@@ -45,6 +46,7 @@ impl Rig {
             vm: FakeVm::new(),
             agent: FakeAgent::start().await,
             config,
+            network: None,
             daemon: IDLE_DAEMON.to_owned(),
             announces: true,
             streams: true,
@@ -95,7 +97,7 @@ impl Rig {
                 accelerator: Accelerator::Tcg,
                 reason: "it is a test".to_owned(),
             },
-            network: None,
+            network: self.network.clone(),
         }
     }
 

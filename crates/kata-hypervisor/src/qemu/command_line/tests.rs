@@ -3,15 +3,24 @@ use super::*;
 const PARAMS: [&str; 3] = ["console=ttyS0", "quiet", "agent.log=debug"];
 
 fn text(machine: Machine, accelerator: Accelerator, change: impl FnOnce(&mut Plan<'_>)) -> String {
-    let params: Vec<String> = PARAMS.map(str::to_owned).to_vec();
+    text_of(machine, accelerator, &PARAMS.map(str::to_owned), change)
+}
+
+fn text_of<'a>(
+    machine: Machine,
+    accelerator: Accelerator,
+    params: &'a [String],
+    change: impl FnOnce(&mut Plan<'a>),
+) -> String {
     let mut plan = Plan {
         id: "pod-1",
         machine,
         accelerator,
         vcpus: 2,
         memory_mib: 256,
-        kernel_params: &params,
+        kernel_params: params,
         shared_fs_tag: Some("kataShared"),
+        nics: &[],
         seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         tsc_khz: (accelerator == Accelerator::Tcg).then_some(2_596_120),
         fds: Fds {
@@ -68,6 +77,39 @@ fn q35_with_an_image_and_without_files_shared() {
         plan.fds.initrd = None;
         plan.fds.image = Some(7);
     }));
+}
+
+fn nics() -> [NicPlan; 2] {
+    let mac = [0x52, 0x54, 0x00, 0xab, 0x00, 0x01];
+    [
+        NicPlan { mac, mtu: 1500, fds: vec![9] },
+        NicPlan { mac: [0x02, 0, 0, 0, 0, 0x0a], mtu: 9000, fds: vec![10, 11] },
+    ]
+}
+
+/// The lines of the network interfaces alone.
+fn network_lines(machine: Machine) -> String {
+    let (nics, params) = (nics(), PARAMS.map(str::to_owned));
+    let all = text_of(machine, Accelerator::Kvm, &params, |plan| plan.nics = &nics);
+    all.lines().filter(|line| line.contains("nic")).map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn q35_starts_with_network_interfaces() {
+    insta::assert_snapshot!(network_lines(Machine::Q35));
+}
+
+#[test]
+fn microvm_starts_with_network_interfaces() {
+    insta::assert_snapshot!(network_lines(Machine::Microvm));
+}
+
+#[test]
+fn only_q35_has_a_bridge_to_plug_into() {
+    assert!(
+        text(Machine::Q35, Accelerator::Tcg, |_| {}).contains("pci-bridge,id=bridge,bus=pcie.0,addr=10,")
+    );
+    assert!(!text(Machine::Microvm, Accelerator::Tcg, |_| {}).contains("bridge"));
 }
 
 #[test]

@@ -38,6 +38,28 @@ fn file_that_the_identity_may_not_read_is_copied_into_memory() {
 }
 
 #[test]
+fn disk_is_opened_itself_and_only_as_it_is_to_be_used() {
+    let file = file(0o600);
+    for (readonly, expected) in [(true, rustix::fs::OFlags::RDONLY), (false, rustix::fs::OFlags::RDWR)] {
+        let disk = DiskFile::open(file.path(), readonly).unwrap();
+        let flags = rustix::fs::fcntl_getfl(&disk.fd).unwrap();
+        assert_eq!(flags & rustix::fs::OFlags::RWMODE, expected);
+        assert_eq!((target_of(&disk.fd).as_str(), disk.is_device), (file.path().to_str().unwrap(), false));
+    }
+}
+
+#[test]
+fn pipe_and_directory_are_no_disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    for path in [pipe.as_path(), dir.path(), Path::new("/dev/null"), Path::new("/no/such/disk")] {
+        let error = DiskFile::open(path, true).unwrap_err();
+        assert_eq!(error.to_string(), format!("disk {path:?} cannot be used"));
+    }
+}
+
+#[test]
 fn missing_file_and_directory_are_named() {
     let error = open_for(&somebody(&[]), Path::new("/no/such/kernel"), "guest kernel").unwrap_err();
     assert_eq!(error.to_string(), r#"guest kernel "/no/such/kernel" cannot be used"#);

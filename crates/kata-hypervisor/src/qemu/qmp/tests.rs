@@ -1,17 +1,20 @@
+//! Against a peer that the test plays; [`pair`] and [`Peer`] serve the tests of what is above the protocol too.
+
 use proptest::prelude::*;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::AsyncReadExt;
 
 use super::*;
 
-const BOUND: Duration = Duration::from_secs(5);
+pub(in crate::qemu) const BOUND: Duration = Duration::from_secs(5);
 const GREETING: &str =
     r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": ["oob"]}}"#;
 
 /// The other end of a connection, which the test plays.
-struct Peer(BufReader<UnixStream>);
+pub(in crate::qemu) struct Peer(BufReader<UnixStream>);
 
 impl Peer {
-    async fn say(&mut self, text: &str) {
+    pub(in crate::qemu) async fn say(&mut self, text: &str) {
         self.0.write_all(text.as_bytes()).await.unwrap();
     }
 
@@ -21,6 +24,31 @@ impl Peer {
         serde_json::from_str(&line).unwrap()
     }
 
+    /// Like [`Peer::hear`], with the descriptors that came along. Nothing else may be under way.
+    pub(in crate::qemu) async fn hear_with_fds(&mut self) -> (Value, Vec<OwnedFd>) {
+        let stream = self.0.get_ref();
+        let mut line = vec![0; 4096];
+        let receive = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let into = &mut [io::IoSliceMut::new(&mut line)];
+            let length = recvmsg(stream, into, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
+            let fds = control.drain().flat_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+                _ => Vec::new(),
+            });
+            Ok((length, fds.collect()))
+        };
+        let (length, fds) = stream.async_io(Interest::READABLE, receive).await.unwrap();
+        assert!(line[..length].ends_with(b"\n"));
+        (serde_json::from_slice(&line[..length]).unwrap(), fds)
+    }
+
+    /// Answers what was heard with an empty object.
+    pub(in crate::qemu) async fn agree(&mut self, heard: &Value) {
+        self.say(&format!("{{\"return\": {{}}, \"id\": {}}}\n", heard["id"])).await;
+    }
+
     async fn accept(&mut self) {
         self.say(&format!("{GREETING}\n")).await;
         let id = self.hear().await["id"].clone();
@@ -28,7 +56,7 @@ impl Peer {
     }
 }
 
-async fn pair() -> (Qmp, broadcast::Receiver<Event>, Peer) {
+pub(in crate::qemu) async fn pair() -> (Qmp, broadcast::Receiver<Event>, Peer) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut peer = Peer(BufReader::new(theirs));
     let (connected, ()) = tokio::join!(Qmp::connect(ours, BOUND), peer.accept());
@@ -115,6 +143,50 @@ async fn events_reach_every_subscriber_and_unknown_ones_nobody() {
         assert_eq!(events.recv().await.unwrap(), Event::Shutdown { reason: "guest-reset".to_owned() });
         assert_eq!(events.recv().await.unwrap(), Event::Stop);
     }
+}
+
+#[tokio::test]
+async fn deleted_devices_are_told_by_name_and_their_parts_not_at_all() {
+    let (qmp, mut events, mut peer) = pair().await;
+    let mut later = qmp.subscribe();
+    let part = "/machine/peripheral/disk1/virtio-backend";
+    peer.say(&format!("{{\"event\": \"DEVICE_DELETED\", \"data\": {{\"path\": \"{part}\"}}}}\n")).await;
+    peer.say("{\"event\": \"DEVICE_DELETED\", \"data\": {\"device\": \"disk1\", \"path\": \"/\"}}\n").await;
+    for events in [&mut events, &mut later] {
+        assert_eq!(events.recv().await.unwrap(), Event::DeviceDeleted { device: "disk1".to_owned() });
+    }
+}
+
+#[tokio::test]
+async fn who_subscribes_after_the_end_learns_of_it() {
+    let (qmp, mut events, peer) = pair().await;
+    drop(peer);
+    assert!(matches!(events.recv().await, Err(broadcast::error::RecvError::Closed)));
+    assert!(matches!(qmp.subscribe().recv().await, Err(broadcast::error::RecvError::Closed)));
+}
+
+#[tokio::test]
+async fn descriptor_goes_along_with_its_own_command_and_is_closed_here() {
+    let (qmp, _events, mut peer) = pair().await;
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let play = async {
+        let (heard, fds) = peer.hear_with_fds().await;
+        assert_eq!((heard["execute"].as_str(), fds.len()), (Some("getfd"), 1));
+        peer.agree(&heard).await;
+        let (heard, none) = peer.hear_with_fds().await;
+        peer.agree(&heard).await;
+        assert!(none.is_empty());
+        fds
+    };
+    let ask = async {
+        qmp.execute_with("getfd", json!({"fdname": "a"}), Some(theirs.into()), BOUND).await.unwrap();
+        qmp.execute("stop", Value::Null, BOUND).await.unwrap();
+    };
+    let (fds, ()) = tokio::join!(play, ask);
+    ours.set_read_timeout(Some(BOUND)).unwrap();
+    drop(fds);
+    // The last copy is gone: the other end says so.
+    assert_eq!(std::io::Read::read(&mut &ours, &mut [0]).unwrap(), 0);
 }
 
 #[tokio::test]
