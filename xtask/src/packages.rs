@@ -18,7 +18,6 @@ const TEST: &[&str] = &[
     "procps",
     "containerd",
     "runc",
-    "docker.io",
     "iptables",
     "iproute2",
     "e2fsprogs",

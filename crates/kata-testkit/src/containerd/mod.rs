@@ -9,6 +9,7 @@
 //!
 //! `KATA_TEST_RUNTIME=io.containerd.runc.v2` runs the same tests against runc: what fails then is wrong in the test.
 
+mod docker;
 mod events;
 mod version;
 
@@ -23,6 +24,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::host::{Host, stderr, stdout, wait_for};
 use crate::leaks;
+pub use docker::Docker;
 pub use events::{Event, Events};
 pub use version::Version;
 
@@ -31,7 +33,7 @@ const RUNTIME: &str = "io.containerd.kata.v2";
 /// Name of the only image.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 /// Where containerd keeps what it hands to shims, below its state directory.
-const BUNDLES: &str = "io.containerd.runtime.v2.task/default";
+const BUNDLES: &str = "io.containerd.runtime.v2.task";
 /// A client that is not back by then never will be.
 const CLIENT_PATIENCE: &str = "60";
 
@@ -118,7 +120,7 @@ impl Containerd {
 
     /// What containerd hands to the shim of a container.
     pub fn bundle(&self, container: &str) -> PathBuf {
-        self.state().join(BUNDLES).join(container)
+        self.state().join(BUNDLES).join("default").join(container)
     }
 
     fn root(&self) -> PathBuf {
@@ -323,8 +325,9 @@ impl Drop for Containerd {
         assert_eq!(tasks, "", "the test left these tasks");
         // A snapshotter keeps its layers mounted: containerd's business, not a pod's.
         leaks::unmount(&self.root());
-        let bundles = std::fs::read_dir(self.bundle("")).into_iter().flatten().flatten();
-        let left: Vec<PathBuf> = bundles.map(|entry| entry.path()).collect();
+        let namespaces = std::fs::read_dir(self.state().join(BUNDLES)).into_iter().flatten().flatten();
+        let bundles = namespaces.flat_map(|space| std::fs::read_dir(space.path()).unwrap());
+        let left: Vec<PathBuf> = bundles.map(|bundle| bundle.unwrap().path()).collect();
         assert!(left.is_empty(), "bundles are left: {left:?}");
     }
 }
