@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,8 @@ with_each_containerd!(
     paused_container_stands_still_until_resumed,
     events_tell_a_life_in_order,
     what_is_dead_or_unknown_is_not_found,
-    container_lives_on_without_its_client,
+    large_arguments_and_output_of_an_exec_are_whole,
+    container_lives_on_without_its_client_and_is_attached_to_again,
     checkpoint_is_refused_by_name,
 );
 
@@ -182,7 +183,7 @@ fn signal_can_be_handled_and_its_exit_code_is_told(rig: &mut Containerd) {
         "trap 'echo bye; exit 7' TERM; echo armed; while :; do sleep 0.1; done",
     ]);
     let mut client = rig.ctr(words).stdout(Stdio::piped()).spawn().unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(client.stdout.take().unwrap()));
+    let mut lines = BufReader::new(client.stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "armed");
     rig.ok(["task", "kill", "--signal", "TERM", "trap"]);
     assert_eq!(lines.next().unwrap().unwrap(), "bye");
@@ -251,18 +252,35 @@ fn what_is_dead_or_unknown_is_not_found(rig: &mut Containerd) {
     is_refused(rig, &rig.output(["task", "rm", "box"]), &["box"], "not found");
 }
 
-fn container_lives_on_without_its_client(rig: &mut Containerd) {
+fn large_arguments_and_output_of_an_exec_are_whole(rig: &mut Containerd) {
+    rig.detached(&[], "box", IDLE);
+    let long = "x".repeat(100_000);
+    let output = rig.exec("box", "long", &format!("printf %s {long} | wc -c"));
+    assert_eq!(stdout(&output).trim(), "100000", "{}", stderr(&output));
+    let words = rig.in_container(&[], "box", "much", "seq 200000");
+    let all: String = (1..=200_000).map(|n| format!("{n}\n")).collect();
+    assert!(stdout(&rig.output(words)) == all);
+    rig.remove("box");
+}
+
+fn container_lives_on_without_its_client_and_is_attached_to_again(rig: &mut Containerd) {
     let words = rig.run(&[IMAGE, "lone", "sh", "-c", "echo up; while :; do echo line; sleep 0.01; done"]);
     let mut client = rig.ctr(words).stdout(Stdio::piped()).spawn().unwrap();
     let mut first = String::new();
-    let mut output = std::io::BufReader::new(client.stdout.take().unwrap());
-    std::io::BufRead::read_line(&mut output, &mut first).unwrap();
+    BufReader::new(client.stdout.take().unwrap()).read_line(&mut first).unwrap();
     assert_eq!(first, "up\n");
     client.kill().unwrap();
     client.wait().unwrap();
     assert_eq!(rig.status("lone").as_deref(), Some("RUNNING"));
     assert_eq!(stdout(&rig.exec("lone", "look", "echo alive")), "alive\n");
-    rig.remove("lone");
+
+    let mut client = rig.ctr(["task", "attach", "lone"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(client.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line == "line"));
+    rig.ok(["task", "kill", "--signal", "KILL", "lone"]);
+    assert_eq!(lines.find(|line| line != "line"), None, "the rest, and then the end");
+    assert_eq!(client.wait().unwrap().code(), Some(137));
+    rig.ok(["container", "rm", "lone"]);
 }
 
 fn checkpoint_is_refused_by_name(rig: &mut Containerd) {

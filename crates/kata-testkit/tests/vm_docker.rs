@@ -109,6 +109,20 @@ fn published_port_reaches_the_container_and_containers_reach_each_other() {
 }
 
 #[test]
+fn memory_limit_is_in_force_and_can_be_changed() {
+    let Some(docker) = Docker::new() else { return };
+    let output = docker.run(&["-d", "--name", "box", "--memory", "64m", "busybox", "sleep", "1000"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    // Of the second hierarchy, or the first.
+    let files = "cat /sys/fs/cgroup/memory.max || cat /sys/fs/cgroup/memory/memory.limit_in_bytes";
+    let limit = || docker.ok(["exec", "box", "sh", "-c", files]).trim().parse::<u64>().unwrap() >> 20;
+    assert_eq!(limit(), 64);
+    docker.ok(["update", "--memory", "96m", "--memory-swap", "96m", "box"]);
+    assert_eq!(limit(), 96);
+    docker.ok(["rm", "--force", "box"]);
+}
+
+#[test]
 fn container_without_a_network_has_only_its_loopback() {
     let Some(docker) = Docker::new() else { return };
     let output = docker.run(&["--rm", "--network", "none", "busybox", "sh", "-c", "ls /sys/class/net"]);
