@@ -28,7 +28,6 @@ use crate::hooks::{self, HookError};
 use crate::hybrid::{self, HybridError};
 use crate::lifecycle::Pod;
 use crate::network::NetworkError;
-use crate::pod::NetworkSpec;
 use crate::storage::Share;
 use crate::timeline::{Layer, Timeline};
 
@@ -264,10 +263,9 @@ async fn daemon_failure(child: Option<&Child>) -> Option<BootError> {
 /// Runs the hooks that make the pod's network, and connects what is there.
 async fn attach_network(pod: &Pod, timeline: &mut Timeline) -> Result<Vec<Nic>, BootError> {
     let Some(network) = &pod.network else { return Ok(Vec::new()) };
-    let NetworkSpec { hooks, bundle } = network.spec();
-    if !hooks.is_empty() {
+    if !network.spec().hooks.is_empty() {
         let start = Instant::now();
-        hooks::run_network_hooks(&pod.id, bundle, hooks).await?;
+        hooks::run_network_hooks(&pod.id, network.spec()).await?;
         timeline.add(Layer::Host, "hooks", start);
     }
     let start = Instant::now();

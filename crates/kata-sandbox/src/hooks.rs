@@ -8,20 +8,25 @@
 //!
 //! The first two of the pod's first container make what its network namespace holds (Docker's do), so with a network they
 //! run before the machine boots: [`NetworkSpec::hooks`](crate::NetworkSpec). Each gets the container's state as JSON on its
-//! input, its arguments and environment exactly as given, and the bundle as its working directory. They run in the owner's
-//! namespaces, and so in the pod's network namespace. `createContainer` and `startContainer` hooks are programs of the
+//! input, its arguments and environment exactly as given, and the bundle as its working directory. They run in the
+//! runtime's namespaces: not in the pod's network namespace, where the owner is, but in the one it came from. `createContainer` and `startContainer` hooks are programs of the
 //! container and not run here: see [`crate::guest_spec`].
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kata_hypervisor::process::{Exit, Tail};
 use oci_spec::runtime::{ContainerState, Hook, Spec, StateBuilder};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+
+use crate::pod::NetworkSpec;
 
 /// Bound on a hook that names none: a client waits for it.
 const BOUND: Duration = Duration::from_secs(60);
@@ -74,9 +79,10 @@ pub(crate) struct Hooks {
 }
 
 impl Hooks {
-    /// The hooks in `spec`, of the container `id` with this bundle.
-    pub(crate) fn new(id: &str, bundle: &Path, spec: &Spec) -> Self {
+    /// The hooks in `spec`, of the container `id` with this bundle. They run in the network namespace `netns`, if given.
+    pub(crate) fn new(id: &str, bundle: &Path, spec: &Spec, netns: Option<Arc<OwnedFd>>) -> Self {
         let container = Described {
+            netns,
             version: spec.version().clone(),
             id: id.to_owned(),
             bundle: bundle.to_owned(),
@@ -112,14 +118,15 @@ impl Hooks {
 }
 
 /// Runs the hooks that make the network of the pod `id`.
-pub(crate) async fn run_network_hooks(id: &str, bundle: &Path, hooks: &[Hook]) -> Result<(), HookError> {
+pub(crate) async fn run_network_hooks(id: &str, network: &NetworkSpec) -> Result<(), HookError> {
     let container = Described {
         version: Spec::default().version().clone(),
         id: id.to_owned(),
-        bundle: bundle.to_owned(),
+        bundle: network.bundle.clone(),
         annotations: HashMap::new(),
+        netns: network.runtime_netns.clone(),
     };
-    container.run(hooks, ContainerState::Creating).await
+    container.run(&network.hooks, ContainerState::Creating).await
 }
 
 /// A container as hooks see it.
@@ -129,6 +136,8 @@ struct Described {
     id: String,
     bundle: PathBuf,
     annotations: HashMap<String, String>,
+    /// Where the hooks run; `None` where the owner is.
+    netns: Option<Arc<OwnedFd>>,
 }
 
 impl Described {
@@ -199,6 +208,14 @@ impl Described {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        if let Some(netns) = self.netns.clone() {
+            let enter = move || {
+                let kind = Some(LinkNameSpaceType::Network);
+                move_into_link_name_space(netns.as_fd(), kind).map_err(io::Error::from)
+            };
+            // SAFETY: setns is a bare system call: async-signal-safe, without memory of this process.
+            unsafe { command.pre_exec(enter) };
+        }
         command
     }
 

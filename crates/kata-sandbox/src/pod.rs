@@ -1,7 +1,9 @@
 //! What callers hand in and get back: the nouns of a pod.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use kata_config::Config;
@@ -37,6 +39,8 @@ pub struct NetworkSpec {
     pub hooks: Vec<oci_spec::runtime::Hook>,
     /// The bundle, for the state that hooks are told.
     pub bundle: PathBuf,
+    /// The network namespace that the calling process came from, where hooks run; `None` if that is the pod's.
+    pub runtime_netns: Option<Arc<OwnedFd>>,
 }
 
 /// One container to create, as containerd's `Task.Create` describes it.

@@ -34,7 +34,7 @@ impl Pod {
         let netns = Netns::enter()?;
         let mut rig = Rig::new().await?;
         let bundle = rig.bundle("c");
-        rig.network = Some(NetworkSpec { hooks: Vec::new(), bundle });
+        rig.network = Some(NetworkSpec { hooks: Vec::new(), bundle, runtime_netns: None });
         Some(Self { netns, rig })
     }
 

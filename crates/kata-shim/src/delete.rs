@@ -51,8 +51,16 @@ pub(crate) fn owner_lives(ground: &Ground) -> bool {
 /// Deletes the pod on `ground`.
 pub(crate) fn delete(ground: &Ground) -> Result<(), DeleteError> {
     match UnixStream::connect(ground.socket()) {
-        // Nothing is left then, and what has the name from now on is another pod.
-        Ok(stream) => return destroy(stream),
+        Ok(stream) => match destroy(stream) {
+            // Nothing is left then, and what has the name from now on is another pod.
+            Ok(()) => return Ok(()),
+            // It was dying when it was asked, and is dead by now or soon: a big process takes its time.
+            Err(DeleteError::Refused { pid, source }) if hung_up(&source) => {
+                let gone = Pid::from_raw(pid).is_none_or(left);
+                gone.then_some(()).ok_or(DeleteError::Refused { pid, source })?;
+            }
+            Err(error) => return Err(error),
+        },
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             if let Some(pid) = recorded_owner(&ground.run_dir) {
                 left(pid).then_some(()).ok_or(DeleteError::Unreachable { pid: pid.as_raw_pid() })?;
@@ -84,6 +92,11 @@ fn destroy(stream: UnixStream) -> Result<(), DeleteError> {
     // The pod is gone by now; an owner that takes its time to follow does no harm.
     left(owner);
     Ok(())
+}
+
+/// Whether the owner went away instead of answering.
+fn hung_up(error: &ttrpc::Error) -> bool {
+    !matches!(error, ttrpc::Error::RpcStatus(_))
 }
 
 /// The process that wrote the pod's state, if it still runs. A state that cannot be read is nobody's.

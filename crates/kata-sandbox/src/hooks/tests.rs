@@ -5,6 +5,10 @@ use oci_spec::runtime::{HookBuilder, HooksBuilder};
 
 use super::*;
 
+fn network(bundle: &Path, hooks: &[Hook], runtime_netns: Option<Arc<OwnedFd>>) -> NetworkSpec {
+    NetworkSpec { hooks: hooks.to_vec(), bundle: bundle.to_owned(), runtime_netns }
+}
+
 /// A bundle whose hooks are scripts in it.
 struct Bundle(tempfile::TempDir);
 
@@ -29,7 +33,7 @@ impl Bundle {
     }
 
     async fn run(&self, hook: Hook) -> Result<(), String> {
-        let result = run_network_hooks("c", self.path(), &[hook]).await;
+        let result = run_network_hooks("c", &network(self.path(), &[hook], None)).await;
         // The directory's name is of no interest.
         result
             .map_err(|error| crate::error::chain(&error).replace(&format!("{}/", self.path().display()), ""))
@@ -45,7 +49,7 @@ async fn hook_reads_the_state_from_its_input() {
     let stop = bundle.script("stop", "cat > \"$(basename $0).state\"");
     let hooks = HooksBuilder::default().create_runtime(vec![hook]).poststop(vec![stop]).build().unwrap();
     spec.set_hooks(Some(hooks));
-    let hooks = Hooks::new("web", bundle.path(), &spec);
+    let hooks = Hooks::new("web", bundle.path(), &spec, None);
     hooks.create().await.unwrap();
     let state = |name| serde_json::from_str::<serde_json::Value>(&bundle.read(name)).unwrap();
     let expected = serde_json::json!({
@@ -109,12 +113,25 @@ async fn what_a_hook_leaves_running_is_not_waited_for() {
 async fn first_hook_that_fails_is_the_last_to_run() {
     let bundle = Bundle::new();
     let hooks = [bundle.script("one", "exit 1"), bundle.script("two", "touch ran")];
-    run_network_hooks("c", bundle.path(), &hooks).await.unwrap_err();
+    run_network_hooks("c", &network(bundle.path(), &hooks, None)).await.unwrap_err();
     assert!(!bundle.path().join("ran").exists());
 
     let mut spec = Spec::default();
     let hooks = HooksBuilder::default().poststart(hooks.to_vec()).build().unwrap();
     spec.set_hooks(Some(hooks));
-    Hooks::new("c", bundle.path(), &spec).poststart().await;
+    Hooks::new("c", bundle.path(), &spec, None).poststart().await;
     assert!(bundle.path().join("ran").exists(), "a container that runs goes on");
+}
+
+#[tokio::test]
+async fn hook_runs_in_the_network_namespace_that_the_owner_came_from() {
+    let own = || std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+    let left: Arc<OwnedFd> = Arc::new(own().into());
+    let before = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+    let Some(_netns) = kata_testkit::netns::Netns::enter() else { return };
+    let bundle = Bundle::new();
+    let hooks = [bundle.script("hook", "readlink /proc/self/ns/net > where")];
+    run_network_hooks("c", &network(bundle.path(), &hooks, Some(left))).await.unwrap();
+    assert_eq!(bundle.read("where").trim(), before.to_str().unwrap());
+    assert_ne!(std::fs::read_link("/proc/thread-self/ns/net").unwrap(), before);
 }

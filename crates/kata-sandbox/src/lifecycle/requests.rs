@@ -176,12 +176,16 @@ impl Actor {
     ) -> Result<(), SandboxError> {
         let name = id.exec.clone().unwrap_or_default();
         check_id(&name)?;
-        self.alive()?;
+        if self.fault.is_some() {
+            self.alive()?;
+        }
+        // Of a pod that ended with its container, the container's end is what there is to say.
         let init = &self.table.container(&id.container)?.init;
         match init.status() {
             Status::Created | Status::Running | Status::Paused if init.pending != Some(Pending::Delete) => {}
             _ => init.check("execute in", &[Status::Running])?,
         }
+        self.alive()?;
         let mut process = Process::new(id.clone(), stdio);
         process.command = Some(command);
         self.table.insert_exec(id, &name, process)?;

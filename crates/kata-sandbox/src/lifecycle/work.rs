@@ -51,7 +51,8 @@ pub(super) async fn create(
     let id = ProcessId::init(&container.id);
     let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
     let ContainerSpec { id: name, bundle, spec, rootfs, stdio } = container;
-    let mut hooks = Hooks::new(&name, &bundle, &spec);
+    let netns = pod.network.as_ref().and_then(|network| network.spec().runtime_netns.clone());
+    let mut hooks = Hooks::new(&name, &bundle, &spec, netns);
     if pod.network.as_ref().is_some_and(|network| network.spec().bundle == bundle) {
         hooks = hooks.created();
     }

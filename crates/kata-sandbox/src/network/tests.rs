@@ -10,7 +10,7 @@ use super::*;
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
 fn network() -> Network {
-    Network::new(NetworkSpec { hooks: Vec::new(), bundle: "/nonexistent".into() })
+    Network::new(NetworkSpec { hooks: Vec::new(), bundle: "/nonexistent".into(), runtime_netns: None })
 }
 
 /// A namespace with an eth0 that has 10.1.0.2, and 10.1.0.1 at its other end.

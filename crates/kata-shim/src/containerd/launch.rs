@@ -1,6 +1,8 @@
 //! From the first container's creation to its pod: the options, the configuration, the network that is there.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -33,6 +35,8 @@ pub(crate) struct Launcher {
     pub(super) launched: mpsc::UnboundedSender<Launched>,
     /// What the configuration says of logging is applied here.
     pub(super) level: Level,
+    /// Where hooks run, if not in the pod's network namespace.
+    pub(super) runtime_netns: Option<Arc<OwnedFd>>,
     pub(super) prepare: Prepare,
 }
 
@@ -67,7 +71,11 @@ impl Launcher {
             run_dir: self.ground.run_dir.clone(),
             started: self.started,
             choice: plan.choice,
-            network: Some(NetworkSpec { hooks: network_hooks(spec), bundle: PathBuf::from(&request.bundle) }),
+            network: Some(NetworkSpec {
+                hooks: network_hooks(spec),
+                bundle: PathBuf::from(&request.bundle),
+                runtime_netns: self.runtime_netns.clone(),
+            }),
         };
         let sandbox =
             Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,9 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 use thiserror::Error;
 
 use super::bundle::Netns;
+
+/// The calling thread's namespace.
+const OWN: &str = "/proc/thread-self/ns/net";
 
 #[derive(Debug, Error)]
 pub(crate) enum NetnsError {
@@ -29,22 +32,25 @@ pub(crate) enum NetnsError {
     Host { path: PathBuf },
 }
 
-/// Enters the namespace. To be called while the process has one thread: it is each thread's own.
-pub(crate) fn enter(netns: &Netns) -> Result<(), NetnsError> {
+/// Enters the namespace, and answers the one it came from. To be called while the process has one thread: it is each
+/// thread's own.
+pub(crate) fn enter(netns: &Netns) -> Result<OwnedFd, NetnsError> {
+    let left = File::open(OWN).map_err(NetnsError::Make)?;
     match netns {
         Netns::New => {
             // SAFETY: this unshares the network namespace alone; descriptors and memory stay shared as they are.
             let made = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
-            made.map_err(|error| NetnsError::Make(error.into()))
+            made.map_err(|error| NetnsError::Make(error.into()))?;
         }
-        Netns::At(path) => join(path),
+        Netns::At(path) => join(path, &left)?,
     }
+    Ok(left.into())
 }
 
-fn join(path: &Path) -> Result<(), NetnsError> {
+fn join(path: &Path, own: &File) -> Result<(), NetnsError> {
     let failed = |source| NetnsError::Enter { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
-    let own = std::fs::metadata("/proc/thread-self/ns/net").map_err(failed)?;
+    let own = own.metadata().map_err(failed)?;
     let there = file.metadata().map_err(failed)?;
     if (own.dev(), own.ino()) == (there.dev(), there.ino()) {
         return Err(NetnsError::Host { path: path.to_owned() });
@@ -78,7 +84,7 @@ mod tests {
         });
         let (number, path) = made.recv().unwrap();
         assert_ne!(number, inode());
-        let joiner = std::thread::spawn(move || enter(&Netns::At(path.into())).map(|()| inode()));
+        let joiner = std::thread::spawn(move || enter(&Netns::At(path.into())).map(|_| inode()));
         assert_eq!(joiner.join().unwrap().unwrap(), number);
         drop(done);
         maker.join().unwrap();

@@ -1,6 +1,7 @@
 //! `serve`: the owner of a pod under containerd. `start` runs it, with the pod's socket as its standard input.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -46,7 +47,7 @@ pub(crate) enum ServeError {
 pub(crate) fn run(args: &ServeArgs, started: Instant) -> Result<(), ServeError> {
     let listener = trace::listener_on_stdin().map_err(ServeError::Listener)?;
     // Each thread's own: before there is a second.
-    netns::enter(&args.netns.clone().map_or(Netns::New, Netns::At)).map_err(ServeError::Netns)?;
+    let left = netns::enter(&args.netns.clone().map_or(Netns::New, Netns::At)).map_err(ServeError::Netns)?;
     // What the pod keeps is its owner's alone.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     let ground = Ground::of(&args.id);
@@ -57,7 +58,8 @@ pub(crate) fn run(args: &ServeArgs, started: Instant) -> Result<(), ServeError> 
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Runtime)?;
     let served = runtime.block_on(async {
-        let owner = Owner { args, ground, started, level, prepare: prepare() };
+        let owner =
+            Owner { args, ground, started, level, runtime_netns: Some(Arc::new(left)), prepare: prepare() };
         let (life, server) = owner.serve(listener).await?;
         if let Err(error) = trace::detach_stdio() {
             tracing::warn!(%error, "cannot leave the standard streams");
@@ -80,6 +82,8 @@ pub(super) struct Owner<'a> {
     pub(super) ground: Ground,
     pub(super) started: Instant,
     pub(super) level: trace::Level,
+    /// The network namespace that this process came from.
+    pub(super) runtime_netns: Option<Arc<OwnedFd>>,
     pub(super) prepare: Prepare,
 }
 
@@ -102,6 +106,7 @@ impl Owner<'_> {
             started: self.started,
             launched,
             level: self.level,
+            runtime_netns: self.runtime_netns,
             prepare: self.prepare,
         };
         let mut server = services::all(Arc::new(Slot::waiting(launcher)), &reins).add_listener(listener);

@@ -99,6 +99,7 @@ impl Live {
             ground: ground.clone(),
             started: Instant::now(),
             level: Level::fixed(),
+            runtime_netns: None,
             prepare,
         };
         let (life, server) = owner.serve(listener).await.unwrap();
