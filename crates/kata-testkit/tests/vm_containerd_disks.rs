@@ -1,7 +1,7 @@
 //! Root file systems that a snapshotter gives as block devices or file-system images go into the machine as disks.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use kata_testkit::containerd::{Containerd, Version};
 use kata_testkit::host::{stderr, stdout};
@@ -42,22 +42,33 @@ fn blockfile_is_a_disk_of_the_machine_and_keeps_what_is_written() {
     rig.remove("kept");
 }
 
+/// The disks of the container's machine, each with whether it is read-only.
+const DISKS: &str = "for disk in /sys/block/vd*; do [ -e $disk/ro ] && cat $disk/ro; done";
+
 #[test]
-fn read_only_view_of_an_erofs_layer_is_a_disk_of_the_machine() {
+fn erofs_layers_of_a_read_only_root_are_disks_of_the_machine() {
     let Some(rig) = Containerd::new(Version::V2) else { return };
     if !rig.has_machines() {
         return;
     }
-    let output = rig.sh(&["--snapshotter", "erofs", "--read-only"], "image", ROOT);
-    let text = stdout(&output);
-    assert!(text.starts_with("/dev/vd") && text.trim_end().ends_with("erofs"), "{text}{}", stderr(&output));
+    let script = format!("{DISKS}; ls /bin/sh; touch /new");
+    let output = rig.sh(&["--snapshotter", "erofs", "--read-only"], "image", &script);
+    assert_eq!(stdout(&output), "1\n/bin/sh\n", "{}", stderr(&output));
+    assert!(stderr(&output).contains("Read-only file system"), "{}", stderr(&output));
 }
 
 #[test]
-fn container_on_erofs_layers_is_writable() {
+fn what_a_container_writes_over_erofs_layers_is_in_its_snapshot() {
     let Some(rig) = Containerd::new(Version::V2) else { return };
-    let output = rig.sh(&["--snapshotter", "erofs"], "layers", "echo written > /new; cat /new; ls /bin/sh");
-    assert_eq!(stdout(&output), "written\n/bin/sh\n", "{}", stderr(&output));
+    let script = "echo written > /new; cat /new; ls /bin/sh; exec sleep 1000";
+    rig.detached(&["--snapshotter", "erofs"], "layers", script);
+    rig.host().wait_for("the file", || rig.exec("layers", "look", "cat /new").status.success().then_some(()));
+    let diff = ["snapshots", "--snapshotter", "erofs", "diff", "layers"];
+    let mut diff = rig.ctr(diff).stdout(Stdio::piped()).spawn().unwrap();
+    let unpack = Command::new("tar").args(["-xzO", "new"]).stdin(diff.stdout.take().unwrap()).output();
+    assert_eq!(stdout(&unpack.unwrap()), "written\n");
+    assert!(diff.wait().unwrap().success());
+    rig.remove("layers");
 }
 
 #[test]

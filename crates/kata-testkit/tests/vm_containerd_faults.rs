@@ -45,9 +45,14 @@ fn outlives(rig: &mut Containerd, down: fn(&mut Containerd)) {
     down(rig);
     // Said while there is no containerd.
     let mut heard: Vec<u64> = counted.by_ref().take(20).collect();
+    let logged = rig.log().len();
     rig.start();
     assert_eq!(rig.status("box").as_deref(), Some("RUNNING"));
     assert_eq!(stdout(&rig.exec("box", "look", "echo alive")), "alive\n");
+    if rig.has_machines() {
+        let since = rig.log().split_off(logged);
+        assert!(since.contains("kata_sandbox::process_table"), "the owner's log has no reader any more");
+    }
     heard.extend(counted.take(20));
     assert!(heard.iter().copied().eq(first + 1..=first + 40), "output is lost: {first} then {heard:?}");
     let events = Events::of(rig);

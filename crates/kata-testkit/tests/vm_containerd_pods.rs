@@ -1,12 +1,15 @@
 //! Further containers of a pod, and the configuration that a runtime's options name, against both containerds.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+use std::os::unix::net::UnixStream;
+
 use kata_testkit::containerd::Containerd;
 use kata_testkit::host::{stderr, stdout};
 use kata_testkit::with_each_containerd;
 
 with_each_containerd!(
     further_container_joins_the_pods_owner_and_machine,
+    bundle_has_the_owners_address,
     pod_takes_its_containers_along,
     container_of_a_pod_that_is_not_there_is_refused_by_name,
     configuration_that_the_options_name_is_used,
@@ -48,6 +51,20 @@ fn further_container_joins_the_pods_owner_and_machine(rig: &mut Containerd) {
     assert_eq!(rig.status("pod").as_deref(), Some("RUNNING"));
     of_pod(rig, "side");
     assert_eq!(look("side", "echo back"), "back\n");
+    rig.remove("side");
+    rig.remove("pod");
+}
+
+fn bundle_has_the_owners_address(rig: &mut Containerd) {
+    if !rig.has_machines() {
+        return;
+    }
+    of_pod(rig, "pod");
+    of_pod(rig, "side");
+    let address = |id: &str| std::fs::read_to_string(rig.bundle(id).join("address")).unwrap();
+    assert_eq!(address("pod"), address("side"));
+    let socket = address("pod");
+    UnixStream::connect(socket.strip_prefix("unix://").unwrap()).unwrap();
     rig.remove("side");
     rig.remove("pod");
 }
