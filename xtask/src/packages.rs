@@ -20,6 +20,7 @@ const TEST: &[&str] = &[
     "runc",
     "iptables",
     "iproute2",
+    "containernetworking-plugins",
     "e2fsprogs",
     "erofs-utils",
     "bsdutils",

@@ -9,9 +9,8 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -19,7 +18,6 @@ use super::{CLIENT_PATIENCE, Containerd, Version, send};
 use crate::host::{stderr, stdout, wait_for};
 use crate::leaks;
 use rustix::process::Signal;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// The daemon makes this on the host whatever it is told.
 const PLUGINS: &str = "/run/docker/plugins";
@@ -43,14 +41,8 @@ impl Docker {
         let path = |name: &str| containerd.host().scratch(name);
         // Not the host's.
         std::fs::write(path("docker.json"), "{}").unwrap();
-        assert!(
-            in_network(&containerd, Path::new("ip"))
-                .args(["link", "set", "lo", "up"])
-                .status()
-                .unwrap()
-                .success()
-        );
-        let mut command = in_network(&containerd, &program);
+        assert!(containerd.beside("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+        let mut command = containerd.beside(&program);
         for (flag, value) in [
             ("--config-file", path("docker.json")),
             ("--containerd", containerd.socket()),
@@ -113,23 +105,10 @@ impl Docker {
         self.output([&["run", "--runtime", self.containerd.runtime()], what].concat())
     }
 
-    /// Does something on a thread in the daemon's network namespace: the host as containers see it.
+    /// Does something in the daemon's network namespace: on the host as containers see it.
     pub fn on_its_host<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        let network = File::open(format!("/proc/{}/ns/net", self.containerd.pid())).unwrap();
-        std::thread::scope(|scope| {
-            let entered = scope.spawn(|| {
-                move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-                act()
-            });
-            entered.join().unwrap()
-        })
+        self.containerd.on_its_host(act)
     }
-}
-
-fn in_network(containerd: &Containerd, program: &Path) -> Command {
-    let mut command = Command::new("nsenter");
-    command.arg(format!("--target={}", containerd.pid())).args(["--net", "--"]).arg(program);
-    command
 }
 
 impl Drop for Docker {

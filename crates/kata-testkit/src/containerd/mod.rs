@@ -15,12 +15,14 @@ mod version;
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::host::{Host, stderr, stdout, wait_for};
 use crate::leaks;
@@ -111,6 +113,25 @@ impl Containerd {
     /// The daemon's process id.
     pub fn pid(&self) -> u32 {
         self.daemon.as_ref().expect("containerd runs").id()
+    }
+
+    /// A program in the daemon's network namespace.
+    pub fn beside(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--target={}", self.pid())).args(["--net", "--"]).arg(program);
+        command
+    }
+
+    /// Does something on a thread in the daemon's network namespace: on the host as containers see it.
+    pub fn on_its_host<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        let network = File::open(format!("/proc/{}/ns/net", self.pid())).unwrap();
+        std::thread::scope(|scope| {
+            let entered = scope.spawn(|| {
+                move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+                act()
+            });
+            entered.join().unwrap()
+        })
     }
 
     /// Where clients connect.
