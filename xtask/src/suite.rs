@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::products::Profile;
 use crate::shell::{self, ChoreError, at, cargo, tree};
-use crate::unpacked::{NEWER_CONTAINERD, NEWER_QEMU};
+use crate::unpacked::{NEWER_CONTAINERD, NEWER_DOCKER, NEWER_QEMU};
 use crate::{Chores, demo, packages, products, say};
 
 /// Runs the test suite; with `unit`, without booting machines.
@@ -21,9 +21,12 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
         nextest.env("KATA_TEST_PROGRAMS", &products.dir).env("KATA_TEST_IMAGE", demo::busybox_image()?);
         nextest.env("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux"));
         nextest.env("KATA_TEST_INITRD", small_initrd()?);
-        for (variable, unpacked) in
-            [("KATA_TEST_NEWER_QEMU", NEWER_QEMU), ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD)]
-        {
+        nextest.env("KATA_TEST_CONTAINERD", "/usr/bin/containerd");
+        for (variable, unpacked) in [
+            ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
+            ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD),
+            ("KATA_TEST_DOCKERD", NEWER_DOCKER),
+        ] {
             match unpacked.program() {
                 Ok(program) => drop(nextest.env(variable, program)),
                 Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),

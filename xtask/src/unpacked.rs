@@ -35,6 +35,14 @@ pub const NEWER_CONTAINERD: Unpacked = Unpacked {
     program: "usr/bin/containerd",
 };
 
+/// Docker that takes shims by their name, which 20.10 does not. The client is in `usr/bin`.
+pub const NEWER_DOCKER: Unpacked = Unpacked {
+    name: "newer-docker",
+    suite: "trixie",
+    packages: &["docker.io", "docker-cli"],
+    program: "usr/sbin/dockerd",
+};
+
 impl Unpacked {
     /// The program, downloaded and unpacked the first time.
     pub fn program(&self) -> Chores<PathBuf> {

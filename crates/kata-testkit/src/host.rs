@@ -43,10 +43,15 @@ impl Host {
 
     /// Replaces the configuration file by `text` and what every test needs.
     pub fn configure(&self, text: &str) {
+        self.configure_at(&self.config(), text);
+    }
+
+    /// The same in another file.
+    pub fn configure_at(&self, path: &Path, text: &str) {
         let ids = format!("[runtime]\nuid_range = \"{}-{}\"\n", self.ids.start, self.ids.end - 1);
         let text =
             if text.contains("[runtime]") { text.replacen("[runtime]\n", &ids, 1) } else { ids + text };
-        std::fs::write(self.config(), text).unwrap();
+        std::fs::write(path, text).unwrap();
     }
 
     /// Path of the configuration file.
@@ -127,12 +132,17 @@ impl Host {
     pub fn leftovers(&self, patience: Duration) -> Vec<String> {
         let begin = Instant::now();
         loop {
-            let found = leaks::find(self.dir.path(), &self.run_dir(), &self.state_dir(), &self.ids);
+            let found = self.remains();
             if found.is_empty() || begin.elapsed() > patience {
                 return found;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// What of any pod of this world is there now.
+    pub fn remains(&self) -> Vec<String> {
+        leaks::find(self.dir.path(), &self.run_dir(), &self.state_dir(), &self.ids)
     }
 
     /// Waits until `probe` finds something; fails the test after ten seconds.

@@ -72,6 +72,11 @@ pub fn clear(dir: &Path, ids: &Range<u32>) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
+    unmount(dir);
+}
+
+/// Unmounts everything below `dir`, the last mounted first.
+pub fn unmount(dir: &Path) {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for path in mounts.lines().rev().filter_map(|line| line.split_whitespace().nth(4)) {
         if Path::new(path).starts_with(dir) {

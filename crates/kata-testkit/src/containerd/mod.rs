@@ -9,19 +9,24 @@
 //!
 //! `KATA_TEST_RUNTIME=io.containerd.runc.v2` runs the same tests against runc: what fails then is wrong in the test.
 
+mod docker;
 mod events;
 mod version;
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::host::{Host, stderr, stdout, wait_for};
+use crate::leaks;
+pub use docker::Docker;
 pub use events::{Event, Events};
 pub use version::Version;
 
@@ -30,7 +35,7 @@ const RUNTIME: &str = "io.containerd.kata.v2";
 /// Name of the only image.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 /// Where containerd keeps what it hands to shims, below its state directory.
-const BUNDLES: &str = "io.containerd.runtime.v2.task/default";
+const BUNDLES: &str = "io.containerd.runtime.v2.task";
 /// A client that is not back by then never will be.
 const CLIENT_PATIENCE: &str = "60";
 
@@ -110,6 +115,25 @@ impl Containerd {
         self.daemon.as_ref().expect("containerd runs").id()
     }
 
+    /// A program in the daemon's network namespace.
+    pub fn beside(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--target={}", self.pid())).args(["--net", "--"]).arg(program);
+        command
+    }
+
+    /// Does something on a thread in the daemon's network namespace: on the host as containers see it.
+    pub fn on_its_host<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        let network = File::open(format!("/proc/{}/ns/net", self.pid())).unwrap();
+        std::thread::scope(|scope| {
+            let entered = scope.spawn(|| {
+                move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+                act()
+            });
+            entered.join().unwrap()
+        })
+    }
+
     /// Where clients connect.
     pub fn socket(&self) -> PathBuf {
         self.state().join("c.sock")
@@ -117,7 +141,7 @@ impl Containerd {
 
     /// What containerd hands to the shim of a container.
     pub fn bundle(&self, container: &str) -> PathBuf {
-        self.state().join(BUNDLES).join(container)
+        self.state().join(BUNDLES).join("default").join(container)
     }
 
     fn root(&self) -> PathBuf {
@@ -132,13 +156,27 @@ impl Containerd {
         self.host.scratch("containerd.toml")
     }
 
-    fn log(&self) -> PathBuf {
+    fn log_file(&self) -> PathBuf {
         self.host.scratch("containerd.log")
+    }
+
+    /// What the daemon and, through it, the owners of pods have logged.
+    pub fn log(&self) -> String {
+        read(&self.log_file())
+    }
+
+    /// What of any pod is there: everything of this world but the daemon and its clients.
+    pub fn remains(&self) -> Vec<String> {
+        let own = |line: &String| {
+            let process = [" containerd", " ctr"].iter().any(|name| line.ends_with(name));
+            process || (line.starts_with("socket ") && line.contains("c.sock"))
+        };
+        self.host.remains().into_iter().filter(|line| !own(line)).collect()
     }
 
     /// Starts the daemon; answers when it can be spoken to.
     pub fn start(&mut self) {
-        let log = File::options().create(true).append(true).open(self.log()).unwrap();
+        let log = File::options().create(true).append(true).open(self.log_file()).unwrap();
         let mut words = self.within.iter().map(OsStr::new).chain([self.program.as_os_str()]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).arg("--config").arg(self.config());
@@ -148,7 +186,7 @@ impl Containerd {
         let socket = self.socket();
         let answers = || {
             if let Some(status) = daemon.try_wait().unwrap() {
-                panic!("containerd ended: {status}\n{}", read(&self.log()));
+                panic!("containerd ended: {status}\n{}", self.log());
             }
             UnixStream::connect(&socket).is_ok().then_some(())
         };
@@ -264,6 +302,16 @@ impl Containerd {
         self.ok(["container", "rm", id]);
     }
 
+    /// Removes a task that has ended, which must have done so with this code other than zero, and its container.
+    #[track_caller]
+    pub fn reap(&self, id: &str, code: u32) {
+        let output = self.output(["task", "rm", id]);
+        // The client tells no other way.
+        let told = format!("exit with non-zero exit code {code}\"");
+        assert!(stderr(&output).contains(&told), "{}", stderr(&output));
+        self.ok(["container", "rm", id]);
+    }
+
     /// A root file system unpacked from the image, outside of containerd's stores.
     pub fn unpacked_root(&self) -> PathBuf {
         let root = self.host.scratch("rootfs");
@@ -280,7 +328,7 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = read(&self.log());
+            let log = self.log();
             let told =
                 log.lines().filter(|line| !line.contains("loading plugin") && !line.contains("content"));
             eprintln!("--- containerd ---\n{}", told.collect::<Vec<_>>().join("\n"));
@@ -296,8 +344,11 @@ impl Drop for Containerd {
         let tasks = self.ok(["task", "ls", "-q"]);
         self.stop();
         assert_eq!(tasks, "", "the test left these tasks");
-        let bundles = std::fs::read_dir(self.bundle("")).into_iter().flatten().flatten();
-        let left: Vec<PathBuf> = bundles.map(|entry| entry.path()).collect();
+        // A snapshotter keeps its layers mounted: containerd's business, not a pod's.
+        leaks::unmount(&self.root());
+        let namespaces = std::fs::read_dir(self.state().join(BUNDLES)).into_iter().flatten().flatten();
+        let bundles = namespaces.flat_map(|space| std::fs::read_dir(space.path()).unwrap());
+        let left: Vec<PathBuf> = bundles.map(|bundle| bundle.unwrap().path()).collect();
         assert!(left.is_empty(), "bundles are left: {left:?}");
     }
 }

@@ -1,0 +1,201 @@
+//! containerd, the owner or a part of a pod dies or hangs, or a client gives up: what is told, and what is left.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use kata_testkit::containerd::{Containerd, Events, IMAGE, Version, send};
+use kata_testkit::host::{stderr, stdout, wait_for};
+use kata_testkit::with_each_containerd;
+use rustix::process::Signal;
+
+with_each_containerd!(
+    pod_outlives_a_killed_containerd,
+    pod_outlives_a_restarted_containerd,
+    exit_while_containerd_is_down_is_known_later,
+    killed_owner_is_an_exit_and_leaves_nothing,
+    killed_machine_is_an_exit_with_the_reason,
+    killed_file_server_is_an_exit_with_the_reason,
+    stopped_machine_is_an_exit_with_the_reason,
+    stopped_file_server_is_an_exit_with_the_reason,
+    cancelled_create_leaves_nothing,
+    twenty_rounds_leave_nothing,
+    five_pods_start_at_once,
+);
+
+/// How long the death of a part may go unnoticed at most.
+const NOTICED: Duration = Duration::from_secs(60);
+
+/// The standard output of a detached container, which nobody else reads any more.
+fn output_of(rig: &Containerd, id: &str) -> impl Iterator<Item = u64> + use<> {
+    let name = format!("{id}-stdout");
+    let dirs = std::fs::read_dir(rig.fifos()).unwrap();
+    let fifo: PathBuf = dirs.map(|dir| dir.unwrap().path().join(&name)).find(|path| path.exists()).unwrap();
+    BufReader::new(File::open(fifo).unwrap()).lines().map(|line| line.unwrap().parse().unwrap())
+}
+
+/// A container that counts aloud, while containerd goes by `down` and comes back.
+fn outlives(rig: &mut Containerd, down: fn(&mut Containerd)) {
+    rig.detached(&[], "box", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done");
+    let mut counted = output_of(rig, "box");
+    let first = counted.next().unwrap();
+    down(rig);
+    // Said while there is no containerd.
+    let mut heard: Vec<u64> = counted.by_ref().take(20).collect();
+    let logged = rig.log().len();
+    rig.start();
+    assert_eq!(rig.status("box").as_deref(), Some("RUNNING"));
+    assert_eq!(stdout(&rig.exec("box", "look", "echo alive")), "alive\n");
+    if rig.has_machines() {
+        let since = rig.log().split_off(logged);
+        assert!(since.contains("kata_sandbox::process_table"), "the owner's log has no reader any more");
+    }
+    heard.extend(counted.take(20));
+    assert!(heard.iter().copied().eq(first + 1..=first + 40), "output is lost: {first} then {heard:?}");
+    let events = Events::of(rig);
+    rig.ok(["task", "kill", "--signal", "KILL", "box"]);
+    assert_eq!(events.wait("/tasks/exit", "box").number("exit_status"), 137);
+    rig.reap("box", 137);
+}
+
+fn pod_outlives_a_killed_containerd(rig: &mut Containerd) {
+    outlives(rig, Containerd::kill);
+}
+
+fn pod_outlives_a_restarted_containerd(rig: &mut Containerd) {
+    outlives(rig, Containerd::stop);
+}
+
+fn exit_while_containerd_is_down_is_known_later(rig: &mut Containerd) {
+    let done = rig.host().scratch("flag/file");
+    let shared = done.parent().unwrap().to_owned();
+    std::fs::create_dir_all(&shared).unwrap();
+    let mount = format!("type=bind,src={},dst=/flag,options=rbind:rw", shared.display());
+    let script = "while [ ! -e /flag/go ]; do sleep 0.05; done; touch /flag/gone; exit 6";
+    rig.detached(&["--mount", &mount], "box", script);
+    rig.kill();
+    std::fs::write(shared.join("go"), "").unwrap();
+    rig.host().wait_for("the container's end", || shared.join("gone").exists().then_some(()));
+    rig.start();
+    rig.host().wait_for("the task's end", || (rig.status("box").as_deref() != Some("RUNNING")).then_some(()));
+    match rig.status("box") {
+        Some(_) => rig.reap("box", 6),
+        // containerd 2 shuts a shim without processes down when it finds it again.
+        None => {
+            assert_eq!(rig.version(), Version::V2);
+            rig.ok(["container", "rm", "box"]);
+        }
+    }
+}
+
+fn killed_owner_is_an_exit_and_leaves_nothing(rig: &mut Containerd) {
+    let events = Events::of(rig);
+    rig.detached(&[], "box", "exec sleep 1000");
+    let owners = rig.host().pids_of("containerd-shim");
+    assert_eq!(owners.len(), 1, "{owners:?}");
+    send(owners[0], Signal::KILL);
+    let exit = events.wait_within(NOTICED, "/tasks/exit", |event| event.text("id") == "box");
+    assert_eq!(exit.number("exit_status"), 137);
+    // containerd has the task deleted by a shim of its own accord, and forgets it.
+    wait_for("the task to be gone", NOTICED, || rig.status("box").is_none().then_some(()));
+    nothing_of_a_pod(rig);
+    rig.ok(["container", "rm", "box"]);
+    assert_eq!(stdout(&rig.sh(&[], "box", "echo next")), "next\n");
+}
+
+#[track_caller]
+fn nothing_of_a_pod(rig: &Containerd) {
+    let begin = std::time::Instant::now();
+    while !rig.remains().is_empty() {
+        assert!(begin.elapsed() < Duration::from_secs(10), "left: {:?}", rig.remains());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A part of the pod gets a signal: the container has exited, and containerd's log, where the owner's goes, says why.
+fn part_gets(rig: &Containerd, part: &str, signal: Signal, reason: &[&str]) {
+    if !rig.has_machines() {
+        return;
+    }
+    // What hangs is noticed by the agent's silence.
+    rig.host().configure("[agent.kata]\nhealth_timeout_ms = 6000\n");
+    let events = Events::of(rig);
+    rig.detached(&[], "box", "exec sleep 1000");
+    let parts = rig.host().pids_of(part);
+    assert!(!parts.is_empty(), "no {part} runs");
+    for pid in parts {
+        send(pid, signal);
+    }
+    let exit = events.wait_within(NOTICED, "/tasks/exit", |event| event.text("id") == "box");
+    assert_ne!(exit.number("exit_status"), 0);
+    assert_eq!(rig.status("box").as_deref(), Some("STOPPED"));
+    let log = rig.log();
+    for word in reason {
+        assert!(log.contains(word), "no `{word}` in the log");
+    }
+    let removed = rig.output(["task", "rm", "box"]);
+    assert!(!stderr(&removed).contains("ctr:"), "{}", stderr(&removed));
+    rig.ok(["container", "rm", "box"]);
+    nothing_of_a_pod(rig);
+}
+
+fn killed_machine_is_an_exit_with_the_reason(rig: &mut Containerd) {
+    part_gets(rig, "qemu-system", Signal::KILL, &["qemu", "killed"]);
+}
+
+fn killed_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
+    part_gets(rig, "kata-virtiofsd", Signal::KILL, &["virtiofsd"]);
+}
+
+fn stopped_machine_is_an_exit_with_the_reason(rig: &mut Containerd) {
+    part_gets(rig, "qemu-system", Signal::STOP, &["qemu"]);
+}
+
+fn stopped_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
+    part_gets(rig, "kata-virtiofsd", Signal::STOP, &["virtiofsd"]);
+}
+
+fn cancelled_create_leaves_nothing(rig: &mut Containerd) {
+    if !rig.has_machines() {
+        return;
+    }
+    let words = rig.run(&["--rm", IMAGE, "half", "echo", "no"]);
+    let mut client = rig.ctr(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    rig.host().wait_for("the machine", || rig.host().pids_of("qemu-system").first().copied());
+    client.kill().unwrap();
+    assert_eq!(stdout(&client.wait_with_output().unwrap()), "");
+    wait_for("the task to be gone", NOTICED, || rig.status("half").is_none().then_some(()));
+    nothing_of_a_pod(rig);
+    rig.ok(["container", "rm", "half"]);
+    assert_eq!(stdout(&rig.sh(&[], "half", "echo whole")), "whole\n");
+}
+
+fn twenty_rounds_leave_nothing(rig: &mut Containerd) {
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", rig.pid())).unwrap().count();
+    let mut settled = 0;
+    for round in 0..20 {
+        assert_eq!(stdout(&rig.sh(&[], "again", &format!("echo {round}"))), format!("{round}\n"));
+        nothing_of_a_pod(rig);
+        // The first rounds open what stays.
+        if round == 2 {
+            settled = descriptors();
+        }
+    }
+    assert!(descriptors() <= settled + 3, "containerd had {settled} descriptors, and then {}", descriptors());
+}
+
+fn five_pods_start_at_once(rig: &mut Containerd) {
+    let clients: Vec<_> = (0..5)
+        .map(|n| {
+            let (id, script) = (format!("pod{n}"), format!("echo pod {n}"));
+            let words = rig.run(&["--rm", IMAGE, &id, "sh", "-c", &script]);
+            rig.ctr(words).stdout(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for (n, client) in clients.into_iter().enumerate() {
+        assert_eq!(stdout(&client.wait_with_output().unwrap()), format!("pod {n}\n"));
+    }
+}
