@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use kata_api::agent::{
     ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
-    CreateSandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest, PauseContainerRequest,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest, WriteStreamRequest,
+    CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest,
+    PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
+    ResumeContainerRequest, Routes, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::health::CheckRequest;
@@ -176,6 +176,12 @@ impl Agent {
         let mut request = AddARPNeighborsRequest::new();
         request.neighbors = Some(ARPNeighbors { arp_neighbors: neighbours, ..Default::default() }).into();
         done("AddARPNeighbors", PROMPT, self.service.add_arp_neighbors(within(PROMPT), &request)).await
+    }
+
+    /// Ends what is in the sandbox, and writes back what is dirty.
+    pub(crate) async fn destroy_sandbox(&self, bound: Duration) -> Result<(), AgentError> {
+        let request = DestroySandboxRequest::new();
+        done("DestroySandbox", bound, self.service.destroy_sandbox(within(bound), &request)).await
     }
 
     pub(crate) async fn create_container(

@@ -208,6 +208,12 @@ impl Described {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        let as_usual = || {
+            rustix::process::umask(rustix::fs::Mode::WGRP | rustix::fs::Mode::WOTH);
+            Ok(())
+        };
+        // SAFETY: umask is a bare system call: async-signal-safe, without memory of this process.
+        unsafe { command.pre_exec(as_usual) };
         if let Some(netns) = self.netns.clone() {
             let enter = move || {
                 let kind = Some(LinkNameSpaceType::Network);

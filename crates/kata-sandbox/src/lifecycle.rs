@@ -291,8 +291,16 @@ impl Actor {
             return;
         }
         self.dirty = true;
-        self.link.send_replace(Link::Down(error));
+        let link = self.link.send_replace(Link::Down(error));
         self.watchers.abort_all();
+        let has_disks = self
+            .table
+            .containers_mut()
+            .any(|(_, container)| container.files.as_ref().is_some_and(ContainerFiles::has_disks));
+        let dirty = match link {
+            Link::Up(agent) if has_disks && self.fault.is_none() => Some(agent),
+            Link::Up(_) | Link::Pending | Link::Down(_) => None,
+        };
         let (mut ended, mut running) = (Vec::new(), Vec::new());
         for (_, container) in self.table.containers_mut() {
             container.cancel.send_replace(Some(9));
@@ -309,6 +317,7 @@ impl Actor {
             pod: self.pod.clone(),
             boot: self.boot.take(),
             creations: std::mem::take(&mut self.creations),
+            dirty,
             ended,
             running,
         };

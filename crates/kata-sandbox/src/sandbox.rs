@@ -202,7 +202,8 @@ impl Sandbox {
         self.ask(|reply| Request::State(process.clone(), reply)).await
     }
 
-    /// The pids of a container that the host knows: the owner's, once for the container and each exec that runs.
+    /// The pids of a container that the host knows: the owner's, once for the container, whether it runs or not, and each exec
+    /// that runs.
     ///
     /// # Errors
     /// The container is unknown.

@@ -5,10 +5,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kata_hypervisor::process::{Record, RecordError, Released};
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::agent_client::Agent;
 use crate::error::SandboxError;
 use crate::lifecycle::Pod;
 use crate::stdio::Streams;
@@ -26,6 +28,9 @@ pub fn release(run_dir: &Path) -> Result<Released, RecordError> {
     Record::release(&run_dir.join(RECORD))
 }
 
+/// How long a guest may take to write back and unmount its disks.
+const WRITE_BACK: Duration = Duration::from_secs(10);
+
 /// One pod's teardown.
 pub(crate) struct Teardown {
     pub(crate) pod: Arc<Pod>,
@@ -33,6 +38,8 @@ pub(crate) struct Teardown {
     pub(crate) boot: Option<JoinHandle<()>>,
     /// Work that holds mounts. It was told to end.
     pub(crate) creations: JoinSet<()>,
+    /// The agent of a machine that lives and has disks: what the guest has not written yet is to reach them.
+    pub(crate) dirty: Option<Agent>,
     /// Streams of processes that ended before: their output is on its way.
     pub(crate) ended: Vec<Streams>,
     /// Streams of processes that end with the machine.
@@ -47,6 +54,11 @@ impl Teardown {
             let _ = boot.await;
         }
         crate::lifecycle::drain(self.ended, &self.pod.id).await;
+        if let Some(agent) = self.dirty
+            && let Err(error) = agent.destroy_sandbox(WRITE_BACK).await
+        {
+            tracing::warn!(pod = %self.pod.id, %error, "the guest did not write back its disks");
+        }
         let stopped = self.pod.vm.stop().await;
         // Their ends in the guest are gone, so these come to their own.
         crate::lifecycle::drain(self.running, &self.pod.id).await;

@@ -88,7 +88,7 @@ async fn root_on_a_disk_is_attached_and_not_shared() {
     let disks = rig.vm.disks();
     assert_eq!((disks.len(), &disks[0].path, disks[0].readonly), (1, &image, false));
     let request = rig.agent.created().remove(0);
-    assert_eq!(storages(&request), [["blk", "01/00", "/run/kata-containers/c/rootfs"]]);
+    assert_eq!(storages(&request), [["blk", "10/01", "/run/kata-containers/c/rootfs"]]);
     assert_eq!(request.storages[0].options, ["rw"]);
     assert_eq!(request.oci.root.path, "/run/kata-containers/c/rootfs");
     assert!(!request.oci.root.readonly);

@@ -107,7 +107,7 @@ impl SourceArgs {
 }
 
 /// The names that [`kata_sandbox`] takes too. They become directory names and, in the guest, a host name.
-fn pod_id(text: &str) -> Result<String, String> {
+pub(crate) fn pod_id(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
     let good = text.len() <= 76
         && text.starts_with(|c: char| c.is_ascii_alphanumeric())

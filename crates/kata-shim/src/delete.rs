@@ -4,6 +4,7 @@
 //! After that the leak record alone decides what is undone.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +13,8 @@ use kata_api::control::DestroyRequest;
 use kata_api::control_ttrpc::ControlClient;
 use kata_sandbox::State;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use thiserror::Error;
@@ -23,6 +26,8 @@ use crate::ground::{Ground, GroundError};
 const DESTROY_BOUND: Duration = Duration::from_secs(60);
 /// Bound on the owner's exit after that.
 const EXIT_BOUND: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// How long a pod to come waits for its predecessor of the same name to leave.
+const LEAVING_BOUND: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
 #[derive(Debug, Error)]
 pub(crate) enum DeleteError {
@@ -32,6 +37,8 @@ pub(crate) enum DeleteError {
     Unreachable { pid: i32 },
     #[error("cannot reach the owner")]
     Connect(#[source] io::Error),
+    #[error("cannot hold the pod's directory")]
+    Hold(#[source] io::Error),
     #[error("cannot release what the dead owner left")]
     Release(#[source] kata_hypervisor::process::RecordError),
     #[error(transparent)]
@@ -68,10 +75,51 @@ pub(crate) fn delete(ground: &Ground) -> Result<(), DeleteError> {
         }
         Err(error) => return Err(DeleteError::Connect(error)),
     }
-    if ground.run_dir.exists() {
-        kata_sandbox::release(&ground.run_dir).map_err(DeleteError::Release)?;
+    // Called for each container of a dead owner's pod at once: they take turns, and the first does it.
+    match hold(&ground.run_dir).map_err(DeleteError::Hold)? {
+        Turn::Gone => ground.clear().map_err(DeleteError::Ground),
+        Turn::Passed => Ok(()),
+        Turn::Held(_dir) => {
+            kata_sandbox::release(&ground.run_dir).map_err(DeleteError::Release)?;
+            ground.clear().map_err(DeleteError::Ground)
+        }
     }
-    ground.clear().map_err(DeleteError::Ground)
+}
+
+/// Whose turn it is to clean up.
+enum Turn {
+    /// Ours, as long as this is open.
+    Held(OwnedFd),
+    /// Somebody else did it meanwhile; what has the name now is another pod.
+    Passed,
+    /// There is nothing.
+    Gone,
+}
+
+/// Waits for the turn to clean up in `dir`.
+fn hold(dir: &Path) -> io::Result<Turn> {
+    let held =
+        match rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(Turn::Gone),
+            other => other?,
+        };
+    rustix::fs::flock(&held, FlockOperation::LockExclusive)?;
+    let ours = rustix::fs::fstat(&held)?;
+    Ok(match rustix::fs::stat(dir) {
+        Ok(there) if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino) => Turn::Held(held),
+        _ => Turn::Passed,
+    })
+}
+
+/// Makes room for a pod on `ground`: removes what a dead owner left, and waits a moment for one that is leaving.
+pub(crate) fn make_room(ground: &Ground) -> Result<(), DeleteError> {
+    if owner_lives(ground)
+        && recorded_owner(&ground.run_dir).is_none_or(|owner| !left_within(owner, &LEAVING_BOUND))
+    {
+        // Whoever takes the name is told that it is taken.
+        return Ok(());
+    }
+    if ground.run_dir.exists() { delete(ground) } else { Ok(()) }
 }
 
 /// Asks the owner at the other end to end the pod, and waits for it to leave.
@@ -112,8 +160,12 @@ fn recorded_owner(run_dir: &Path) -> Option<Pid> {
 
 /// Waits, within the bound, for a process to end.
 fn left(pid: Pid) -> bool {
+    left_within(pid, &EXIT_BOUND)
+}
+
+fn left_within(pid: Pid, bound: &Timespec) -> bool {
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
-    matches!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&EXIT_BOUND)), Ok(1..))
+    matches!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(bound)), Ok(1..))
 }
 
 #[cfg(test)]
@@ -153,6 +205,21 @@ mod tests {
         write_state(&ground, std::process::id(), 1);
         delete(&ground).unwrap();
         assert!(!ground.run_dir.exists() && !ground.state_dir.exists() && !elsewhere.exists());
+    }
+
+    #[test]
+    fn several_that_clean_up_at_once_take_turns() {
+        let dir = tempfile::tempdir().unwrap();
+        let ground = ground(dir.path());
+        drop(ground.claim("p").unwrap());
+        let clean = || {
+            let ground = ground.clone();
+            std::thread::spawn(move || delete(&ground))
+        };
+        for cleaner in [(); 8].map(|()| clean()) {
+            cleaner.join().unwrap().unwrap();
+        }
+        assert!(!ground.run_dir.exists());
     }
 
     #[test]

@@ -41,6 +41,11 @@ pub(crate) fn precondition(request: &'static str, chain: String) -> ttrpc::Error
     status(Code::FAILED_PRECONDITION, chain)
 }
 
+/// The answer to a request that came too late.
+pub(crate) fn leaving() -> ttrpc::Error {
+    status(Code::UNAVAILABLE, "the owner of the pod is leaving")
+}
+
 /// The answer to a request that is not carried.
 pub(crate) fn unimplemented(request: &str) -> ttrpc::Error {
     status(Code::UNIMPLEMENTED, format!("{request} is not supported"))

@@ -15,6 +15,8 @@ use thiserror::Error;
 /// Longest path that fits into a socket address (unix(7)), and the longest name of a socket in a pod's directory.
 const SOCKET_PATH_MAX: usize = 107;
 const LONGEST_SOCKET: &str = "kata.hvsock_65535";
+/// File with the namespace of containerd that a pod belongs to.
+const NAMESPACE: &str = "namespace";
 
 /// The directories of one pod.
 #[derive(Clone, Debug)]
@@ -75,6 +77,17 @@ impl Ground {
         let made = self.make(id);
         umask(Mode::RWXG | Mode::RWXO);
         made.and_then(|()| self.listen())
+    }
+
+    /// Says whose the pod is: containerd's namespaces have names of their own.
+    pub(crate) fn belong_to(&self, namespace: &str) -> Result<(), GroundError> {
+        let path = self.run_dir.join(NAMESPACE);
+        std::fs::write(&path, namespace).map_err(|source| GroundError::Create { path, source })
+    }
+
+    /// Whether the pod was made for this namespace of containerd.
+    pub(crate) fn is_of(&self, namespace: &str) -> bool {
+        std::fs::read(self.run_dir.join(NAMESPACE)).is_ok_and(|text| text == namespace.as_bytes())
     }
 
     fn make(&self, id: &str) -> Result<(), GroundError> {

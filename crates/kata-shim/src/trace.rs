@@ -14,6 +14,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt, reload};
 
+/// Connections that may wait to be accepted, as the standard library has it.
+const BACKLOG: i32 = 128;
 /// Exit code after a panic, as Rust's own.
 const PANICKED: i32 = 101;
 
@@ -94,6 +96,8 @@ impl Write for Fifo {
 pub(crate) fn listener_on_stdin() -> io::Result<UnixListener> {
     let listener = UnixListener::from(rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?);
     listener.local_addr()?;
+    // Whoever connects asks the kernel for the pid of who listens: from here on that is this process.
+    rustix::net::listen(&listener, BACKLOG)?;
     listener.set_nonblocking(true)?;
     rustix::stdio::dup2_stdin(&File::open("/dev/null")?)?;
     Ok(listener)

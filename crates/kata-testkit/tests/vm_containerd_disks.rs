@@ -34,7 +34,11 @@ fn blockfile_is_a_disk_of_the_machine_and_keeps_what_is_written() {
     assert!(text.starts_with("/dev/vd") && text.trim_end().ends_with("ext4"), "{text}{}", stderr(&output));
 
     // A second task of the same container finds the file of the first.
-    rig.detached(&["--snapshotter", "blockfile"], "kept", "echo once > /mark; sync; exec sleep 1000");
+    rig.detached(
+        &["--snapshotter", "blockfile"],
+        "kept",
+        "[ -e /mark ] || echo once > /mark; exec sleep 1000",
+    );
     rig.host().wait_for("the file", || rig.exec("kept", "look", "cat /mark").status.success().then_some(()));
     rig.ok(["task", "rm", "--force", "kept"]);
     rig.ok(["task", "start", "-d", "kept"]);

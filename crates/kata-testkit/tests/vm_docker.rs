@@ -47,7 +47,7 @@ fn container_in_the_background_is_logged_entered_stopped_and_started_again() {
     let entered =
         docker.output(["exec", "-e", "A=b", "-u", "7:8", "box", "sh", "-c", "echo $A; id -u; exit 4"]);
     assert_eq!((stdout(&entered).as_str(), entered.status.code()), ("b\n7\n", Some(4)));
-    assert_eq!(docker.output(["exec", "box", "no-such-command"]).status.code(), Some(126));
+    assert_eq!(docker.output(["exec", "box", "no-such-command"]).status.code(), Some(127));
 
     docker.ok(["stop", "--time", "10", "box"]);
     let state = |what: &str| docker.ok(["inspect", "--format", &format!("{{{{.State.{what}}}}}"), "box"]);
@@ -69,9 +69,11 @@ fn stop_of_what_does_not_listen_is_bounded() {
         "busybox",
         "sh",
         "-c",
-        "trap '' TERM; while :; do sleep 1; done",
+        "trap '' TERM; echo deaf; while :; do sleep 1; done",
     ]);
     assert!(output.status.success(), "{}", stderr(&output));
+    let deaf = || (docker.ok(["logs", "deaf"]) == "deaf\n").then_some(());
+    docker.containerd().host().wait_for("the trap", deaf);
     let began = Instant::now();
     docker.ok(["stop", "--time", "1", "deaf"]);
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());

@@ -11,7 +11,8 @@ use super::cgroup::CgroupError;
 #[derive(Debug, Error)]
 pub enum EngineError {
     /// `args[0]` names no file, tried at these paths of the container's root.
-    #[error("command {command:?} not found in the container, tried {}", list(.tried))]
+    // In these words, by which clients know it: Docker answers them with its exit code 127.
+    #[error("command {command:?}: executable file not found in the container, tried {}", list(.tried))]
     CommandNotFound {
         /// `args[0]` as asked.
         command: String,

@@ -75,6 +75,11 @@ pub(super) async fn add(
 }
 
 impl ContainerFiles {
+    /// Whether some of them are on disks of the machine.
+    pub(super) fn has_disks(&self) -> bool {
+        !self.disks.is_empty()
+    }
+
     async fn fill(
         &mut self,
         pod: &Arc<Pod>,

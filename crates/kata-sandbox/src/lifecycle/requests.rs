@@ -432,10 +432,11 @@ impl Actor {
     }
 
     fn pids(&mut self, container: &str) -> Result<Vec<u32>, SandboxError> {
-        let container = self.table.container(container)?;
-        let all = container.execs.values().chain([&container.init]);
-        let alive = all.filter(|process| matches!(process.status(), Status::Running | Status::Paused));
-        Ok(alive.map(|_| std::process::id()).collect())
+        let execs = self.table.container(container)?.execs.values();
+        let alive =
+            execs.filter(|process| matches!(process.status(), Status::Running | Status::Paused)).count();
+        // Also of a container that was not started, or has ended: containerd deletes whatever has no pid when it comes back.
+        Ok(vec![std::process::id(); alive + 1])
     }
 
     fn delete(&mut self, id: ProcessId, reply: Reply<Exit>) {

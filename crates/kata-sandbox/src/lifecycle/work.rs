@@ -1,5 +1,6 @@
 //! What takes time: calls to the agent, files, streams. Each function runs in a task of its own.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,12 +14,12 @@ use crate::agent_client::{Agent, AgentError};
 use crate::error::{ErrorKind, SandboxError};
 use crate::guest_spec::{self, GuestSpecError};
 use crate::hooks::Hooks;
-use crate::pod::{ContainerSpec, Exit, ProcessId, Stdio};
+use crate::pod::{ContainerSpec, Exit, ProcessId, RootfsMount, Stdio};
 use crate::process_table::Pending;
 use crate::spec;
 use crate::stdio::{Connected, StdioError, Streams};
 use crate::storage::SharedRoot;
-use crate::timeline::Layer;
+use crate::timeline::{Layer, Timeline};
 
 /// How long the removal of a process waits for its client to take the last output.
 pub(crate) const DRAIN: Duration = Duration::from_secs(5);
@@ -49,41 +50,28 @@ pub(super) async fn create(
     mut cancel: watch::Receiver<Option<u32>>,
 ) -> Result<Created, SandboxError> {
     let id = ProcessId::init(&container.id);
-    let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
     let ContainerSpec { id: name, bundle, spec, rootfs, stdio } = container;
     let netns = pod.network.as_ref().and_then(|network| network.spec().runtime_netns.clone());
     let mut hooks = Hooks::new(&name, &bundle, &spec, netns);
-    if pod.network.as_ref().is_some_and(|network| network.spec().bundle == bundle) {
+    let first = pod.network.as_ref().is_some_and(|network| network.spec().bundle == bundle);
+    if first {
         hooks = hooks.created();
     }
-    let root = match (&spec.root(), rootfs.is_empty()) {
-        (Some(root), true) => bundle.join(root.path()),
-        (Some(_), false) => bundle.join("rootfs"),
-        (None, _) => return Err(refused(GuestSpecError::Missing("root"))),
-    };
-    let root = SharedRoot { path: root, mounts: rootfs };
-    let mut guest =
-        guest_spec::translate(&name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
-    let way = files::choose(&id, &root, &guest).await?;
-    if files::need_guest(pod, &way, &guest) {
-        tokio::select! {
-            biased;
-            _ = cancel.wait_for(Option::is_some) => return Err(SandboxError::CreateCancelled(id)),
-            agent = Link::agent(link) => drop(agent?),
+    let hooks = Arc::new(hooks);
+    let prepared = prepare(pod, link, &id, bundle, spec, rootfs, &mut cancel).await;
+    let Prepared { files, mut request, timeline } = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            // Those that made the pod's network ran with its boot: what they made has to go.
+            if first {
+                hooks.poststop().await;
+            }
+            return Err(error);
         }
-    }
-    let mut timeline = pod.timeline.fork();
-    let start = Instant::now();
-    let (files, storages) = files::add(pod, link, &id, (way, root), &mut guest).await?;
-    timeline.add(Layer::Host, format!("files of {name}"), start);
-
-    let mut wire = spec::spec(&guest.spec);
-    if let Some(process) = wire.process.as_mut() {
+    };
+    if let Some(process) = request.oci.as_mut().and_then(|oci| oci.process.as_mut()) {
         process.terminal = stdio.terminal;
     }
-    let request =
-        CreateContainerRequest { container_id: name, oci: Some(wire).into(), storages, ..Default::default() };
-    let hooks = Arc::new(hooks);
     let mut created = Created { files, hooks: hooks.clone(), streams: Streams::default(), timeline };
     let make = async {
         let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
@@ -105,6 +93,55 @@ pub(super) async fn create(
             })
         }
     }
+}
+
+/// What the agent is to be asked for a container, and what it holds already.
+struct Prepared {
+    files: ContainerFiles,
+    request: CreateContainerRequest,
+    timeline: Timeline,
+}
+
+/// Translates the specification and brings the files on their way. What was made before a failure is undone.
+async fn prepare(
+    pod: &Arc<Pod>,
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+    bundle: PathBuf,
+    spec: oci_spec::runtime::Spec,
+    rootfs: Vec<RootfsMount>,
+    cancel: &mut watch::Receiver<Option<u32>>,
+) -> Result<Prepared, SandboxError> {
+    let name = &id.container;
+    let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
+    let root = match (&spec.root(), rootfs.is_empty()) {
+        (Some(root), true) => bundle.join(root.path()),
+        (Some(_), false) => bundle.join("rootfs"),
+        (None, _) => return Err(refused(GuestSpecError::Missing("root"))),
+    };
+    let root = SharedRoot { path: root, mounts: rootfs };
+    let mut guest =
+        guest_spec::translate(name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
+    let way = files::choose(id, &root, &guest).await?;
+    if files::need_guest(pod, &way, &guest) {
+        tokio::select! {
+            biased;
+            _ = cancel.wait_for(Option::is_some) => return Err(SandboxError::CreateCancelled(id.clone())),
+            agent = Link::agent(link) => drop(agent?),
+        }
+    }
+    let mut timeline = pod.timeline.fork();
+    let start = Instant::now();
+    let (files, storages) = files::add(pod, link, id, (way, root), &mut guest).await?;
+    timeline.add(Layer::Host, format!("files of {name}"), start);
+
+    let request = CreateContainerRequest {
+        container_id: name.clone(),
+        oci: Some(spec::spec(&guest.spec)).into(),
+        storages,
+        ..Default::default()
+    };
+    Ok(Prepared { files, request, timeline })
 }
 
 /// Has the agent make the container, with its streams.

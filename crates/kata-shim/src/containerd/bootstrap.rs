@@ -18,9 +18,8 @@ use serde_json::json;
 use thiserror::Error;
 
 use super::bundle::{Bundle, BundleError, Netns};
-use super::cleanup;
 use super::invocation::Invocation;
-use crate::delete::DeleteError;
+use crate::delete::{self, DeleteError};
 use crate::ground::{Ground, GroundError};
 
 /// Most that is read of standard input.
@@ -137,11 +136,12 @@ fn start(
     netns: &Netns,
 ) -> Result<Ground, BootstrapError> {
     let ground = Ground::of(&call.id);
-    if UnixStream::connect(ground.socket()).is_err() {
-        // containerd makes no pod while it knows of one of that name: what is left is of an owner that died unseen.
-        cleanup::stale(&ground).map_err(BootstrapError::Stale)?;
+    if ground.is_of(&call.namespace) {
+        // containerd makes no pod while it knows of one of that name: what is left is of an owner that died unseen, or leaves.
+        delete::make_room(&ground).map_err(BootstrapError::Stale)?;
     }
     let listener = ground.claim(&call.id).map_err(BootstrapError::Ground)?;
+    ground.belong_to(&call.namespace).map_err(BootstrapError::Ground)?;
     let debug = call.debug || params.is_some_and(Params::debug);
     let mut owner = Command::new("/proc/self/exe");
     owner

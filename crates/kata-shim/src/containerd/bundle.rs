@@ -24,6 +24,8 @@ pub(crate) enum BundleError {
         "{path}: the annotation {kind} says that this is a container of a pod, and {pod} does not say which"
     )]
     NoPod { path: PathBuf, kind: &'static str, pod: &'static str },
+    #[error("{path}: the pod {id:?} that the annotation {key} names {reason}")]
+    BadPod { path: PathBuf, key: &'static str, id: String, reason: String },
     #[error(
         "{path}: the container asks for the host's network, which a virtual machine cannot share; give it a network namespace \
          (Kubernetes: hostNetwork: false, ctr: without --net-host, Docker: another --network)"
@@ -57,14 +59,18 @@ impl Bundle {
     }
 
     /// The pod that the container joins; `None` for a container that makes its own.
+    ///
+    /// The name becomes a path: one that is none is refused.
     pub(crate) fn pod(&self) -> Result<Option<&str>, BundleError> {
-        match self.spec.annotations() {
-            Some(annotations) => joined(annotations).map_err(|(kind, pod)| BundleError::NoPod {
-                path: self.file.clone(),
-                kind,
-                pod,
-            }),
+        let Some(annotations) = self.spec.annotations() else { return Ok(None) };
+        let path = || self.file.clone();
+        match joined(annotations) {
             None => Ok(None),
+            Some((kind, pod, None)) => Err(BundleError::NoPod { path: path(), kind, pod }),
+            Some((_, key, Some(id))) => match crate::cli::pod_id(id) {
+                Ok(_) => Ok(Some(id)),
+                Err(reason) => Err(BundleError::BadPod { path: path(), key, id: id.to_owned(), reason }),
+            },
         }
     }
 
@@ -82,15 +88,13 @@ impl Bundle {
     }
 }
 
-type Marks = (&'static str, &'static str);
+/// The mark of a container that joins a pod: the keys of its kind and of the pod's id, and the id.
+type Mark<'a> = (&'static str, &'static str, Option<&'a str>);
 
-fn joined(annotations: &HashMap<String, String>) -> Result<Option<&str>, Marks> {
-    let mark = MARKS.iter().find(|(key, joins, _)| annotations.get(*key).is_some_and(|kind| kind == joins));
-    let Some((kind, _, pod)) = mark else { return Ok(None) };
-    match annotations.get(*pod).filter(|id| !id.is_empty()) {
-        Some(id) => Ok(Some(id)),
-        None => Err((kind, pod)),
-    }
+fn joined(annotations: &HashMap<String, String>) -> Option<Mark<'_>> {
+    let mark = |(kind, joins, _): &&(_, &str, _)| annotations.get(*kind).is_some_and(|it| it == joins);
+    let (kind, _, pod) = MARKS.iter().find(mark)?;
+    Some((kind, pod, annotations.get(*pod).map(String::as_str).filter(|id| !id.is_empty())))
 }
 
 #[cfg(test)]
@@ -118,6 +122,16 @@ mod tests {
     fn a_container_of_no_named_pod_is_refused() {
         let error = bundle("", r#""io.kubernetes.cri.container-type":"container""#).pod().unwrap_err();
         assert!(error.to_string().contains("io.kubernetes.cri.sandbox-id"), "{error}");
+    }
+
+    #[test]
+    fn a_pods_name_that_leads_elsewhere_is_refused() {
+        for name in ["/home", "../../etc", ".", "a/b"] {
+            let marks = format!(
+                r#""io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":{name:?}"#
+            );
+            assert!(matches!(bundle("", &marks).pod(), Err(BundleError::BadPod { .. })), "{name}");
+        }
     }
 
     #[test]

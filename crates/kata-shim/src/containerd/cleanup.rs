@@ -14,7 +14,7 @@ use protobuf::Message;
 use thiserror::Error;
 use ttrpc::asynchronous::Client;
 
-use super::bundle::Bundle;
+use super::bundle::{Bundle, BundleError};
 use super::invocation::Invocation;
 use crate::convert::timestamp;
 use crate::delete::{self, DeleteError};
@@ -27,6 +27,8 @@ const BOUND: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Error)]
 pub(crate) enum CleanupError {
+    #[error(transparent)]
+    Bundle(BundleError),
     #[error("cannot remove pod {pod}")]
     Pod { pod: String, source: DeleteError },
     #[error("the owner of pod {pod} does not remove container {container}")]
@@ -40,10 +42,13 @@ pub(crate) enum CleanupError {
 /// Cleans up and answers how the container ended.
 pub(crate) fn run(call: &Invocation) -> Result<(), CleanupError> {
     let dir = call.bundle.clone().or_else(|| std::env::current_dir().ok()).unwrap_or_default();
-    let pod = pod_of(&dir).unwrap_or_else(|| call.id.clone());
+    let pod = pod_of(&dir).map_err(CleanupError::Bundle)?.unwrap_or_else(|| call.id.clone());
     let ground = Ground::of(&pod);
     let owner = State::load(&ground.run_dir).ok().map_or(0, |state| state.owner_pid);
-    if pod != call.id && delete::owner_lives(&ground) {
+    if !ground.is_of(&call.namespace) {
+        // Of another namespace, or of nobody who calls this way: a name in common is no reason to end it.
+        tracing::debug!(pod, "not this namespace's");
+    } else if pod != call.id && delete::owner_lives(&ground) {
         remove_container(&ground, &pod, &call.id)?;
     } else {
         delete::delete(&ground).map_err(|source| CleanupError::Pod { pod, source })?;
@@ -58,14 +63,13 @@ pub(crate) fn run(call: &Invocation) -> Result<(), CleanupError> {
     bytes.and_then(|bytes| io::stdout().write_all(&bytes)).map_err(CleanupError::Answer)
 }
 
-/// Removes what is left of a pod whose owner is dead, if anything is.
-pub(super) fn stale(ground: &Ground) -> Result<(), DeleteError> {
-    if ground.run_dir.exists() { delete::delete(ground) } else { Ok(()) }
-}
-
-/// The pod that the bundle's container joined. A bundle that is gone or broken belongs to none.
-fn pod_of(dir: &std::path::Path) -> Option<String> {
-    Bundle::read(dir).ok()?.pod().ok()?.map(str::to_owned)
+/// The pod that the bundle's container joined. A bundle that is gone or broken belongs to none; one that names a pod that
+/// cannot be is nothing to clean up after.
+fn pod_of(dir: &std::path::Path) -> Result<Option<String>, BundleError> {
+    match Bundle::read(dir) {
+        Ok(bundle) => Ok(bundle.pod()?.map(str::to_owned)),
+        Err(_) => Ok(None),
+    }
 }
 
 fn remove_container(ground: &Ground, pod: &str, container: &str) -> Result<(), CleanupError> {

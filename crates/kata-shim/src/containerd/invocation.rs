@@ -50,6 +50,8 @@ pub(crate) enum InvocationError {
     Verb(String),
     #[error("no verb; containerd's are start and delete")]
     NoVerb,
+    #[error("-id {id:?} {reason}")]
+    Id { id: String, reason: String },
     #[error("{verb} needs the flag -{flag}")]
     Missing { verb: &'static str, flag: &'static str },
 }
@@ -118,7 +120,11 @@ fn read(arguments: Vec<OsString>) -> Result<Invocation, InvocationError> {
             return Err(InvocationError::Missing { verb: name, flag });
         }
     }
-    Ok(call)
+    // It becomes a path.
+    match crate::cli::pod_id(&call.id) {
+        Ok(_) => Ok(call),
+        Err(reason) => Err(InvocationError::Id { id: call.id, reason }),
+    }
 }
 
 #[cfg(test)]
@@ -165,6 +171,7 @@ mod tests {
         assert_eq!(error("-id"), InvocationError::Value("id".into()));
         assert_eq!(error("-id a -namespace b stop"), InvocationError::Verb("stop".into()));
         assert_eq!(error("-id a -namespace b"), InvocationError::NoVerb);
+        assert!(matches!(error("-id ../a -namespace b delete"), InvocationError::Id { .. }));
         assert_eq!(error("-id a start"), InvocationError::Missing { verb: "start", flag: "namespace" });
     }
 }

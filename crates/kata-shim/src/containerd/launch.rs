@@ -55,6 +55,9 @@ pub(super) fn prepare() -> Prepare {
 impl Launcher {
     /// The pod of the container that `request` and its bundle's `spec` describe.
     pub(crate) async fn launch(&self, request: &CreateTaskRequest, spec: &Spec) -> ttrpc::Result<Sandbox> {
+        if self.launched.is_closed() {
+            return Err(fault::leaving());
+        }
         let sources = Sources { file: config_path(request)?, overrides: Vec::new() };
         let (plan, vm) = (self.prepare)(&sources).map_err(|error| {
             let words = fault::chain(&error);
@@ -79,8 +82,11 @@ impl Launcher {
         };
         let sandbox =
             Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;
-        // Without a life the process is about to exit.
-        let _ = self.launched.send((sandbox.clone(), sandbox.events()));
+        if self.launched.send((sandbox.clone(), sandbox.events())).is_err() {
+            // Nobody would ever take it down.
+            sandbox.shutdown().await.map_err(|error| fault::from_sandbox("create", &error))?;
+            return Err(fault::leaving());
+        }
         Ok(sandbox)
     }
 }

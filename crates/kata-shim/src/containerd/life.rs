@@ -83,6 +83,40 @@ impl Pod {
             None => std::future::pending().await,
         }
     }
+
+    /// Takes what has happened already.
+    fn catch_up(&mut self, publisher: &Publisher) {
+        loop {
+            match self.events.as_mut().map(broadcast::Receiver::try_recv) {
+                Some(Ok(event)) => self.on_event(event, publisher),
+                Some(Err(TryRecvError::Lagged(missed))) => tracing::error!(missed, "events are lost"),
+                Some(Err(TryRecvError::Empty | TryRecvError::Closed)) | None => return,
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: Event, publisher: &Publisher) {
+        match &event {
+            Event::Created { process: ProcessId { container, exec: None } } => {
+                self.first.get_or_insert_with(|| container.clone());
+                if let Some(event) = self.creating.remove(container) {
+                    publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+                }
+            }
+            Event::Exited { process, exit }
+                if process.exec.is_none() && self.first.as_ref() == Some(&process.container) =>
+            {
+                tracing::info!(%process, code = exit.code, "the pod's first container ended: the machine is taken down");
+                if let Some(sandbox) = self.sandbox.clone() {
+                    tokio::spawn(take_down(sandbox, process.clone()));
+                }
+            }
+            // Goes to containerd's log, which is where somebody looks for the reason of a 255.
+            Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
+            _ => {}
+        }
+        publish(publisher, event);
+    }
 }
 
 impl Life {
@@ -104,7 +138,7 @@ impl Life {
                 Some(request) = self.requests.recv() => match request {
                     Request::CreateBegan(event) => drop(pod.creating.insert(event.container_id.clone(), *event)),
                     Request::CreateEnded(id) => {
-                        self.catch_up(pod);
+                        pod.catch_up(&self.publisher);
                         pod.creating.remove(&id);
                         unused = Instant::now() + UNUSED_BOUND;
                     }
@@ -117,7 +151,7 @@ impl Life {
                     pod.events = Some(events);
                 }
                 event = pod.event() => match event {
-                    Ok(event) => self.on_event(pod, event),
+                    Ok(event) => pod.on_event(event, &self.publisher),
                     Err(RecvError::Lagged(missed)) => tracing::error!(missed, "events are lost: the owner is too slow"),
                     Err(RecvError::Closed) => pod.events = None,
                 },
@@ -128,73 +162,59 @@ impl Life {
         }
     }
 
-    /// Takes what has happened already.
-    fn catch_up(&self, pod: &mut Pod) {
-        loop {
-            match pod.events.as_mut().map(broadcast::Receiver::try_recv) {
-                Some(Ok(event)) => self.on_event(pod, event),
-                Some(Err(TryRecvError::Lagged(missed))) => tracing::error!(missed, "events are lost"),
-                Some(Err(TryRecvError::Empty | TryRecvError::Closed)) | None => return,
-            }
+    async fn leave(mut self, mut pod: Pod, end: End) -> Result<(), LifeError> {
+        // What is launched from here on is refused; what was launched just now goes as well.
+        self.launched.close();
+        while let Some((sandbox, events)) = self.launched.recv().await {
+            (pod.sandbox, pod.events) = (Some(sandbox), Some(events));
         }
-    }
-
-    fn on_event(&self, pod: &mut Pod, event: Event) {
-        match &event {
-            Event::Created { process: ProcessId { container, exec: None } } => {
-                pod.first.get_or_insert_with(|| container.clone());
-                if let Some(event) = pod.creating.remove(container) {
-                    self.publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+        let Self { ground, publisher, mut requests, mut connections, .. } = self;
+        let mut waiting = end.answers;
+        let patience = tokio::time::sleep(ANSWER_BOUND);
+        let gone = vanish(ground, publisher, &mut pod);
+        tokio::pin!(patience, gone);
+        let result = loop {
+            tokio::select! {
+                biased;
+                result = &mut gone => break result,
+                Some(request) = requests.recv() => waiting.extend(who_waits(request)),
+                () = &mut patience, if !waiting.is_empty() && !patience.is_elapsed() => {
+                    waiting.drain(..).for_each(Answer::done);
                 }
             }
-            Event::Exited { process, exit }
-                if process.exec.is_none() && pod.first.as_ref() == Some(&process.container) =>
-            {
-                tracing::info!(%process, code = exit.code, "the pod's first container ended: the machine is taken down");
-                if let Some(sandbox) = pod.sandbox.clone() {
-                    tokio::spawn(take_down(sandbox, process.clone()));
-                }
-            }
-            // Goes to containerd's log, which is where somebody looks for the reason of a 255.
-            Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
-            _ => {}
-        }
-        publish(&self.publisher, event);
-    }
-
-    async fn leave(self, mut pod: Pod, end: End) -> Result<(), LifeError> {
-        let answer_by = Instant::now() + ANSWER_BOUND;
-        let mut connections = self.connections.clone();
-        let gone = self.vanish(&mut pod);
-        tokio::pin!(gone);
-        let early = tokio::time::timeout_at(answer_by, &mut gone).await.ok();
-        let words = match &early {
-            Some(Err(error)) => Err(chain(error)),
-            Some(Ok(())) | None => Ok(()),
         };
-        for answer in end.answers {
-            answer.send(words.clone());
-        }
-        let result = match early {
-            Some(result) => result,
-            None => gone.await,
-        };
+        let told = || result.as_ref().map_err(|error| chain(error)).copied();
+        waiting.drain(..).for_each(|answer| answer.send(told()));
         // They may ask until they have heard.
-        let hung_up = connections.wait_for(|open| *open == 0);
-        let _ = tokio::time::timeout(LINGER, hung_up).await;
+        let hung_up = tokio::time::timeout(LINGER, connections.wait_for(|open| *open == 0));
+        tokio::pin!(hung_up);
+        loop {
+            tokio::select! {
+                _ = &mut hung_up => break,
+                Some(request) = requests.recv() => who_waits(request).into_iter().for_each(|answer| answer.send(told())),
+            }
+        }
         result
     }
+}
 
-    /// Takes down what there is, tells the last of it, and leaves no directory.
-    async fn vanish(self, pod: &mut Pod) -> Result<(), LifeError> {
-        let torn_down = match &pod.sandbox {
-            Some(sandbox) => sandbox.shutdown().await.map_err(LifeError::Teardown),
-            None => Ok(()),
-        };
-        self.catch_up(pod);
-        self.publisher.finish(FLUSH).await;
-        torn_down.and_then(|()| self.ground.clear().map_err(LifeError::Clear))
+/// Who waits for the owner's end with this request.
+fn who_waits(request: Request) -> Option<Answer> {
+    match request {
+        Request::ShutDown(answer) | Request::Destroy(answer) => Some(answer),
+        Request::CreateBegan(_) | Request::CreateEnded(_) | Request::Told => None,
     }
+}
+
+/// Takes down what there is, tells the last of it, and leaves no directory.
+async fn vanish(ground: Ground, publisher: Publisher, pod: &mut Pod) -> Result<(), LifeError> {
+    let torn_down = match &pod.sandbox {
+        Some(sandbox) => sandbox.shutdown().await.map_err(LifeError::Teardown),
+        None => Ok(()),
+    };
+    pod.catch_up(&publisher);
+    publisher.finish(FLUSH).await;
+    torn_down.and_then(|()| ground.clear().map_err(LifeError::Clear))
 }
 
 /// Ends the machine once the container's output is with its client.
