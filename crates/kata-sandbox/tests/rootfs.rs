@@ -108,6 +108,26 @@ async fn root_on_a_disk_is_attached_and_not_shared() {
 }
 
 #[tokio::test]
+async fn guest_writes_its_disks_back_before_its_machine_ends() {
+    let Some(rig) = Rig::new().await else { return };
+    let (pod, image) = (rig.pod().await, blank(&rig));
+    pod.create_container(on_disk(&rig, &image, "ext4", &["loop"])).await.unwrap();
+    pod.shutdown().await.unwrap();
+    assert_eq!(rig.agent.calls().last().map(String::as_str), Some("DestroySandbox"));
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn pod_without_disks_is_ended_without_asking_the_guest() {
+    let Some(rig) = Rig::new().await else { return };
+    let pod = rig.pod().await;
+    pod.create_container(rig.container("c", &["sleep"], Stdio::default())).await.unwrap();
+    pod.shutdown().await.unwrap();
+    assert!(!rig.agent.calls().iter().any(|call| call == "DestroySandbox"));
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
 async fn volumes_of_a_root_on_a_disk_are_shared() {
     let Some(rig) = Rig::new().await else { return };
     let (pod, image) = (rig.pod().await, blank(&rig));

@@ -25,11 +25,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kata_api::agent::{
     AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest,
-    Empty, ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest, ReadStreamRequest,
-    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes, SignalProcessRequest,
-    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
-    WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    DestroySandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
@@ -419,6 +419,11 @@ impl AgentService for Service {
     ) -> ttrpc::Result<Empty> {
         let neighbours = request.neighbors.unwrap().arp_neighbors;
         self.enter("AddARPNeighbors")?.network.lock().unwrap().neighbours.extend(neighbours);
+        Ok(Empty::new())
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: DestroySandboxRequest) -> ttrpc::Result<Empty> {
+        self.enter("DestroySandbox")?;
         Ok(Empty::new())
     }
 

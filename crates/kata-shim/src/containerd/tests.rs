@@ -17,6 +17,7 @@ use kata_config::{Artefacts, Config};
 use kata_hypervisor::fake::FakeVm;
 use kata_hypervisor::{Accelerator, Choice, DriverKind, Vm, VmExit};
 use kata_testkit::fake_agent::FakeAgent;
+use kata_testkit::netns::Netns;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use tokio::task::JoinHandle;
@@ -61,6 +62,8 @@ struct Live {
     heard: Heard,
     life: JoinHandle<Result<(), LifeError>>,
     _servers: [Server; 2],
+    /// Where the owner is: what is in there becomes the pod's network.
+    _netns: Netns,
 }
 
 impl Live {
@@ -70,6 +73,7 @@ impl Live {
             kata_testkit::skip("sharing files with a pod needs root");
             return None;
         }
+        let netns = Netns::enter()?;
         let dir = tempfile::tempdir().unwrap();
         let ground = Ground { run_dir: dir.path().join("run/p"), state_dir: dir.path().join("state/p") };
         let listener = ground.claim("p").unwrap();
@@ -104,7 +108,7 @@ impl Live {
         };
         let (life, server) = owner.serve(listener).await.unwrap();
         let life = tokio::spawn(life.run());
-        Some(Self { dir, ground, vm, heard, life, _servers: [ear, server] })
+        Some(Self { dir, ground, vm, heard, life, _servers: [ear, server], _netns: netns })
     }
 
     async fn client(&self) -> Client {
