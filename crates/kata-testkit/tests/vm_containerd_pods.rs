@@ -99,8 +99,8 @@ fn configuration_that_the_options_name_is_used(rig: &mut Containerd) {
         return;
     }
     let memory = |output: std::process::Output| -> u64 {
-        let text = stdout(&output);
-        text.split_whitespace().nth(1).unwrap_or_else(|| panic!("{}", stderr(&output))).parse().unwrap()
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output).split_whitespace().nth(1).unwrap().parse().unwrap()
     };
     let look = "grep MemTotal /proc/meminfo";
     let usual = memory(rig.sh(&[], "usual", look));
