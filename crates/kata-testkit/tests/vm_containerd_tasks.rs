@@ -56,15 +56,19 @@ fn task_is_listed_counted_and_measured(rig: &mut Containerd) {
     assert!(info.contains("\"ID\": \"box\""), "{info}");
     let processes = rig.ok(["task", "ps", "box"]).lines().count();
     assert!(processes >= 2, "a heading and the container's process at least");
-    let metrics = rig.ok(["task", "metrics", "box"]);
-    let figure = |name: &str| {
+    let figure_of = |metrics: &str, name: &str| {
         let row = metrics.lines().find(|line| line.starts_with(name));
         row.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
     };
+    // The shell may still be about to start its child.
+    let metrics = rig.host().wait_for("both processes", || {
+        let metrics = rig.ok(["task", "metrics", "box"]);
+        figure_of(&metrics, "pids.current").is_some_and(|count| (2..10).contains(&count)).then_some(metrics)
+    });
+    let figure = |name: &str| figure_of(&metrics, name);
     // Named after the hierarchy that the container's kernel has, 1 or 2.
     let memory = figure("memory.usage_in_bytes").or_else(|| figure("memory.usage"));
     assert!(memory.is_some_and(|bytes| bytes > 100_000), "{metrics}");
-    assert!(figure("pids.current").is_some_and(|count| (2..10).contains(&count)), "{metrics}");
     fails(&rig.output(["task", "rm", "box"]), &["must be stopped"]);
     fails(&rig.output(["container", "rm", "box"]), &["box"]);
     rig.remove("box");

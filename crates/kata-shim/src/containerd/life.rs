@@ -72,6 +72,8 @@ struct Pod {
     events: Option<broadcast::Receiver<Event>>,
     /// The container that the pod lives for.
     first: Option<String>,
+    /// Containers that were made and not deleted.
+    containers: usize,
     /// Containers being made, with the event to publish if they are.
     creating: HashMap<String, TaskCreate>,
 }
@@ -98,6 +100,7 @@ impl Pod {
     fn on_event(&mut self, event: Event, publisher: &Publisher) {
         match &event {
             Event::Created { process: ProcessId { container, exec: None } } => {
+                self.containers += 1;
                 self.first.get_or_insert_with(|| container.clone());
                 if let Some(event) = self.creating.remove(container) {
                     publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
@@ -110,6 +113,9 @@ impl Pod {
                 if let Some(sandbox) = self.sandbox.clone() {
                     tokio::spawn(take_down(sandbox, process.clone()));
                 }
+            }
+            Event::Deleted { process, .. } if process.exec.is_none() => {
+                self.containers = self.containers.saturating_sub(1);
             }
             // Goes to containerd's log, which is where somebody looks for the reason of a 255.
             Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
@@ -131,7 +137,7 @@ impl Life {
     async fn until_shut_down(&mut self, pod: &mut Pod) -> End {
         let mut unused = Instant::now() + UNUSED_BOUND;
         loop {
-            let idle = pod.first.is_none() && pod.creating.is_empty();
+            let idle = pod.containers == 0 && pod.creating.is_empty();
             tokio::select! {
                 // What a creation announces is there before the event that it leads to.
                 biased;
@@ -151,11 +157,15 @@ impl Life {
                     pod.events = Some(events);
                 }
                 event = pod.event() => match event {
-                    Ok(event) => pod.on_event(event, &self.publisher),
+                    Ok(event) => {
+                        // containerd shuts down what it has emptied, but not where its own sandbox is gone already.
+                        unused = Instant::now() + UNUSED_BOUND;
+                        pod.on_event(event, &self.publisher);
+                    }
                     Err(RecvError::Lagged(missed)) => tracing::error!(missed, "events are lost: the owner is too slow"),
                     Err(RecvError::Closed) => pod.events = None,
                 },
-                () = tokio::time::sleep_until(unused), if idle => return End::new("no container was created within 60 s"),
+                () = tokio::time::sleep_until(unused), if idle => return End::new("it has had no container for 60 s"),
                 _ = self.watch.terminate.recv() => return End::new("SIGTERM"),
                 _ = self.watch.interrupt.recv() => return End::new("SIGINT"),
             }
