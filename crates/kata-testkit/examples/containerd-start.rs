@@ -30,7 +30,7 @@ fn timed(rig: &Containerd, words: &[&str]) -> f64 {
 }
 
 fn run(rig: &Containerd, runtime: &str, round: usize) -> f64 {
-    let id = format!("run-{}-{round}", runtime.len());
+    let id = format!("{}-{round}", runtime.replace('.', "-"));
     timed(rig, &["run", "--rm", "--runtime", runtime, IMAGE, &id, "true"])
 }
 
