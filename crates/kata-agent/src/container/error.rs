@@ -20,7 +20,7 @@ pub enum EngineError {
         tried: Vec<PathBuf>,
     },
     /// The file is there, the program that is to run it (`#!` line or ELF interpreter) is not.
-    #[error("the interpreter of {} does not exist in the container", .path.display())]
+    #[error("the interpreter of {}: no such file or directory in the container", .path.display())]
     InterpreterNotFound {
         /// The file that was found.
         path: PathBuf,

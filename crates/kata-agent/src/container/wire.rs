@@ -113,7 +113,7 @@ impl Failure {
             Self::CommandNotFound { command, tried } => EngineError::CommandNotFound { command, tried },
             Self::InterpreterNotFound { path } => EngineError::InterpreterNotFound { path },
             Self::NotExecutable { path, errno } => {
-                EngineError::NotExecutable { path, source: io::Error::from_raw_os_error(errno) }
+                EngineError::NotExecutable { path, source: refusal(errno) }
             }
             Self::Invalid { key, reason } => EngineError::Invalid { key, reason },
             Self::Unsupported { key, reason } => EngineError::Unsupported { key, reason },
@@ -121,6 +121,16 @@ impl Failure {
             Self::Setup { step, errno: 0, text } => EngineError::setup(step, io::Error::other(text)),
             Self::Setup { step, errno, .. } => EngineError::setup(step, io::Error::from_raw_os_error(errno)),
         }
+    }
+}
+
+/// Why a file is not executed. The usual reasons are in the kind's words, which clients know these failures by: Docker
+/// takes "permission denied" and "is a directory" for 126, in small letters as Go has them.
+fn refusal(errno: i32) -> io::Error {
+    let error = io::Error::from_raw_os_error(errno);
+    match error.kind() {
+        kind @ (io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory) => kind.into(),
+        _ => error,
     }
 }
 
