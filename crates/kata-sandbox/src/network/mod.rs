@@ -28,7 +28,7 @@ use kata_hypervisor::{HypervisorError, Nic, Vm};
 use tokio::sync::Mutex;
 
 use self::netlink::Netlink;
-use self::scan::{Endpoint, scan};
+use self::scan::{Endpoint, foreign_tap, scan};
 use crate::agent_client::{Agent, AgentError};
 use crate::error::ErrorKind;
 use crate::pod::NetworkSpec;
@@ -72,6 +72,15 @@ pub enum NetworkError {
         /// Why.
         reason: &'static str,
     },
+    /// The namespace is another machine's.
+    #[error(
+        "the network namespace is in use by another virtual machine, whose tap is {tap}, and an interface can be mirrored \
+         onto one only; give the container a network of its own (Docker: not --network container:…), or run it in that pod"
+    )]
+    InUse {
+        /// The other machine's tap.
+        tap: String,
+    },
     /// A link that came too late for this machine.
     #[error(
         "{link} came into the pod's network namespace when the machine ran already, and this machine takes no more \
@@ -111,7 +120,9 @@ impl NetworkError {
     /// The class that a client sees.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Link { .. } | Self::Route { .. } | Self::TooLate { .. } => ErrorKind::Unimplemented,
+            Self::Link { .. } | Self::Route { .. } | Self::InUse { .. } | Self::TooLate { .. } => {
+                ErrorKind::Unimplemented
+            }
             Self::Agent { source, .. } => source.kind(),
             Self::Released => ErrorKind::Unavailable,
             Self::Netlink { .. } | Self::Tap { .. } | Self::Plug { .. } => ErrorKind::Internal,
@@ -188,7 +199,15 @@ impl Attachments {
         let known: Vec<u32> = self.all.iter().map(|attachment| attachment.endpoint.link).collect();
         let first = self.all.len();
         let mut nics = Vec::new();
-        for endpoint in scan(&netlink, &known).await? {
+        let endpoints = scan(&netlink, &known).await?;
+        let own: Vec<u32> = self.all.iter().filter_map(|attachment| attachment.tap).collect();
+        // Before anything is redirected: it would be away from the other machine, for good.
+        if !endpoints.is_empty()
+            && let Some(tap) = foreign_tap(&netlink, &own).await?
+        {
+            return Err(NetworkError::InUse { tap });
+        }
+        for endpoint in endpoints {
             if let Some(attachment) = self.all.iter_mut().find(|known| known.endpoint.link == endpoint.link) {
                 // A newcomer may have taken its default route.
                 attachment.endpoint.routes = endpoint.routes;

@@ -25,6 +25,7 @@ use super::netlink::packet::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol,
     RouteScope, RouteType,
 };
+use super::tap::is_of_a_machine;
 
 /// An interface that the guest shall have, and all that belongs to it.
 #[derive(Debug)]
@@ -70,15 +71,29 @@ pub(super) async fn scan(netlink: &Netlink, known: &[u32]) -> Result<Vec<Endpoin
     Ok(endpoints)
 }
 
+/// A tap that is there for another machine than the one whose taps are `own`. It lives as long as that machine.
+pub(super) async fn foreign_tap(netlink: &Netlink, own: &[u32]) -> Result<Option<String>, NetworkError> {
+    let links = netlink.links().await?;
+    let foreign = links.iter().filter(|link| !own.contains(&link.header.index));
+    Ok(foreign.filter_map(name).find(|name| is_of_a_machine(name)).map(str::to_owned))
+}
+
+fn name(link: &LinkMessage) -> Option<&str> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    })
+}
+
 fn of_link(endpoints: &mut [Endpoint], link: u32) -> Option<&mut Endpoint> {
     endpoints.iter_mut().find(|endpoint| endpoint.link == link)
 }
 
 fn endpoint(link: &LinkMessage) -> Option<Result<Endpoint, NetworkError>> {
-    let (mut name, mut kind, mut mac, mut mtu) = (String::new(), None, None, 0);
+    let name = name(link).unwrap_or_default().to_owned();
+    let (mut kind, mut mac, mut mtu) = (None, None, 0);
     for attribute in &link.attributes {
         match attribute {
-            LinkAttribute::IfName(text) => name.clone_from(text),
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
             LinkAttribute::Mtu(bytes) => mtu = *bytes,
             LinkAttribute::LinkInfo(infos) => {

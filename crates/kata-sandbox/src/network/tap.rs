@@ -26,6 +26,11 @@ struct LinkRequest {
     rest: [u8; 22],
 }
 
+/// Whether a link of this name is a machine's tap, this owner's or another's.
+pub(super) fn is_of_a_machine(link: &str) -> bool {
+    link.starts_with("tap") && link.ends_with("_kata")
+}
+
 /// An open tap. The link is there as long as somebody has the file open.
 pub(super) struct Tap {
     /// What the kernel called its link.

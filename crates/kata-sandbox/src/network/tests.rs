@@ -165,6 +165,23 @@ async fn namespace_of_a_killed_owner_can_be_used_again() {
 }
 
 #[tokio::test]
+async fn namespace_of_a_running_machine_is_refused_and_the_machine_keeps_its_network() {
+    let Some(netns) = pod() else { return };
+    let first = network();
+    let nics = first.attach().await.unwrap();
+    let second = network();
+    let error = second.attach().await.unwrap_err();
+    assert!(matches!(&error, NetworkError::InUse { tap } if netns.run("ip link").contains(tap)), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Unimplemented);
+    second.release().await.unwrap();
+    resolve(&nics[0].queues[0]);
+    // What comes later to the first is nobody else's.
+    netns.veth("eth1");
+    assert_eq!(first.attach().await.unwrap().len(), 1);
+    first.release().await.unwrap();
+}
+
+#[tokio::test]
 async fn release_leaves_neither_tap_nor_redirection() {
     let Some(netns) = pod() else { return };
     netns.veth("eth1");
