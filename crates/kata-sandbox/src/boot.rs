@@ -377,7 +377,8 @@ impl Guest {
     fn kernel_params(&self, pod: &Pod) -> Vec<String> {
         let (qemu, agent) = (&pod.config.hypervisor.qemu, &pod.config.agent.kata);
         // Distributions' kernels test all their ciphers at each boot, which mainline does not, and a machine of seconds need not.
-        let own = ["console=ttyS0", "panic=1", "reboot=k", "cryptomgr.notests"];
+        // A kernel that has lost a process in a fault goes on, and whoever waits for that process waits for ever: it shall end.
+        let own = ["console=ttyS0", "panic=1", "oops=panic", "reboot=k", "cryptomgr.notests"];
         let mut params: Vec<String> = own.map(str::to_owned).to_vec();
         if !qemu.enable_debug {
             params.push("quiet".to_owned());

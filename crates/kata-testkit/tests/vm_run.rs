@@ -296,6 +296,16 @@ fn much_output_is_complete_when_the_process_ends_at_once() {
     assert_eq!(stderr(&output), "end\n");
 }
 
+/// A guest whose kernel trips over a process that leaves its root file system behind says nothing of its end.
+#[test]
+fn ends_of_containers_that_end_at_once_are_told() {
+    let Some(host) = Host::new() else { return };
+    for _ in 0..6 {
+        let output = host.sh(&[], "exit 3");
+        assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    }
+}
+
 #[test]
 fn timing_names_the_stages_and_the_choice() {
     let Some(host) = Host::new() else { return };

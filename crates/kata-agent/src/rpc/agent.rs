@@ -71,6 +71,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Mount points that go with it.
     pub mounts: Vec<PathBuf>,
+    /// Mounts of the pod's share that are held for it, see [`crate::mount::share`].
+    pub shared: Vec<PathBuf>,
     /// Further processes by exec id, oldest first. `None` is one in the making.
     execs: Mutex<Vec<(String, Option<Arc<Process>>)>>,
 }
@@ -85,8 +87,8 @@ pub struct ExecSlot {
 impl Container {
     /// A container with its init only.
     #[must_use]
-    pub fn new(init: Process, mounts: Vec<PathBuf>) -> Self {
-        Self { init: Arc::new(init), mounts, execs: Mutex::default() }
+    pub fn new(init: Process, mounts: Vec<PathBuf>, shared: Vec<PathBuf>) -> Self {
+        Self { init: Arc::new(init), mounts, shared, execs: Mutex::default() }
     }
 
     fn execs(&self) -> MutexGuard<'_, Vec<(String, Option<Arc<Process>>)>> {

@@ -1,6 +1,6 @@
 //! Requests about containers as a whole.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +9,13 @@ use kata_api::agent::{
     UpdateContainerRequest,
 };
 
+use oci_spec::runtime::Spec;
+
 use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
 use crate::container::Spawned;
+use crate::mount::share;
 use crate::stdio::{self, Ports};
 
 /// Makes a container; its init waits for [`start`].
@@ -79,10 +82,12 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     }
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
+    let (spec, shared) = hold_shared(spec).await?;
     let made = make_init(agent, &request.container_id, &spec, ports).await;
     match made {
-        Ok(init) => Ok(Container::new(init, mounts)),
+        Ok(init) => Ok(Container::new(init, mounts, shared)),
         Err(error) => {
+            release_shared(shared).await;
             if let Err(undo) = agent.storages.remove(mounts).await {
                 tracing::warn!(error = crate::chain(&undo), "undoing the storages of a container");
             }
@@ -91,12 +96,24 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     }
 }
 
-async fn make_init(
-    agent: &Agent,
-    id: &str,
-    spec: &oci_spec::runtime::Spec,
-    ports: Ports,
-) -> Result<Process, RpcError> {
+/// Both may wait for the host: not on the thread that serves everybody else.
+async fn hold_shared(spec: Spec) -> Result<(Spec, Vec<PathBuf>), RpcError> {
+    let hold = move || {
+        let held = share::hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
+        (spec, held)
+    };
+    let held = tokio::task::spawn_blocking(hold).await;
+    held.map_err(|_| RpcError::State("the agent is ending".to_owned()))
+}
+
+async fn release_shared(held: Vec<PathBuf>) {
+    if !held.is_empty() {
+        // It can only fail with the agent itself.
+        let _ = tokio::task::spawn_blocking(move || share::release(&held)).await;
+    }
+}
+
+async fn make_init(agent: &Agent, id: &str, spec: &Spec, ports: Ports) -> Result<Process, RpcError> {
     let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false);
     let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
     let bundle = Path::new(kata_api::guest::CONTAINER_DIR).join(id);
@@ -153,6 +170,7 @@ pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(
             |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
         tokio::time::timeout(limit, delete).await.map_err(late)??;
     }
+    release_shared(container.shared.clone()).await;
     agent.forget(id);
     agent.storages.remove(container.mounts.clone()).await?;
     tracing::info!(container = id, "container removed");

@@ -1,0 +1,85 @@
+//! What the host mounts below the share, held in the agent's own mount namespace.
+//!
+//! To the guest each of these is a file system of its own, mounted when somebody first looks into it. Were that only the
+//! container, its last process would take the file system down on its way out, with the answers to its closed files still
+//! due. Linux does not wait for those (seen in 6.1: "Busy inodes after unmount", and a process that never ends). So the
+//! agent looks first, and lets go when the container is gone and the daemon has answered everything.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, openat, statfs, statx};
+use rustix::mount::{UnmountFlags, unmount};
+
+/// Mounts what a container of `spec` uses below `share`, and gives what is mounted there, for [`release`]. May wait for the
+/// host.
+pub fn hold(spec: &Spec, share: &Path) -> Vec<PathBuf> {
+    let root = spec.root().as_ref().map(|root| root.path().clone());
+    let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone());
+    let inside = |path: &PathBuf| path.starts_with(share) && path != share;
+    root.into_iter().chain(sources).filter(inside).filter(|path| is_mounted(path)).collect()
+}
+
+/// Whether a directory is the root of a mount, which is made by looking. What cannot be looked into, the container will be
+/// told about.
+fn is_mounted(path: &Path) -> bool {
+    // Only what wants a directory, or the file itself, goes through to the mount.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(dir) = openat(CWD, path, flags, Mode::empty()) else { return false };
+    let found = statx(&dir, "", AtFlags::EMPTY_PATH, StatxFlags::empty());
+    found.is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
+
+/// Lets go of what [`hold`] gave, the last first. May wait for the host.
+pub fn release(held: &[PathBuf]) {
+    for path in held.iter().rev() {
+        // An answer to this comes after those to all that was asked before. A daemon that is gone answers none of them.
+        let _ = statfs(path);
+        if let Err(error) = unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+            tracing::debug!(path = %path.display(), %error, "a mount of the share is gone already");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{MountBuilder, RootBuilder, SpecBuilder};
+    use rustix::mount::{MountFlags, mount};
+
+    use super::*;
+
+    #[test]
+    fn mounts_below_the_share_are_held_until_released_and_nothing_else_is() {
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: mounts need root");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let share = dir.path().join("share");
+        let [root, volume, plain, outside] =
+            ["share/c/rootfs", "share/c/mounts/0", "share/c/mounts/1", "outside"]
+                .map(|name| dir.path().join(name));
+        for place in [&root, &volume, &plain, &outside] {
+            std::fs::create_dir_all(place).unwrap();
+        }
+        for place in [&root, &volume, &outside] {
+            mount("none", place, "tmpfs", MountFlags::empty(), None).unwrap();
+        }
+        let bind = |source: &Path| {
+            MountBuilder::default().destination("/x").typ("bind").source(source).build().unwrap()
+        };
+        let absent = share.join("c/mounts/2");
+        let spec = SpecBuilder::default()
+            .root(RootBuilder::default().path(root.clone()).build().unwrap())
+            .mounts([&volume, &plain, &outside, &absent].map(|source| bind(source)).to_vec())
+            .build()
+            .unwrap();
+        let held = hold(&spec, &share);
+        assert_eq!(held, [root.clone(), volume.clone()]);
+        release(&held);
+        assert!(hold(&spec, &share).is_empty());
+        // Once more does no harm.
+        release(&held);
+        assert!(is_mounted(&outside));
+        release(&[outside]);
+    }
+}
