@@ -25,6 +25,8 @@ pub use events::OomEvents;
 
 /// How long the kernel may take to freeze, thaw or empty a cgroup.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often a process may arrive in a cgroup that was just empty.
+const ARRIVALS: usize = 8;
 
 /// What can go wrong with a cgroup.
 #[derive(Debug, Error)]
@@ -229,13 +231,33 @@ impl Cgroup {
 
     /// Kills everything in the cgroup, waits for its end, and removes it with the parents that are empty then.
     pub(super) async fn destroy(&self) -> Result<(), CgroupError> {
-        if !self.path.exists() {
-            return Ok(());
+        // A process that a dropped create has sent on its way may arrive when the others have gone; it is killed then.
+        let mut arrivals = 0;
+        while self.path.exists() {
+            self.signal(Signal::KILL)?;
+            // A frozen process dies of KILL as it is, but only thawed does it hold no other up.
+            self.write("cgroup.freeze", "0")?;
+            events::wait(&self.path, "populated", "0", PATIENCE, "empty").await?;
+            match self.remove() {
+                Err(CgroupError::File { source, .. })
+                    if source.kind() == io::ErrorKind::ResourceBusy && arrivals < ARRIVALS =>
+                {
+                    arrivals += 1;
+                }
+                result => result?,
+            }
         }
-        self.signal(Signal::KILL)?;
-        // A frozen process dies of KILL as it is, but only thawed does it hold no other up.
-        self.write("cgroup.freeze", "0")?;
-        events::wait(&self.path, "populated", "0", PATIENCE, "empty").await?;
+        let parents = self.path.ancestors().skip(1).take_while(|parent| *parent != self.root);
+        for parent in parents {
+            if fs::remove_dir(parent).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the directory and those below it; fails while a process is in one.
+    fn remove(&self) -> Result<(), CgroupError> {
         let mut directories = tree(&self.path)?;
         directories.reverse();
         for directory in directories {
@@ -244,12 +266,6 @@ impl Cgroup {
                     return Err(CgroupError::file("remove", directory, error));
                 }
                 _ => {}
-            }
-        }
-        let parents = self.path.ancestors().skip(1).take_while(|parent| *parent != self.root);
-        for parent in parents {
-            if fs::remove_dir(parent).is_err() {
-                break;
             }
         }
         Ok(())
