@@ -1,0 +1,125 @@
+//! What only a machine with KVM, vhost and cgroup v2 can show: `cargo xtask lab test` makes one anywhere.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use kata_testkit::host::{Host, stderr, stdout};
+
+/// Whether this is the lab, where all of it has to be there; says (and counts) if not.
+fn in_the_lab() -> bool {
+    let inside = std::env::var_os("KATA_TEST_LAB").is_some();
+    if !inside {
+        kata_testkit::skip("this is not the lab: cargo xtask lab test");
+    }
+    inside
+}
+
+#[test]
+fn accelerator_kvm_boots_a_guest_that_sees_kvms_clock() {
+    if !in_the_lab() {
+        return;
+    }
+    let host = Host::new().unwrap();
+    let clock = "cat /sys/devices/system/clocksource/clocksource0/available_clocksource";
+    let output = host.sh(&["--timing", "--memory", "256M", "--set", "runtime.accelerator=kvm"], clock);
+    assert!(stdout(&output).contains("kvm-clock"), "{}{}", stdout(&output), stderr(&output));
+    assert!(stderr(&output).contains("qemu with kvm"), "{}", stderr(&output));
+}
+
+#[test]
+fn accelerator_is_kvm_without_being_asked_for_and_tcg_if_asked_for() {
+    if !in_the_lab() {
+        return;
+    }
+    let host = Host::new().unwrap();
+    let output = host.output(["check"]);
+    assert!(stdout(&output).contains("qemu with kvm"), "{}{}", stdout(&output), stderr(&output));
+    host.configure("[runtime]\naccelerator = \"tcg\"\n");
+    let output = host.output(["check"]);
+    assert!(stdout(&output).contains("accelerator = \"tcg\""), "{}{}", stdout(&output), stderr(&output));
+}
+
+#[test]
+fn vhost_devices_and_all_controllers_of_cgroup_v2_are_there() {
+    if !in_the_lab() {
+        return;
+    }
+    for device in ["/dev/vhost-vsock", "/dev/vhost-net", "/dev/net/tun"] {
+        let opened = OpenOptions::new().read(true).write(true).open(device);
+        assert!(opened.is_ok(), "{device}: {opened:?}");
+    }
+    let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.subtree_control").unwrap();
+    for controller in ["cpuset", "cpu", "io", "memory", "pids"] {
+        assert!(controllers.split_whitespace().any(|one| one == controller), "{controllers}");
+    }
+}
+
+/// A verity device over files in a directory of its own; closed when dropped.
+struct Verity {
+    dir: tempfile::TempDir,
+    name: String,
+}
+
+impl Verity {
+    const SIZE: usize = 1 << 20;
+
+    fn format() -> (Self, String) {
+        let verity = Self { dir: tempfile::tempdir().unwrap(), name: format!("lab-{}", std::process::id()) };
+        std::fs::write(verity.data(), vec![7; Self::SIZE]).unwrap();
+        let output = verity.setup().arg("format").arg(verity.data()).arg(verity.hashes()).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        let text = stdout(&output);
+        let root = text.lines().find_map(|line| line.strip_prefix("Root hash:")).unwrap().trim().to_owned();
+        (verity, root)
+    }
+
+    fn open(&self, root: &str) -> PathBuf {
+        let output =
+            self.setup().arg("open").arg(self.data()).arg(&self.name).arg(self.hashes()).arg(root).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        Path::new("/dev/mapper").join(&self.name)
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn hashes(&self) -> PathBuf {
+        self.dir.path().join("hashes")
+    }
+
+    /// There is no udev to wait for.
+    fn setup(&self) -> Command {
+        let mut command = Command::new("veritysetup");
+        command.env("DM_DISABLE_UDEV", "1");
+        command
+    }
+}
+
+impl Drop for Verity {
+    fn drop(&mut self) {
+        let _ = self.setup().args(["close", &self.name]).output();
+    }
+}
+
+#[test]
+fn verity_device_reads_what_was_hashed_and_refuses_what_was_changed() {
+    if !in_the_lab() {
+        return;
+    }
+    let (verity, root) = Verity::format();
+    let good = std::fs::read(verity.open(&root));
+    assert_eq!(good.unwrap(), vec![7; Verity::SIZE]);
+    assert!(verity.setup().args(["close", &verity.name]).status().unwrap().success());
+
+    let changed = File::options().write(true).open(verity.data()).unwrap();
+    changed.write_all_at(&[8], 5000).unwrap();
+    let device = File::open(verity.open(&root)).unwrap();
+    let mut block = [0; 4096];
+    device.read_exact_at(&mut block, 0).unwrap();
+    assert!(device.read_exact_at(&mut block, 4096).is_err(), "a changed block is read");
+}
