@@ -1,11 +1,21 @@
 # Every target is a chore of xtask; this file only gives them their usual names.
-.PHONY: run test test-unit lint bench docs clean
+.PHONY: run test test-unit test-lab lint bench bench-lab lab docs clean
 
 run test lint bench:
 	@cargo xtask $@
 
 test-unit:
 	@cargo xtask test --unit
+
+# A shell where there is KVM, see docs/lab.md.
+lab:
+	@cargo xtask lab shell
+
+test-lab:
+	@cargo xtask lab test --all
+
+bench-lab:
+	@cargo xtask lab bench
 
 docs:
 	@cargo doc --workspace --no-deps

@@ -22,7 +22,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-shim", &["kata-api", "kata-config", "kata-hypervisor", "kata-sandbox"]),
     ("kata-ctl", &["kata-api", "kata-config", "kata-image"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
-    ("xtask", &[]),
+    ("lab-init", &[]),
+    ("xtask", &["lab-init"]),
 ];
 
 /// Crates that a binary must not be able to reach, because what they can do is not its job.

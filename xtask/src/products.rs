@@ -37,6 +37,11 @@ pub struct Products {
 }
 
 impl Products {
+    /// Those that were built before.
+    pub fn built(profile: Profile) -> Self {
+        Self { dir: tree().join("target").join(profile.name()) }
+    }
+
     /// A binary among the products.
     pub fn program(&self, name: &str) -> PathBuf {
         self.dir.join(name)
@@ -56,7 +61,7 @@ pub fn build(profile: Profile, kernel: &str, registry: bool) -> Chores<Products>
     }
     shell::run(&mut host)?;
 
-    let products = Products { dir: tree().join("target").join(profile.name()) };
+    let products = Products::built(profile);
     let agent = build_agent()?;
     say(&format!("making the guest image, kernel: {kernel} (the first time it is downloaded)"));
     shell::run(
@@ -74,20 +79,33 @@ pub fn build(profile: Profile, kernel: &str, registry: bool) -> Chores<Products>
 /// Builds the static guest agent.
 pub fn build_agent() -> Chores<PathBuf> {
     say("building the guest agent");
-    build_guest(&["--bin", "kata-agent"])?;
+    build_guest("kata-agent", &["--bin", "kata-agent"])?;
     Ok(guest_dir().join("kata-agent"))
 }
 
 /// Builds the static init that does nothing but end the machine.
 pub fn build_bare_init() -> Chores<PathBuf> {
-    build_guest(&["--example", "bare-init"])?;
+    build_guest("kata-agent", &["--example", "bare-init"])?;
     Ok(guest_dir().join("examples/bare-init"))
 }
 
-fn build_guest(what: &[&str]) -> Chores {
+/// Builds the static init of the lab's machine.
+pub fn build_lab_init() -> Chores<PathBuf> {
+    build_guest("lab-init", &["--quiet", "--bin", "lab-init"])?;
+    Ok(guest_dir().join("lab-init"))
+}
+
+/// Builds the server of shared directories alone.
+pub fn build_file_server() -> Chores<PathBuf> {
+    let profile = Profile::Quick.name();
+    shell::run(cargo().args(["build", "--quiet", "--profile", profile, "-p", "kata-virtiofsd"]))?;
+    Ok(tree().join("target").join(profile).join("kata-virtiofsd"))
+}
+
+fn build_guest(package: &str, what: &[&str]) -> Chores {
     shell::run(
         cargo()
-            .args(["build", "--profile", "guest", "--target", GUEST_TARGET, "-p", "kata-agent"])
+            .args(["build", "--profile", "guest", "--target", GUEST_TARGET, "-p", package])
             .args(what)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("LIBSECCOMP_LINK_TYPE", "static")

@@ -25,6 +25,19 @@ pub enum ChoreError {
     },
     #[error("{0}")]
     Found(String),
+    #[error("cannot use {what}")]
+    Socket {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the lab's machine ended before the command did{status}; its console's last lines:\n{console}\n")]
+    LabEnded {
+        status: String,
+        console: String,
+        #[source]
+        source: lab_init::FrameError,
+    },
     #[error("cannot read {what}")]
     Json {
         what: &'static str,

@@ -7,9 +7,9 @@ use std::process::Command;
 use crate::products::Profile;
 use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::unpacked::{NEWER_CONTAINERD, NEWER_DOCKER, NEWER_QEMU};
-use crate::{Chores, demo, packages, products, say};
+use crate::{Chores, demo, lab, packages, products, say};
 
-/// Runs the test suite; with `unit`, without booting machines.
+/// Runs the test suite, and at the end of all of it the lab's; with `unit`, without booting machines.
 pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
     let mut nextest = cargo();
@@ -17,11 +17,9 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     let profile = if unit { "unit" } else { "default" };
     nextest.args(["--profile", profile]);
     if !unit {
-        let products = products::build(Profile::Quick, products::STOCK_KERNEL, true)?;
-        nextest.env("KATA_TEST_PROGRAMS", &products.dir).env("KATA_TEST_IMAGE", demo::busybox_image()?);
-        nextest.env("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux"));
-        nextest.env("KATA_TEST_INITRD", small_initrd()?);
-        nextest.env("KATA_TEST_CONTAINERD", "/usr/bin/containerd");
+        nextest.envs(prepare()?);
+        lab::make()?;
+        nextest.env("KATA_TEST_LAB_MADE", "1");
         for (variable, unpacked) in [
             ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
             ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD),
@@ -35,13 +33,43 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     }
     say("running the tests");
     let outcome = shell::run(nextest.args(filter));
-    let report = tree().join("target/nextest").join(profile).join("junit.xml");
-    let skipped = skips(&std::fs::read_to_string(&report).map_err(at("read", &report))?);
-    say(&format!("{} tests skipped something", skipped.len()));
-    for skip in skipped {
-        eprintln!("    {skip}");
+    tell_report(profile)?;
+    outcome.and_then(|()| nothing_left())?;
+    if unit || !filter.is_empty() { Ok(()) } else { lab::test() }
+}
+
+/// Builds what tests that boot machines are given, and answers the variables that say where it is.
+pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
+    let products = products::build(Profile::Quick, products::STOCK_KERNEL, true)?;
+    Ok(vec![
+        ("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux")),
+        ("KATA_TEST_PROGRAMS", products.dir),
+        ("KATA_TEST_IMAGE", demo::busybox_image()?),
+        ("KATA_TEST_INITRD", small_initrd()?),
+        ("KATA_TEST_CONTAINERD", PathBuf::from("/usr/bin/containerd")),
+    ])
+}
+
+/// Where the runner reports what it did under a profile.
+pub fn report(profile: &str) -> PathBuf {
+    tree().join("target/nextest").join(profile).join("junit.xml")
+}
+
+/// Prints what of a run's report is easily overlooked: tests that skipped something, and that passed only when tried
+/// again.
+pub fn tell_report(profile: &str) -> Chores {
+    let report = report(profile);
+    let text = std::fs::read_to_string(&report).map_err(at("read", &report))?;
+    let (skipped, repeated) = (skips(&text), repeated(&text));
+    say(&format!(
+        "{} tests skipped something, {} passed only when tried again",
+        skipped.len(),
+        repeated.len()
+    ));
+    for line in skipped.iter().chain(&repeated) {
+        eprintln!("    {line}");
     }
-    outcome.and_then(|()| nothing_left())
+    Ok(())
 }
 
 /// An initramfs whose init says so and ends the machine, for tests of the VMM alone.
@@ -60,15 +88,28 @@ fn small_initrd() -> Chores<PathBuf> {
 
 /// Tests that said `skipped: why`, from the runner's report: a skip that nobody sees hides everything.
 fn skips(report: &str) -> Vec<String> {
+    lines_of_tests(report, |test, line| {
+        let (_, reason) = line.split_once("skipped: ")?;
+        Some(format!("{test}: {}", reason.split("</").next().unwrap_or_default()))
+    })
+}
+
+/// Tests that failed at first.
+fn repeated(report: &str) -> Vec<String> {
+    lines_of_tests(report, |test, line| {
+        line.contains("<flakyFailure").then(|| format!("{test}: failed at first, then passed"))
+    })
+}
+
+/// What `find` makes of the report's lines, each with the test that it belongs to.
+fn lines_of_tests(report: &str, find: impl Fn(&str, &str) -> Option<String>) -> Vec<String> {
     let mut test = "";
     let mut found = Vec::new();
     for line in report.lines() {
         if let Some((_, rest)) = line.split_once("<testcase name=\"") {
             test = rest.split('"').next().unwrap_or_default();
         }
-        if let Some((_, reason)) = line.split_once("skipped: ") {
-            found.push(format!("{test}: {}", reason.split("</").next().unwrap_or_default()));
-        }
+        found.extend(find(test, line));
     }
     found
 }
@@ -103,5 +144,13 @@ mod tests {
         let report =
             "<testcase name=\"a\" x>\n<system-err>skipped: no root</system-err>\n<testcase name=\"b\">\n";
         assert_eq!(skips(report), ["a: no root"]);
+        assert!(repeated(report).is_empty());
+    }
+
+    #[test]
+    fn test_that_passed_only_the_second_time_is_found() {
+        let report =
+            "<testcase name=\"a\">\n</testcase>\n<testcase name=\"b\">\n  <flakyFailure type=\"x\">\n";
+        assert_eq!(repeated(report), ["b: failed at first, then passed"]);
     }
 }

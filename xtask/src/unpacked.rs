@@ -7,7 +7,7 @@ use crate::shell::{self, ChoreError, at};
 use crate::{Chores, say};
 
 /// Outside the tree, which may lie where only root gets: QEMU gives its privileges up and then reads its firmware.
-const CACHE: &str = "/var/cache/kata";
+pub const CACHE: &str = "/var/cache/kata";
 
 /// A program of another suite than the machine's, with what it needs to run from a directory of its own.
 pub struct Unpacked {
@@ -98,7 +98,7 @@ fn apt(work: &Path) -> Command {
 }
 
 /// Where this machine gets its Debian packages.
-fn mirror(etc: &Path) -> Chores<String> {
+pub fn mirror(etc: &Path) -> Chores<String> {
     let mut files = vec![etc.join("sources.list")];
     files.extend(
         std::fs::read_dir(etc.join("sources.list.d")).into_iter().flatten().flatten().map(|e| e.path()),

@@ -1,8 +1,8 @@
 //! What `ctr` takes with our runtime and with runc, in turn under one containerd.
 //!
-//! `containerd-start COUNT` prints one JSON object with milliseconds: `kata` and `runc` are runs of `true` from the client's
+//! `containerd-start COUNT PODS…` prints one JSON object with milliseconds: `kata` and `runc` are runs of `true` from the client's
 //! start to its end, `kata_exec` and `runc_exec` execs of `true` in a container that runs, `parallel` the time until the
-//! last of 1, 5 and 10 pods started at once has ended. Programs and image are named by the variables of the tests.
+//! last of PODS pods started at once has ended. Programs and image are named by the variables of the tests.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -58,7 +58,8 @@ fn parallel(rig: &Containerd, count: usize) -> f64 {
 }
 
 fn main() {
-    let count: usize = std::env::args().nth(1).and_then(|count| count.parse().ok()).unwrap_or(10);
+    let mut numbers = std::env::args().skip(1).map(|word| word.parse().expect("arguments are numbers"));
+    let count: usize = numbers.next().expect("the first argument is the number of runs");
     let rig = Containerd::new(Version::V1).expect("the variables of the tests are set");
     rig.host().configure("[hypervisor.qemu]\ndefault_memory = 256\n");
     let (mut kata, mut runc) = (Vec::new(), Vec::new());
@@ -71,7 +72,7 @@ fn main() {
         }
     }
     let (kata_exec, runc_exec) = (execs(&rig, KATA, count), execs(&rig, RUNC, count));
-    let parallel: Vec<f64> = [1, 5, 10].map(|pods| parallel(&rig, pods)).into();
+    let parallel: Vec<f64> = numbers.map(|pods| parallel(&rig, pods)).collect();
     let figures = serde_json::json!({
         "kata": kata, "runc": runc, "kata_exec": kata_exec, "runc_exec": runc_exec, "parallel": parallel,
     });

@@ -6,9 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use super::table::{Row, Samples};
-use super::{Bench, timed};
+use super::{Accelerator, Bench, timed};
 use crate::Chores;
-use crate::products;
+use crate::products::{self, Products};
 use crate::shell::{ChoreError, at, output, tree};
 
 /// The machine of a pod, without the devices that no boot needs.
@@ -18,13 +18,17 @@ const POD_PARAMETERS: &str = "cryptomgr.notests no_timer_check noreplace-smp noa
 
 /// Rows of the start, and the median of the bare boot in milliseconds.
 pub fn measure(bench: &Bench) -> Chores<(Vec<Row>, f64)> {
-    let bare = BareBoot::prepare(bench)?;
+    let bare = BareBoot::of(bench);
     let (mut ratios, mut lean_ratios) = (Vec::new(), Vec::new());
     let (mut starts, mut boots, mut lean_boots) = (Vec::new(), Vec::new(), Vec::new());
     // One of each to warm the page cache.
     for run in 0..=bench.runs {
         let boot = bare.boot(&format!("{MACHINE},hpet=off"), "")?;
-        let lean_boot = bare.boot(&format!("{MACHINE},hpet=on"), POD_PARAMETERS)?;
+        // KVM's pods are given nothing that this boot is not.
+        let lean_boot = match bench.accelerator {
+            Accelerator::Tcg => bare.boot(&format!("{MACHINE},hpet=on"), POD_PARAMETERS)?,
+            Accelerator::Kvm => boot,
+        };
         let start = first_byte(bench)?;
         if run > 0 {
             boots.push(boot * 1e3);
@@ -35,13 +39,16 @@ pub fn measure(bench: &Bench) -> Chores<(Vec<Row>, f64)> {
         }
     }
     let bare_boot = Samples::new(boots.clone()).median();
-    let rows = vec![
+    let mut rows = vec![
         row("`kata-ctl run` to first byte ÷ bare boot", "", ratios, Some(1.30)),
         row("the same ÷ bare boot that is given the pod's kernel parameters too", "", lean_ratios, None),
         row("`kata-ctl run` to first byte", "ms", starts, None),
         row("bare boot: same machine, kernel and initrd to an init that exits", "ms", boots, None),
         row("the same with the pod's kernel parameters", "ms", lean_boots, None),
     ];
+    if bench.accelerator == Accelerator::Kvm {
+        rows.retain(|row| !row.what.contains("the pod's kernel parameters"));
+    }
     Ok((rows, bare_boot))
 }
 
@@ -68,39 +75,39 @@ fn first_byte(bench: &Bench) -> Chores<f64> {
 struct BareBoot {
     kernel: PathBuf,
     initrd: PathBuf,
+    accelerator: Accelerator,
+}
+
+/// Adds an init that exits to the image's initrd: archives may follow one another.
+pub fn prepare(products: &Products) -> Chores {
+    let image = products.dir.join("guest-image/initrd.cpio");
+    let init = products::build_bare_init()?;
+    let mut bytes = std::fs::read(&image).map_err(at("read", &image))?;
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes.extend(archive(&init)?);
+    std::fs::write(initrd(), bytes).map_err(at("write", &initrd()))
+}
+
+fn initrd() -> PathBuf {
+    tree().join("target/bare-initrd")
 }
 
 impl BareBoot {
-    /// Adds an init that exits to the image's initrd: archives may follow one another.
-    fn prepare(bench: &Bench) -> Chores<Self> {
-        let image = bench.products.dir.join("guest-image");
-        let init = products::build_bare_init()?;
-        let initrd = tree().join("target/bare-initrd");
-        let mut bytes =
-            std::fs::read(image.join("initrd.cpio")).map_err(at("read", &image.join("initrd.cpio")))?;
-        bytes.resize(bytes.len().next_multiple_of(512), 0);
-        bytes.extend(archive(&init)?);
-        std::fs::write(&initrd, bytes).map_err(at("write", &initrd))?;
-        Ok(Self { kernel: image.join("vmlinux"), initrd })
+    fn of(bench: &Bench) -> Self {
+        let kernel = bench.products.dir.join("guest-image/vmlinux");
+        Self { kernel, initrd: initrd(), accelerator: bench.accelerator }
     }
 
     /// Seconds from exec of QEMU to its end.
     fn boot(&self, machine: &str, parameters: &str) -> Chores<f64> {
+        let (accelerator, processor) = match self.accelerator {
+            Accelerator::Tcg => ("tcg,thread=multi", "max"),
+            Accelerator::Kvm => ("kvm", "host"),
+        };
         let begin = Instant::now();
         let status = Command::new("timeout")
             .args(["30", "qemu-system-x86_64"])
-            .args([
-                "-machine",
-                machine,
-                "-accel",
-                "tcg,thread=multi",
-                "-cpu",
-                "max",
-                "-smp",
-                "1",
-                "-m",
-                "256M",
-            ])
+            .args(["-machine", machine, "-accel", accelerator, "-cpu", processor, "-smp", "1", "-m", "256M"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-kernel"])

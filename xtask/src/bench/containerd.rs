@@ -1,14 +1,18 @@
 //! `ctr` with our runtime, beside runc under the same containerd.
 
 use std::path::Path;
+use std::process::Command;
 
 use serde::Deserialize;
 
 use super::Bench;
 use super::table::{Row, Samples};
+use crate::Chores;
 use crate::products::Profile;
 use crate::shell::{self, ChoreError, cargo, tree};
-use crate::{Chores, packages};
+
+/// Example of kata-testkit.
+const CLIENT: &str = "containerd-start";
 
 /// Milliseconds, printed by the example `containerd-start` of kata-testkit.
 #[derive(Deserialize)]
@@ -20,13 +24,23 @@ struct Figures {
     parallel: Vec<f64>,
 }
 
-/// Rows of containerd; `bare_boot` is the median of the same run, in milliseconds.
-pub fn measure(bench: &Bench, bare_boot: f64) -> Chores<Vec<Row>> {
-    packages::for_test()?;
-    let text = shell::output(
+/// Builds the client.
+pub fn prepare() -> Chores {
+    shell::run(
         cargo()
-            .args(["run", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
-            .args(["--example", "containerd-start", "--", &bench.runs.to_string()])
+            .args(["build", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
+            .args(["--example", CLIENT]),
+    )
+}
+
+/// Rows of containerd; `bare_boot` is the median of the same run, in milliseconds; `parallel` says how many pods are
+/// started at once, in turn.
+pub fn measure(bench: &Bench, bare_boot: f64, parallel: &[usize]) -> Chores<Vec<Row>> {
+    let client = tree().join("target").join(Profile::Quick.name()).join("examples").join(CLIENT);
+    let text = shell::output(
+        Command::new(client)
+            .arg(bench.runs.to_string())
+            .args(parallel.iter().map(ToString::to_string))
             .env("KATA_TEST_PROGRAMS", &bench.products.dir)
             .env("KATA_TEST_IMAGE", tree().join("target/images/busybox"))
             .env("KATA_TEST_CONTAINERD", Path::new("/usr/bin/containerd")),
@@ -42,7 +56,7 @@ pub fn measure(bench: &Bench, bare_boot: f64) -> Chores<Vec<Row>> {
         row("`ctr task exec`, client's start to end", "ms", figures.kata_exec, None),
         row("the same with runc", "ms", figures.runc_exec, None),
     ];
-    for (pods, time) in [1, 5, 10].iter().zip(figures.parallel) {
+    for (pods, time) in parallel.iter().zip(figures.parallel) {
         rows.push(row(
             &format!("`ctr run --rm` of {pods} at once, until the last has ended"),
             "ms",

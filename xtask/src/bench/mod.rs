@@ -16,16 +16,29 @@ mod transfer;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::products::{self, Profile};
+use crate::products::{self, Products, Profile};
 use crate::shell::{self, at, tree};
 use crate::{Chores, demo, packages, say};
+use table::Row;
+pub use table::commit;
 
-/// What every measurement needs.
+/// What every measurement needs, built already: measuring wants neither a compiler nor a network.
 struct Bench {
-    products: products::Products,
+    products: Products,
     image: String,
     runs: usize,
+    accelerator: Accelerator,
 }
+
+/// What runs the bare machine that pods are compared with: the same as runs the pods.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Accelerator {
+    Tcg,
+    Kvm,
+}
+
+/// Name of the variable with the commit measured, where git is not at hand.
+pub const COMMIT: &str = "KATA_BENCH_COMMIT";
 
 impl Bench {
     fn ctl(&self, args: &[&str]) -> Command {
@@ -35,18 +48,42 @@ impl Bench {
     }
 }
 
+/// Builds what is measured.
+pub fn prepare(kernel: &str) -> Chores {
+    packages::for_test()?;
+    let products = products::build(Profile::Release, kernel, false)?;
+    demo::busybox_image()?;
+    boot::prepare(&products)?;
+    containerd::prepare()
+}
+
+fn bench(runs: usize, accelerator: Accelerator) -> Chores<Bench> {
+    let products = Products::built(Profile::Release);
+    let image = format!("oci:{}:latest", demo::busybox_image()?.display());
+    Ok(Bench { products, image, runs, accelerator })
+}
+
+/// Measures starts alone, with KVM and what [`prepare`] has built, and prints the table: for the lab.
+pub fn run_in_lab(runs: usize) -> Chores {
+    let bench = bench(runs, Accelerator::Kvm)?;
+    println!("{}", table::render(&starts(&bench, &[1])?, &bench)?);
+    Ok(())
+}
+
+/// Rows of starting a pod, by `kata-ctl` and by `ctr`; `parallel` says how many at once.
+fn starts(bench: &Bench, parallel: &[usize]) -> Chores<Vec<Row>> {
+    say("start: first output byte against a bare boot");
+    let (mut rows, bare_boot) = boot::measure(bench)?;
+    say("containerd, beside runc");
+    rows.extend(containerd::measure(bench, bare_boot, parallel)?);
+    Ok(rows)
+}
+
 /// Measures all rows and, unless it is a dry run, writes the table.
 pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
-    packages::for_run()?;
-    let products = products::build(Profile::Release, kernel, false)?;
-    let image = format!("oci:{}:latest", demo::busybox_image()?.display());
-    let bench = Bench { products, image, runs };
-    let mut rows = Vec::new();
-    say("start: first output byte against a bare boot");
-    let (start, bare_boot) = boot::measure(&bench)?;
-    rows.extend(start);
-    say("containerd, beside runc");
-    rows.extend(containerd::measure(&bench, bare_boot)?);
+    prepare(kernel)?;
+    let bench = bench(runs, Accelerator::Tcg)?;
+    let mut rows = starts(&bench, &[1, 5, 10])?;
     say("exec");
     rows.extend(exec::measure(&bench)?);
     say("memory");

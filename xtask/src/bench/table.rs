@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::process::Command;
 
-use super::Bench;
+use super::{Accelerator, Bench};
 use crate::Chores;
 use crate::shell::{self, ChoreError, tree};
 
@@ -68,22 +68,30 @@ impl Row {
 /// The table with its circumstances.
 pub fn render(rows: &[Row], bench: &Bench) -> Chores<String> {
     let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let commit =
-        shell::output(Command::new("git").current_dir(tree()).args(["rev-parse", "--short", "HEAD"]))?;
+    let commit = std::env::var(super::COMMIT).or_else(|_| commit())?;
     let date = shell::output(Command::new("date").args(["-u", "+%Y-%m-%d"]))?;
     let guest = shell::output(&mut bench.ctl(&["run", "--rm", &bench.image, "uname", "-r"]))?;
     let mut text = format!(
-        "Measured {} at commit {} with guest kernel {} on host kernel {}, QEMU with TCG where KVM is not usable.\n\n",
+        "Measured {} at commit {} with guest kernel {} on host kernel {}, QEMU with {}.\n\n",
         date.trim(),
         commit.trim(),
         guest.trim(),
-        host.trim()
+        host.trim(),
+        match bench.accelerator {
+            Accelerator::Tcg => "TCG where KVM is not usable",
+            Accelerator::Kvm => "KVM, on a machine that is emulated itself: only ratios mean something",
+        }
     );
     text.push_str("| what | median | least–most | runs | budget | |\n|---|---|---|---|---|---|\n");
     for row in rows {
         let _ = writeln!(text, "{}", row.render());
     }
     Ok(text)
+}
+
+/// The commit that is checked out.
+pub fn commit() -> Chores<String> {
+    shell::output(Command::new("git").current_dir(tree()).args(["rev-parse", "--short", "HEAD"]))
 }
 
 /// The page with the table in its place.
