@@ -31,13 +31,8 @@ pub enum ChoreError {
         #[source]
         source: std::io::Error,
     },
-    #[error("the lab's machine ended before the command did{status}; its console's last lines:\n{console}\n")]
-    LabEnded {
-        status: String,
-        console: String,
-        #[source]
-        source: lab_init::FrameError,
-    },
+    #[error("the lab's machine {how}; its console's last lines:\n{console}")]
+    LabLost { how: String, console: String },
     #[error("cannot read {what}")]
     Json {
         what: &'static str,

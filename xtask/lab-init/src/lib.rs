@@ -5,7 +5,8 @@
 //!    │◀────────────────────────────────── Ready ────┤ the machine is up
 //!    ├─ Start ─────────────────────────────────────▶│
 //!    ├─ Stdin… StdinEnd, Signal, Resize ───────────▶│
-//!    │◀──────────────────── Stdout…, Stderr… ───────┤
+//!    │◀──────────────────── Stdout…, Stderr…, Taken ┤ a piece of input has gone: the next may come
+//!    │◀─────────────────────────────────────── Beat ▶│ now and then, answered at once
 //!    │◀──────────────────── Exit or Fault ──────────┤ nothing follows
 //! ```
 //!
@@ -56,7 +57,7 @@ pub enum Frame {
     Ready,
     /// xtask: what to run. Once.
     Start(Start),
-    /// xtask: bytes for the command.
+    /// xtask: bytes for the command; no more until they are taken, so that nothing stands in a signal's way.
     Stdin(Vec<u8>),
     /// xtask: no more of them will come.
     StdinEnd,
@@ -72,6 +73,10 @@ pub enum Frame {
     Exit(u8),
     /// Init: why there is nothing to run a command in.
     Fault(String),
+    /// xtask: are you there? Init: yes.
+    Beat,
+    /// Init: the command has taken the last piece of input, or will never take any.
+    Taken,
 }
 
 /// Rows and columns of a terminal.
@@ -145,6 +150,8 @@ impl Frame {
             Self::Stderr(bytes) => (7, bytes.clone()),
             Self::Exit(status) => (8, vec![*status]),
             Self::Fault(reason) => (9, reason.clone().into_bytes()),
+            Self::Beat => (10, Vec::new()),
+            Self::Taken => (11, Vec::new()),
         }
     }
 
@@ -160,6 +167,8 @@ impl Frame {
             (7, _) => Self::Stderr(content),
             (8, [status]) => Self::Exit(*status),
             (9, bytes) => Self::Fault(String::from_utf8_lossy(bytes).into_owned()),
+            (10, []) => Self::Beat,
+            (11, []) => Self::Taken,
             _ => return None,
         })
     }

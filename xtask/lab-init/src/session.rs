@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -93,7 +94,8 @@ pub fn run(port: &mut Port) -> Result<u8, SessionError> {
         }
     };
     let (reading, group) = (port.reading.try_clone().map_err(SessionError::Port)?, running.pid);
-    std::thread::spawn(move || obey(reading, group, running.stdin, running.terminal.as_ref()));
+    let writing = Arc::clone(&port.writing);
+    std::thread::spawn(move || obey(reading, &writing, group, running.stdin, running.terminal.as_ref()));
     let status = wait_for(running.pid)?;
     // Whoever is left holds the streams open, and is to end with the command like everything here. The group of
     // number 1 stands for everybody but PID 1 and the caller.
@@ -192,16 +194,17 @@ fn pump(mut stream: File, writing: &Writing, frame: fn(Vec<u8>) -> Frame) -> Joi
     })
 }
 
-/// Does what xtask says, until it says no more. A command that has ended takes no more input, which is no error.
-fn obey(mut reading: File, group: Pid, mut stdin: Option<File>, terminal: Option<&OwnedFd>) {
+/// Does what xtask says, until it says no more.
+fn obey(mut reading: File, writing: &Writing, group: Pid, stdin: Option<File>, terminal: Option<&OwnedFd>) {
+    let mut input = Some(feed(stdin, Arc::clone(writing)));
     while let Ok(frame) = Frame::read(&mut reading) {
         match frame {
             Frame::Stdin(bytes) => {
-                if stdin.as_mut().is_some_and(|stdin| stdin.write_all(&bytes).is_err()) {
-                    stdin = None;
+                if let Some(input) = &input {
+                    let _ = input.send(bytes);
                 }
             }
-            Frame::StdinEnd => stdin = None,
+            Frame::StdinEnd => input = None,
             Frame::Signal(number) => {
                 if let Some(signal) = Signal::from_named_raw(number.into()) {
                     let _ = kill_process_group(group, signal);
@@ -212,9 +215,27 @@ fn obey(mut reading: File, group: Pid, mut stdin: Option<File>, terminal: Option
                     let _ = resize(terminal, size);
                 }
             }
+            Frame::Beat => {
+                let _ = say(writing, &Frame::Beat);
+            }
             _ => return,
         }
     }
+}
+
+/// Writes what is sent to the command, and ends its input with the sender. A command that has ended takes no more,
+/// which is no error.
+fn feed(mut stdin: Option<File>, writing: Writing) -> Sender<Vec<u8>> {
+    let (sender, pieces) = channel::<Vec<u8>>();
+    std::thread::spawn(move || {
+        for piece in pieces {
+            if stdin.as_mut().is_some_and(|stdin| stdin.write_all(&piece).is_err()) {
+                stdin = None;
+            }
+            let _ = say(&writing, &Frame::Taken);
+        }
+    });
+    sender
 }
 
 /// Waits for the command; whoever else ends meanwhile became PID 1's child by the death of its parent.

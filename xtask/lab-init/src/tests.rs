@@ -29,6 +29,8 @@ fn every_frame_arrives_as_it_was_sent() {
         Frame::Stderr(vec![7; PIECE]),
         Frame::Exit(255),
         Frame::Fault("no root".to_owned()),
+        Frame::Beat,
+        Frame::Taken,
     ] {
         assert_eq!(round(&frame), frame);
     }

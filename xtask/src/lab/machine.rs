@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 
 use lab_init::{PORT, ROOT_TAG, SYSTEMD_PARAMETER, TREE_PARAMETER, TREE_TAG};
@@ -78,15 +78,14 @@ impl Machine {
         }
     }
 
-    /// After the machine ended by itself: how, and what the console said last.
-    pub fn post_mortem(mut self) -> (Option<ExitStatus>, String) {
+    /// Ends the machine; answers what its console said last.
+    pub fn last_words(mut self) -> String {
         let _ = self.qemu.kill();
-        let status = self.qemu.wait().ok();
         let lines = match std::mem::replace(&mut self.console, Console::Gone) {
             Console::Read(thread) => thread.join().unwrap_or_default(),
             Console::Unread(_) | Console::Gone => VecDeque::new(),
         };
-        (status, lines.into_iter().collect::<Vec<_>>().join("\n"))
+        lines.into_iter().collect::<Vec<_>>().join("\n")
     }
 }
 

@@ -18,13 +18,17 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize,
 
 use super::Options;
 use super::machine::Machine;
-use crate::shell::ChoreError;
+use crate::shell::{self, ChoreError};
 use crate::{Chores, say};
 
 /// As `timeout` has it.
 const TIME_IS_OVER: u8 = 124;
 /// How long a machine may take to come up.
 const BOOT: Duration = Duration::from_secs(120);
+/// How often the machine is asked whether it lives.
+const BEAT: Duration = Duration::from_secs(1);
+/// How long it may say nothing.
+const SILENCE: Duration = Duration::from_secs(60);
 /// How long a command that was told to end may take.
 const GRACE: Duration = Duration::from_secs(10);
 const FORWARDED: [Signal; 5] =
@@ -51,19 +55,14 @@ pub fn converse(mut machine: Machine, start: Start, options: &Options) -> Chores
         Err(errno) => Err(ChoreError::Socket { what: "signals", source: errno.into() }),
     };
     let _ = signals.thread_unblock();
-    match outcome {
-        Ok(Outcome::Exit(status)) => Ok(status),
-        Ok(Outcome::TimeIsOver) => {
+    match outcome? {
+        Outcome::Exit(status) => Ok(status),
+        Outcome::TimeIsOver => {
             say(&format!("killed after {} s", options.timeout));
             Ok(TIME_IS_OVER)
         }
-        Ok(Outcome::Told(signal)) => Ok(u8::try_from(128 + signal as i32).unwrap_or(u8::MAX)),
-        Ok(Outcome::Ended(error)) => {
-            let (status, console) = machine.post_mortem();
-            let status = status.map_or_else(String::new, |status| format!(" ({status})"));
-            Err(ChoreError::LabEnded { status, console, source: error })
-        }
-        Err(error) => Err(error),
+        Outcome::Told(signal) => Ok(u8::try_from(128 + signal as i32).unwrap_or(u8::MAX)),
+        Outcome::Lost(how) => Err(ChoreError::LabLost { how, console: machine.last_words() }),
     }
 }
 
@@ -72,7 +71,8 @@ enum Outcome {
     TimeIsOver,
     /// A signal that the command did not obey in time.
     Told(Signal),
-    Ended(FrameError),
+    /// How the machine was lost.
+    Lost(String),
 }
 
 fn talk(machine: &Machine, start: Start, deadline: Instant, signals: SigSet) -> Chores<Outcome> {
@@ -82,61 +82,92 @@ fn talk(machine: &Machine, start: Start, deadline: Instant, signals: SigSet) -> 
     let (events, inbox) = channel();
     read_frames(reading, events.clone());
     read_signals(signals, events);
-    let Some(outcome) = wait_until_ready(&inbox, deadline.min(Instant::now() + BOOT))? else {
-        let _raw = start.terminal.and_then(|_| RawTerminal::enter());
-        send(&writing, &Frame::Start(start))?;
-        read_input(Arc::clone(&writing));
-        return listen(&inbox, &writing, deadline);
-    };
-    Ok(outcome)
+    if let Some(outcome) = wait_until_ready(&inbox, deadline)? {
+        return Ok(outcome);
+    }
+    let _raw = start.terminal.and_then(|_| RawTerminal::enter());
+    send(&writing, &Frame::Start(start))?;
+    let (taken, takes) = channel();
+    read_input(Arc::clone(&writing), takes);
+    beat(Arc::clone(&writing));
+    Listener { inbox: &inbox, writing: &writing, taken, told: None }.listen(deadline)
 }
 
 /// Nothing, once the machine is up.
 fn wait_until_ready(inbox: &Receiver<Event>, deadline: Instant) -> Chores<Option<Outcome>> {
+    let booted = Instant::now() + BOOT;
     loop {
-        match next(inbox, deadline) {
+        match next(inbox, deadline.min(booted)) {
             Some(Event::Frame(Frame::Ready)) => return Ok(None),
-            Some(Event::Signal(Signal::SIGWINCH)) => {}
-            Some(Event::Signal(signal)) => return Ok(Some(Outcome::Told(signal))),
             Some(Event::Frame(Frame::Fault(reason))) => return Err(fault(&reason)),
-            Some(Event::Frame(_)) => {}
-            Some(Event::End(error)) => return Ok(Some(Outcome::Ended(error))),
-            None => {
-                return Err(ChoreError::Found("the lab's machine does not come up; see --console".to_owned()));
-            }
+            Some(Event::Signal(Signal::SIGWINCH) | Event::Frame(_)) => {}
+            Some(Event::Signal(signal)) => return Ok(Some(Outcome::Told(signal))),
+            Some(Event::End(error)) => return Ok(Some(ended(&error))),
+            None if deadline < booted => return Ok(Some(Outcome::TimeIsOver)),
+            None => return Ok(Some(Outcome::Lost(format!("did not come up within {} s", BOOT.as_secs())))),
         }
     }
 }
 
-fn listen(inbox: &Receiver<Event>, writing: &Writing, mut deadline: Instant) -> Chores<Outcome> {
-    let mut told = None;
-    loop {
-        match next(inbox, deadline) {
-            Some(Event::Frame(Frame::Stdout(bytes))) => put(&mut std::io::stdout(), &bytes)?,
-            Some(Event::Frame(Frame::Stderr(bytes))) => put(&mut std::io::stderr(), &bytes)?,
-            Some(Event::Frame(Frame::Exit(status))) => return Ok(Outcome::Exit(status)),
-            Some(Event::Frame(Frame::Fault(reason))) => return Err(fault(&reason)),
-            Some(Event::Frame(_)) => {}
-            Some(Event::End(error)) => return Ok(Outcome::Ended(error)),
-            Some(Event::Signal(Signal::SIGWINCH)) => {
-                if let Some(size) = terminal_size() {
-                    send(writing, &Frame::Resize(size))?;
+/// What is made of frames and signals while the command runs.
+struct Listener<'a> {
+    inbox: &'a Receiver<Event>,
+    writing: &'a Writing,
+    taken: Sender<()>,
+    /// What the command was told.
+    told: Option<Signal>,
+}
+
+impl Listener<'_> {
+    fn listen(mut self, mut deadline: Instant) -> Chores<Outcome> {
+        loop {
+            // From now on: while output was being written nobody listened.
+            let silence = Instant::now() + SILENCE;
+            match next(self.inbox, deadline.min(silence)) {
+                Some(Event::Frame(Frame::Exit(status))) => return Ok(Outcome::Exit(status)),
+                Some(Event::Frame(frame)) => self.take(frame)?,
+                Some(Event::End(error)) => return Ok(ended(&error)),
+                Some(Event::Signal(Signal::SIGWINCH)) => {
+                    if let Some(size) = terminal_size() {
+                        send(self.writing, &Frame::Resize(size))?;
+                    }
                 }
+                // The second time nobody is asked any more.
+                Some(Event::Signal(signal)) if self.told.is_some() => return Ok(Outcome::Told(signal)),
+                Some(Event::Signal(signal)) => {
+                    self.told = Some(signal);
+                    deadline = deadline.min(Instant::now() + GRACE);
+                    send(self.writing, &Frame::Signal(u8::try_from(signal as i32).unwrap_or_default()))?;
+                }
+                None if silence < deadline => {
+                    return Ok(Outcome::Lost(format!("gave no sign of life for {} s", SILENCE.as_secs())));
+                }
+                None => return Ok(self.told.map_or(Outcome::TimeIsOver, Outcome::Told)),
             }
-            // The second time nobody is asked any more.
-            Some(Event::Signal(signal)) if told.is_some() => return Ok(Outcome::Told(signal)),
-            Some(Event::Signal(signal)) => {
-                told = Some(signal);
-                deadline = deadline.min(Instant::now() + GRACE);
-                send(writing, &Frame::Signal(u8::try_from(signal as i32).unwrap_or_default()))?;
+        }
+    }
+
+    fn take(&self, frame: Frame) -> Chores {
+        match frame {
+            Frame::Stdout(bytes) => put(&mut std::io::stdout(), &bytes),
+            Frame::Stderr(bytes) => put(&mut std::io::stderr(), &bytes),
+            Frame::Fault(reason) => Err(fault(&reason)),
+            Frame::Taken => {
+                // Nobody reads input any more if there is no more.
+                let _ = self.taken.send(());
+                Ok(())
             }
-            None => return Ok(told.map_or(Outcome::TimeIsOver, Outcome::Told)),
+            _ => Ok(()),
         }
     }
 }
 
 fn fault(reason: &str) -> ChoreError {
     ChoreError::Found(format!("the lab's init: {reason}"))
+}
+
+fn ended(error: &FrameError) -> Outcome {
+    Outcome::Lost(format!("ended before the command did: {}", shell::chain(error)))
 }
 
 /// Nothing when the time is over.
@@ -182,7 +213,8 @@ fn read_signals(signals: SigSet, events: Sender<Event>) {
     });
 }
 
-fn read_input(writing: Writing) {
+/// Sends our input, a piece at a time.
+fn read_input(writing: Writing, taken: Receiver<()>) {
     std::thread::spawn(move || {
         let mut piece = vec![0; PIECE];
         loop {
@@ -191,9 +223,19 @@ fn read_input(writing: Writing) {
                 Ok(0) | Err(_) => Frame::StdinEnd,
                 Ok(length) => Frame::Stdin(piece.get(..length).unwrap_or_default().to_vec()),
             };
-            if send(&writing, &frame).is_err() || frame == Frame::StdinEnd {
+            if send(&writing, &frame).is_err() || frame == Frame::StdinEnd || taken.recv().is_err() {
                 return;
             }
+        }
+    });
+}
+
+/// Asks for signs of life. It gives some as well: an idle processor whose timer's interrupt was lost in a nested machine
+/// sleeps until another interrupt comes, and this is one.
+fn beat(writing: Writing) {
+    std::thread::spawn(move || {
+        while Frame::Beat.write(&mut *writing.lock().unwrap_or_else(PoisonError::into_inner)).is_ok() {
+            std::thread::sleep(BEAT);
         }
     });
 }

@@ -44,7 +44,7 @@ pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
     let mut again = 0;
     let status = loop {
         match lab.run(&options, environment.clone(), command.clone()) {
-            Err(error @ ChoreError::LabEnded { .. }) if again < AGAIN => {
+            Err(error @ ChoreError::LabLost { .. }) if again < AGAIN => {
                 again += 1;
                 say(&format!("try {again} of {AGAIN} more: {}", shell::chain(&error)));
             }
