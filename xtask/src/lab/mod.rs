@@ -110,9 +110,9 @@ pub fn test() -> Chores {
     }
 }
 
-/// Makes sure that `lab run` has a Debian to boot.
+/// Makes and builds all that `lab run` needs, so that it takes no longer than a boot.
 pub fn make() -> Chores {
-    debian::build(false).map(drop)
+    prepare().map(drop)
 }
 
 /// Does one of them.
