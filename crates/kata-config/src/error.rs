@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::deprecation::Refused;
+
 /// Where a setting was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -15,6 +17,8 @@ pub enum Origin {
         /// The line, from 1.
         line: Option<usize>,
     },
+    /// A variable of the environment.
+    Environment(&'static str),
     /// An override on the command line.
     Override,
 }
@@ -30,6 +34,7 @@ impl fmt::Display for Origin {
         match self {
             Self::File { path, line: Some(line) } => write!(f, "{}:{line}", path.display()),
             Self::File { path, line: None } => write!(f, "{}", path.display()),
+            Self::Environment(variable) => f.write_str(variable),
             Self::Override => f.write_str("--set"),
         }
     }
@@ -56,6 +61,9 @@ pub enum Fault {
     /// A key of upstream's that this version does not carry.
     #[error("not supported by this version; remove the key")]
     NotSupported,
+    /// Something that was removed, is off by default, or is deprecated where the user wants none of that.
+    #[error(transparent)]
+    Deprecated(Refused),
     /// A value of another type.
     #[error("expected {expected}, found {found}")]
     WrongType {

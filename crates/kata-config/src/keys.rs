@@ -6,6 +6,7 @@ use std::str::FromStr;
 use toml::de::DeValue;
 
 use crate::Config;
+use crate::deprecation::Registered;
 use crate::error::Fault;
 use crate::text::kernel_words;
 
@@ -59,14 +60,13 @@ pub(crate) const KEYS: &[Key] = keys! {
     runtime.log_level = word;
     runtime.disable_guest_seccomp = boolean;
     runtime.enable_debug = boolean;
+    runtime.deprecated = word;
+    runtime.deprecated_opt_in = ids;
 };
 
 /// Upstream's keys and tables that this version does not carry: section, then names in it.
 const NOT_SUPPORTED: &[(&str, &[&str])] = &[
-    (
-        "hypervisor",
-        &["clh", "cloud-hypervisor", "dragonball", "firecracker", "openvmm", "remote", "stratovirt"],
-    ),
+    ("hypervisor", &["clh", "cloud-hypervisor", "dragonball", "firecracker", "openvmm", "remote"]),
     (
         "hypervisor.qemu",
         &[
@@ -211,6 +211,31 @@ fn words(value: &DeValue<'_>) -> Result<Vec<String>, Fault> {
 fn list(value: &DeValue<'_>) -> Result<Vec<String>, Fault> {
     let items = value.as_array().ok_or_else(|| wrong_type("array of strings", value))?;
     items.iter().map(|item| text(item.get_ref())).collect()
+}
+
+/// Ids of registered deprecations.
+fn ids(value: &DeValue<'_>) -> Result<Vec<String>, Fault> {
+    let ids = list(value)?;
+    match ids.iter().find(|id| Registered::PROGRAM.get(id).is_none()) {
+        Some(id) => {
+            Err(Fault::Invalid(format!("no deprecation has the id {id:?}; see kata-ctl deprecations list")))
+        }
+        None => Ok(ids),
+    }
+}
+
+/// A value as the registry of deprecations writes it. A list without a text in it is as good as an empty one.
+pub(crate) fn plain(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(_) => integer(value).map(|number| number.to_string()),
+        DeValue::Boolean(is) => Some(is.to_string()),
+        DeValue::Array(items) => {
+            let blank = |item: &toml::Spanned<DeValue<'_>>| item.get_ref().as_str() == Some("");
+            items.iter().all(blank).then(|| "[]".to_owned())
+        }
+        _ => None,
+    }
 }
 
 fn integer(value: &DeValue<'_>) -> Option<i128> {

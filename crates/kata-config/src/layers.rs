@@ -6,11 +6,15 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
+use crate::deprecation::{Deprecation, Fit, Policy, Registered, Stage, Surface};
 use crate::error::{ConfigError, ConfigErrors, Fault, Origin};
-use crate::{Config, keys};
+use crate::{Config, Runtime, keys};
 
 /// The file to read where none is given.
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
+
+/// What becomes of uses of something deprecated, over what the files say.
+const POLICY_VARIABLE: &str = "KATA_DEPRECATED";
 
 /// Directories that may hold a `configuration.toml`, best first.
 const SEARCH: [&str; 6] = [
@@ -32,16 +36,19 @@ pub struct Sources {
 }
 
 impl Config {
-    /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, overrides) and checks the result as a whole.
+    /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, environment, overrides) and checks the result as a whole.
     ///
     /// # Errors
-    /// Every fault of every layer at once, each with its file and line or `--set`, and its key.
+    /// Every fault of every layer at once, each with its file and line, variable or `--set`, and its key.
     pub fn load(sources: &Sources) -> Result<Self, ConfigErrors> {
-        let mut layers = Layers::default();
+        let mut layers = Layers::new(Registered::PROGRAM);
         let named = sources.file.clone().or_else(|| std::env::var_os(FILE_VARIABLE).map(PathBuf::from));
         match named.or_else(|| first_file(&SEARCH.map(Path::new))) {
             Some(file) => layers.base(&file),
             None => tracing::debug!(places = ?SEARCH, "no configuration file: defaults apply"),
+        }
+        if let Some(policy) = std::env::var_os(POLICY_VARIABLE) {
+            layers.environment(POLICY_VARIABLE, "runtime.deprecated", &policy.to_string_lossy());
         }
         for assignment in &sources.overrides {
             layers.assign(assignment);
@@ -55,15 +62,32 @@ fn first_file(dirs: &[&Path]) -> Option<PathBuf> {
 }
 
 /// The configuration as read so far.
-#[derive(Default)]
 struct Layers {
     config: Config,
+    /// What is looked up as deprecated.
+    registered: Registered,
+    /// What still works and is deprecated: decided on when all layers have had their say.
+    deprecated: Vec<(Origin, String, &'static Deprecation)>,
     /// Who wrote each setting last.
     origins: BTreeMap<&'static str, Origin>,
     errors: Vec<ConfigError>,
 }
 
 impl Layers {
+    fn new(registered: Registered) -> Self {
+        Self {
+            config: Config::default(),
+            registered,
+            deprecated: Vec::new(),
+            origins: BTreeMap::new(),
+            errors: Vec::new(),
+        }
+    }
+
+    fn environment(&mut self, variable: &'static str, key: &str, value: &str) {
+        self.set(key, &DeValue::String(value.into()), 0, &|_| Origin::Environment(variable));
+    }
+
     fn base(&mut self, file: &Path) {
         self.file(file);
         for drop_in in self.drop_ins(file) {
@@ -139,6 +163,9 @@ impl Layers {
     }
 
     fn set(&mut self, path: &str, value: &DeValue<'_>, offset: usize, origin: &dyn Fn(usize) -> Origin) {
+        if self.departed(path, value, &origin(offset)) {
+            return;
+        }
         if let Some(key) = keys::find(path) {
             return match (key.apply)(&mut self.config, value) {
                 Ok(()) => drop(self.origins.insert(key.path, origin(offset))),
@@ -146,13 +173,44 @@ impl Layers {
             };
         }
         match value {
-            DeValue::Table(table) if keys::is_section(path) => self.table(path, table, origin),
+            DeValue::Table(table)
+                if keys::is_section(path) || self.registered.is_section(Surface::ConfigKey, path) =>
+            {
+                self.table(path, table, origin);
+            }
             other if keys::is_section(path) => {
                 let fault = Fault::WrongType { expected: "table", found: other.type_str() };
                 self.fault(origin(offset), path, fault);
             }
             _ => self.fault(origin(offset), path, keys::refusal(path)),
         }
+    }
+
+    /// Looks a key up among what is deprecated. Whether there is no more to it: it is gone, or was never here and asks for
+    /// nothing. What still works is set as ever, and decided on at the end.
+    fn departed(&mut self, path: &str, value: &DeValue<'_>, origin: &Origin) -> bool {
+        let plain = keys::plain(value);
+        let Some((item, fit)) = self.registered.find_value(Surface::ConfigKey, path, plain.as_deref()) else {
+            return false;
+        };
+        match (item.stage, fit) {
+            (_, Fit::Harmless) => {
+                tracing::debug!(%origin, key = path, id = %item.id, "not carried, and asks for nothing")
+            }
+            (Stage::Removed, _) => {
+                let refused = Policy::Warn.admit(item, Surface::ConfigKey, path, &[]);
+                self.errors.extend(refused.err().map(|refused| ConfigError {
+                    origin: origin.clone(),
+                    key: path.to_owned(),
+                    fault: Fault::Deprecated(refused),
+                }));
+            }
+            _ => {
+                self.deprecated.push((origin.clone(), path.to_owned(), item));
+                return false;
+            }
+        }
+        true
     }
 
     fn fault(&mut self, origin: Origin, key: &str, fault: Fault) {
@@ -170,6 +228,13 @@ impl Layers {
             let fault =
                 Fault::Contradiction(format!("excludes {IMAGE} (set by {image}); set one of them to \"\""));
             self.fault(initrd.clone(), INITRD, fault);
+        }
+        let Runtime { deprecated: policy, deprecated_opt_in: opted_in, .. } = &self.config.runtime;
+        for (origin, key, item) in std::mem::take(&mut self.deprecated) {
+            let what = format!("{key} in {origin}");
+            if let Err(refused) = policy.admit(item, Surface::ConfigKey, &what, opted_in) {
+                self.errors.push(ConfigError { origin, key, fault: Fault::Deprecated(refused) });
+            }
         }
         if self.errors.is_empty() { Ok(self.config) } else { Err(ConfigErrors(self.errors)) }
     }

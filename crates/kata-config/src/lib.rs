@@ -9,6 +9,7 @@
 //! refusal of upstream's keys that are not carried all work off it.
 
 pub mod artefacts;
+pub mod deprecation;
 mod error;
 mod keys;
 mod layers;

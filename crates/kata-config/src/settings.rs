@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::deprecation::Policy;
 use crate::text::keywords;
 
 /// The whole configuration of a pod. Serialises to TOML that loads back to the same value.
@@ -178,6 +179,10 @@ pub struct Runtime {
     pub disable_guest_seccomp: bool,
     /// Raises the owner's log to `debug` whatever `log_level` says.
     pub enable_debug: bool,
+    /// What becomes of a use of something deprecated. Ours; `KATA_DEPRECATED` and `--deprecated` win over it. Default `warn`.
+    pub deprecated: Policy,
+    /// Ids of what is off by default and wanted all the same. Ours.
+    pub deprecated_opt_in: Vec<String>,
 }
 
 impl Default for Runtime {
@@ -189,6 +194,8 @@ impl Default for Runtime {
             log_level: LogLevel::Info,
             disable_guest_seccomp: false,
             enable_debug: false,
+            deprecated: Policy::Warn,
+            deprecated_opt_in: Vec::new(),
         }
     }
 }
