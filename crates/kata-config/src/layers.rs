@@ -13,9 +13,6 @@ use crate::{Config, Runtime, keys};
 /// The file to read where none is given.
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
 
-/// What becomes of uses of something deprecated, over what the files say.
-const POLICY_VARIABLE: &str = "KATA_DEPRECATED";
-
 /// Directories that may hold a `configuration.toml`, best first.
 const SEARCH: [&str; 6] = [
     "/etc/kata-containers",
@@ -36,25 +33,54 @@ pub struct Sources {
 }
 
 impl Config {
-    /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, environment, overrides) and checks the result as a whole.
+    /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, environment, overrides) and checks the result
+    /// as a whole.
     ///
     /// # Errors
     /// Every fault of every layer at once, each with its file and line, variable or `--set`, and its key.
     pub fn load(sources: &Sources) -> Result<Self, ConfigErrors> {
-        let mut layers = Layers::new(Registered::PROGRAM);
-        let named = sources.file.clone().or_else(|| std::env::var_os(FILE_VARIABLE).map(PathBuf::from));
-        match named.or_else(|| first_file(&SEARCH.map(Path::new))) {
-            Some(file) => layers.base(&file),
-            None => tracing::debug!(places = ?SEARCH, "no configuration file: defaults apply"),
-        }
-        if let Some(policy) = std::env::var_os(POLICY_VARIABLE) {
-            layers.environment(POLICY_VARIABLE, "runtime.deprecated", &policy.to_string_lossy());
-        }
-        for assignment in &sources.overrides {
-            layers.assign(assignment);
-        }
-        layers.finish()
+        Layers::read(sources, Registered::PROGRAM).finish()
     }
+}
+
+/// What is deprecated or removed in a configuration, whether or not a pod could be made with it.
+#[derive(Debug)]
+pub struct Survey {
+    /// What becomes of uses.
+    pub policy: Policy,
+    /// Ids that are wanted although they are off by default.
+    pub opted_in: Vec<String>,
+    /// What was met, in the order of the layers.
+    pub met: Vec<Met>,
+}
+
+impl Survey {
+    /// Looks through all layers.
+    ///
+    /// # Errors
+    /// The files that cannot be read or are not TOML: nothing is known of what is in them.
+    pub fn of(sources: &Sources) -> Result<Self, ConfigErrors> {
+        let Layers { config, met, mut errors, .. } = Layers::read(sources, Registered::PROGRAM);
+        errors.retain(|error| matches!(error.fault, Fault::Unreadable(_) | Fault::Syntax(_)));
+        if !errors.is_empty() {
+            return Err(ConfigErrors(errors));
+        }
+        let Runtime { deprecated: policy, deprecated_opt_in: opted_in, .. } = config.runtime;
+        Ok(Self { policy, opted_in, met })
+    }
+}
+
+/// Something deprecated or removed that a configuration has.
+#[derive(Clone, Debug)]
+pub struct Met {
+    /// Where it is written.
+    pub origin: Origin,
+    /// Dotted path of the key.
+    pub key: String,
+    /// What it is.
+    pub deprecation: &'static Deprecation,
+    /// Whether its value asks for anything; what does not is passed over.
+    pub asks: bool,
 }
 
 fn first_file(dirs: &[&Path]) -> Option<PathBuf> {
@@ -66,8 +92,8 @@ struct Layers {
     config: Config,
     /// What is looked up as deprecated.
     registered: Registered,
-    /// What still works and is deprecated: decided on when all layers have had their say.
-    deprecated: Vec<(Origin, String, &'static Deprecation)>,
+    /// What is deprecated or removed, in the order of the layers.
+    met: Vec<Met>,
     /// Who wrote each setting last.
     origins: BTreeMap<&'static str, Origin>,
     errors: Vec<ConfigError>,
@@ -78,10 +104,26 @@ impl Layers {
         Self {
             config: Config::default(),
             registered,
-            deprecated: Vec::new(),
+            met: Vec::new(),
             origins: BTreeMap::new(),
             errors: Vec::new(),
         }
+    }
+
+    fn read(sources: &Sources, registered: Registered) -> Self {
+        let mut layers = Self::new(registered);
+        let named = sources.file.clone().or_else(|| std::env::var_os(FILE_VARIABLE).map(PathBuf::from));
+        match named.or_else(|| first_file(&SEARCH.map(Path::new))) {
+            Some(file) => layers.base(&file),
+            None => tracing::debug!(places = ?SEARCH, "no configuration file: defaults apply"),
+        }
+        if let Some(policy) = std::env::var_os(Policy::VARIABLE) {
+            layers.environment(Policy::VARIABLE, "runtime.deprecated", &policy.to_string_lossy());
+        }
+        for assignment in &sources.overrides {
+            layers.assign(assignment);
+        }
+        layers
     }
 
     fn environment(&mut self, variable: &'static str, key: &str, value: &str) {
@@ -186,31 +228,22 @@ impl Layers {
         }
     }
 
-    /// Looks a key up among what is deprecated. Whether there is no more to it: it is gone, or was never here and asks for
-    /// nothing. What still works is set as ever, and decided on at the end.
+    /// Looks a key up among what is deprecated. Whether there is no more to it: it is gone, or asks for nothing that this
+    /// version could lack. What still works is set as ever, and decided on when all layers have had their say.
     fn departed(&mut self, path: &str, value: &DeValue<'_>, origin: &Origin) -> bool {
         let plain = keys::plain(value);
         let Some((item, fit)) = self.registered.find_value(Surface::ConfigKey, path, plain.as_deref()) else {
             return false;
         };
-        match (item.stage, fit) {
-            (_, Fit::Harmless) => {
-                tracing::debug!(%origin, key = path, id = %item.id, "not carried, and asks for nothing")
-            }
-            (Stage::Removed, _) => {
-                let refused = Policy::Warn.admit(item, Surface::ConfigKey, path, &[]);
-                self.errors.extend(refused.err().map(|refused| ConfigError {
-                    origin: origin.clone(),
-                    key: path.to_owned(),
-                    fault: Fault::Deprecated(refused),
-                }));
-            }
-            _ => {
-                self.deprecated.push((origin.clone(), path.to_owned(), item));
-                return false;
+        let asks = fit == Fit::Yes;
+        self.met.push(Met { origin: origin.clone(), key: path.to_owned(), deprecation: item, asks });
+        if asks && item.stage == Stage::Removed {
+            let refused = Policy::Warn.admit(item, Surface::ConfigKey, path, &[]);
+            if let Err(refused) = refused {
+                self.fault(origin.clone(), path, Fault::Deprecated(refused));
             }
         }
-        true
+        !asks || item.stage == Stage::Removed
     }
 
     fn fault(&mut self, origin: Origin, key: &str, fault: Fault) {
@@ -230,9 +263,14 @@ impl Layers {
             self.fault(initrd.clone(), INITRD, fault);
         }
         let Runtime { deprecated: policy, deprecated_opt_in: opted_in, .. } = &self.config.runtime;
-        for (origin, key, item) in std::mem::take(&mut self.deprecated) {
+        for Met { origin, key, deprecation, asks } in std::mem::take(&mut self.met) {
+            // What is removed was refused where it was met.
+            if !asks || deprecation.stage == Stage::Removed {
+                tracing::debug!(%origin, key, id = %deprecation.id, "not carried");
+                continue;
+            }
             let what = format!("{key} in {origin}");
-            if let Err(refused) = policy.admit(item, Surface::ConfigKey, &what, opted_in) {
+            if let Err(refused) = policy.admit(deprecation, Surface::ConfigKey, &what, opted_in) {
                 self.errors.push(ConfigError { origin, key, fault: Fault::Deprecated(refused) });
             }
         }

@@ -19,7 +19,7 @@ mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
 pub use error::{ConfigError, ConfigErrors, Fault, Origin};
-pub use layers::Sources;
+pub use layers::{Met, Sources, Survey};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, LogLevel,
     MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache,

@@ -18,7 +18,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use entry::{Date, Entry, Fit, Origin, Point, SecurityException, Selector, Stage, Surface, Tier};
-pub use policy::{Policy, Refused};
+pub use policy::{Policy, Refused, Verdict};
 pub use registry::Registry;
 
 /// A registered entry, and how often it was met in this process.
@@ -196,9 +196,10 @@ impl Deprecation {
         first
     }
 
-    /// Counts a use of `what`, and tells of the first one in this process.
+    /// Counts a use of `what`, and tells of the first one in this process, from [`Entry::warn_from`] on.
     pub fn warn(&self, surface: Surface, what: &str) {
-        if self.count(surface) {
+        let early = version().is_some_and(|version| version < self.warn_from);
+        if self.count(surface) && !early {
             tracing::warn!(
                 deprecation = %self.id,
                 %surface,
@@ -214,6 +215,11 @@ impl Deprecation {
             );
         }
     }
+}
+
+/// The version of this program.
+fn version() -> Option<semver::Version> {
+    env!("CARGO_PKG_VERSION").parse().ok()
 }
 
 const fn unmet() -> [AtomicU64; Surface::ALL.len()] {
