@@ -18,6 +18,7 @@ use regex_lite::Regex;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use toml::de::DeValue;
 
+use crate::deprecation::Surface;
 use crate::error::{Fault, Origin};
 use crate::keys::{self, Key, Kind, OWN_DRIVER, PREFIX, Place, Reach, Separator};
 use crate::layers::Layers;
@@ -118,15 +119,16 @@ pub(crate) fn apply(layers: &mut Layers, annotations: &BTreeMap<String, String>)
     };
     for (name, text) in annotations.iter().filter(|(name, _)| name.starts_with("io.katacontainers.")) {
         let origin = Origin::Annotation(name.clone());
+        let path = key_of(name).map(Key::own_path).unwrap_or_default();
+        if layers.departed(Surface::Annotation, name, &path, &DeValue::String(text.into()), &origin) {
+            continue;
+        }
         match read(name, text, &open, &lists) {
             Ok(Some((key, value))) => {
                 layers.write(&key.own_path(), Place { key, read: true }, &value, origin);
             }
             Ok(None) => {}
-            Err(fault) => {
-                let path = key_of(name).map(Key::own_path).unwrap_or_default();
-                layers.fault(origin, &path, fault);
-            }
+            Err(fault) => layers.fault(origin, &path, fault),
         }
     }
 }

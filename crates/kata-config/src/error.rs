@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::deprecation::{Deprecation, Refused};
+
 /// Where a setting was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -15,6 +17,8 @@ pub enum Origin {
         /// The line, from 1.
         line: Option<usize>,
     },
+    /// A variable of the environment.
+    Environment(&'static str),
     /// An override on the command line.
     Override,
     /// An annotation of the pod, by its full name.
@@ -32,6 +36,7 @@ impl fmt::Display for Origin {
         match self {
             Self::File { path, line: Some(line) } => write!(f, "{}:{line}", path.display()),
             Self::File { path, line: None } => write!(f, "{}", path.display()),
+            Self::Environment(variable) => f.write_str(variable),
             Self::Override => f.write_str("--set"),
             Self::Annotation(name) => write!(f, "annotation {name}"),
         }
@@ -77,9 +82,6 @@ pub enum Fault {
         /// What may be written.
         words: &'static [&'static str],
     },
-    /// A key, section or value that is gone, or was never taken over from upstream.
-    #[error("removed: {0}")]
-    Removed(String),
     /// An annotation that the administrator has not opened.
     #[error("pods may not set it: add {listing:?} to {list} to let them")]
     Denied {
@@ -98,6 +100,9 @@ pub enum Fault {
         /// What is the matter with it.
         why: String,
     },
+    /// Something that was removed, is off by default, or is deprecated where the user wants none of that.
+    #[error(transparent)]
+    Deprecated(Refused),
     /// A value of another type.
     #[error("expected {expected}, found {found}")]
     WrongType {
@@ -117,17 +122,17 @@ pub enum Fault {
 impl Fault {
     /// Whether the configuration can be understood all the same, and only no pod be made with it.
     pub fn is_unmet(&self) -> bool {
-        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. })
+        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. } | Self::Deprecated(_))
     }
 }
 
 /// Something to know about a configuration that is not wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Remark {
     /// A key that this version does not act on, with a value that asks for nothing.
     Idle,
     /// A key that is gone, with a value that asks for nothing.
-    Removed(String),
+    Removed(&'static Deprecation),
     /// The section of a driver that this version does not have.
     NoDriver {
         /// How many keys are in it.
@@ -139,7 +144,9 @@ impl fmt::Display for Remark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Idle => f.write_str("not acted on by this version; the value asks for nothing"),
-            Self::Removed(what) => write!(f, "removed, and the value asks for nothing: {what}"),
+            Self::Removed(item) => {
+                write!(f, "removed [{} {}]; the value asks for nothing", item.id, item.title)
+            }
             Self::NoDriver { keys } => {
                 write!(f, "no such driver in this version; its {keys} settings are well-formed and not used")
             }
@@ -148,7 +155,7 @@ impl fmt::Display for Remark {
 }
 
 /// A remark, where it is due and on which key or section.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Note {
     /// Where it was written.
     pub origin: Origin,

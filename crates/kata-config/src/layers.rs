@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
+use crate::deprecation::{Deprecation, Fit, Policy, Registered, Stage, Surface};
 use crate::error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 use crate::keys::{self, Key, Place};
-use crate::{Config, annotations, text};
+use crate::{Config, Runtime, annotations, text};
 
 /// The file to read where none is given.
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
@@ -22,6 +23,9 @@ pub(crate) const SEARCH: [&str; 6] = [
     "/opt/kata/share/defaults/kata-containers",
     "/opt/kata/share/defaults/kata-containers/runtime-rs",
 ];
+
+/// The key that opts in to what is off by default.
+const OPT_IN: &str = "runtime.deprecated_opt_in";
 
 /// Where a configuration comes from, beside the defaults.
 #[derive(Clone, Debug, Default)]
@@ -86,22 +90,13 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, overrides, annotations) and checks the result as a
+    /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, environment, overrides, annotations) and checks the result as a
     /// whole.
     ///
     /// # Errors
     /// Every fault of every layer at once, each with its file and line or what else it came by, and its key.
     pub fn of(sources: &Sources) -> Result<Self, ConfigErrors> {
-        let mut layers = Layers::default();
-        match sources.base() {
-            Some(file) => layers.base(&file),
-            None => tracing::debug!(places = ?SEARCH, "no configuration file: defaults apply"),
-        }
-        for assignment in &sources.overrides {
-            layers.assign(assignment);
-        }
-        annotations::apply(&mut layers, &sources.annotations);
-        layers.finish()
+        Layers::read(sources, Registered::PROGRAM).finish()
     }
 
     /// Reads one text as the only layer; `name` stands for its file.
@@ -109,7 +104,7 @@ impl Reading {
     /// # Errors
     /// As [`Reading::of`].
     pub fn of_text(name: &Path, text: &str) -> Result<Self, ConfigErrors> {
-        let mut layers = Layers::default();
+        let mut layers = Layers::new(Registered::PROGRAM);
         layers.text(name, text);
         layers.finish()
     }
@@ -137,14 +132,59 @@ impl Config {
     }
 }
 
+/// What is deprecated or removed in a configuration, whether or not a pod could be made with it.
+#[derive(Debug)]
+pub struct Survey {
+    /// What becomes of uses.
+    pub policy: Policy,
+    /// Ids that are wanted although they are off by default.
+    pub opted_in: Vec<String>,
+    /// What was met, in the order of the layers.
+    pub met: Vec<Met>,
+}
+
+impl Survey {
+    /// Looks through all layers.
+    ///
+    /// # Errors
+    /// The files that cannot be read or are not TOML: nothing is known of what is in them.
+    pub fn of(sources: &Sources) -> Result<Self, ConfigErrors> {
+        let Layers { config, met, mut errors, .. } = Layers::read(sources, Registered::PROGRAM);
+        errors.retain(|(_, error)| matches!(error.fault, Fault::Unreadable(_) | Fault::Syntax(_)));
+        if !errors.is_empty() {
+            return Err(ConfigErrors(in_order(errors)));
+        }
+        let Runtime { deprecated: policy, deprecated_opt_in: opted_in, .. } = config.runtime;
+        Ok(Self { policy, opted_in, met })
+    }
+}
+
+/// Something deprecated or removed that a configuration has.
+#[derive(Clone, Debug)]
+pub struct Met {
+    /// Where it is written.
+    pub origin: Origin,
+    /// Dotted path of the key.
+    pub key: String,
+    /// Whether it is a key or an annotation.
+    pub surface: Surface,
+    /// What it is.
+    pub deprecation: &'static Deprecation,
+    /// Whether its value asks for anything; what does not is passed over.
+    pub asks: bool,
+}
+
 fn first_file(dirs: &[&Path]) -> Option<PathBuf> {
     dirs.iter().map(|dir| dir.join("configuration.toml")).find(|file| file.exists())
 }
 
 /// The configuration as read so far.
-#[derive(Default)]
 pub(crate) struct Layers {
     pub(crate) config: Config,
+    /// What is looked up as deprecated.
+    registered: Registered,
+    /// What is deprecated or removed, in the order of the layers.
+    met: Vec<Met>,
     entries: BTreeMap<String, Entry>,
     errors: Vec<(usize, ConfigError)>,
     /// Counts what was written.
@@ -152,6 +192,37 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
+    pub(crate) fn new(registered: Registered) -> Self {
+        Self {
+            config: Config::default(),
+            registered,
+            met: Vec::new(),
+            entries: BTreeMap::new(),
+            errors: Vec::new(),
+            number: 0,
+        }
+    }
+
+    pub(crate) fn read(sources: &Sources, registered: Registered) -> Self {
+        let mut layers = Self::new(registered);
+        match sources.base() {
+            Some(file) => layers.base(&file),
+            None => tracing::debug!(places = ?SEARCH, "no configuration file: defaults apply"),
+        }
+        if let Some(policy) = std::env::var_os(Policy::VARIABLE) {
+            layers.environment(Policy::VARIABLE, "runtime.deprecated", &policy.to_string_lossy());
+        }
+        for assignment in &sources.overrides {
+            layers.assign(assignment);
+        }
+        annotations::apply(&mut layers, &sources.annotations);
+        layers
+    }
+
+    fn environment(&mut self, variable: &'static str, key: &str, value: &str) {
+        self.set(key, &DeValue::String(value.into()), 0, &|_| Origin::Environment(variable));
+    }
+
     fn base(&mut self, file: &Path) {
         self.file(file);
         for drop_in in self.drop_ins(file) {
@@ -227,11 +298,18 @@ impl Layers {
     }
 
     fn set(&mut self, path: &str, value: &DeValue<'_>, offset: usize, origin: &dyn Fn(usize) -> Origin) {
+        if self.departed(Surface::ConfigKey, path, path, value, &origin(offset)) {
+            return;
+        }
         if let Some(place) = keys::find(path) {
             return self.write(path, place, value, origin(offset));
         }
         match value {
-            DeValue::Table(table) if keys::is_section(path) => self.table(path, table, origin),
+            DeValue::Table(table)
+                if keys::is_section(path) || self.registered.is_section(Surface::ConfigKey, path) =>
+            {
+                self.table(path, table, origin);
+            }
             other if keys::is_section(path) => {
                 let fault = Fault::WrongType { expected: "table", found: other.type_str() };
                 self.fault(origin(offset), path, fault);
@@ -240,16 +318,46 @@ impl Layers {
         }
     }
 
+    /// Looks a name up among what is deprecated. Whether there is no more to it: it is gone, or asks for nothing that this
+    /// version could lack. What still works is set as ever, and decided on when all layers have had their say.
+    pub(crate) fn departed(
+        &mut self,
+        surface: Surface,
+        name: &str,
+        path: &str,
+        value: &DeValue<'_>,
+        origin: &Origin,
+    ) -> bool {
+        let plain = keys::plain(value);
+        let Some((item, fit)) = self.registered.find_value(surface, name, plain.as_deref()) else {
+            return false;
+        };
+        let asks = fit == Fit::Yes;
+        self.met.push(Met { origin: origin.clone(), key: name.to_owned(), surface, deprecation: item, asks });
+        match (asks, item.stage) {
+            (false, _) => self.enter(name, value, origin.clone(), Standing::Noted(Remark::Removed(item))),
+            (true, Stage::Removed) => {
+                if let Err(refused) = Policy::Warn.admit(item, surface, path, &[]) {
+                    self.enter(name, value, origin.clone(), Standing::Unmet(Fault::Deprecated(refused)));
+                }
+            }
+            (true, _) => return false,
+        }
+        true
+    }
+
     /// One value of a known key, in any layer.
     pub(crate) fn write(&mut self, path: &str, place: Place, value: &DeValue<'_>, origin: Origin) {
         match self.standing(place, value) {
-            Ok(standing) => {
-                let written = Written { value: text::as_toml(value), origin };
-                self.number += 1;
-                self.entries.insert(path.to_owned(), Entry { written, standing, number: self.number });
-            }
+            Ok(standing) => self.enter(path, value, origin, standing),
             Err(fault) => self.fault(origin, path, fault),
         }
+    }
+
+    fn enter(&mut self, path: &str, value: &DeValue<'_>, origin: Origin, standing: Standing) {
+        let written = Written { value: text::as_toml(value), origin };
+        self.number += 1;
+        self.entries.insert(path.to_owned(), Entry { written, standing, number: self.number });
     }
 
     fn standing(&mut self, Place { key, read }: Place, value: &DeValue<'_>) -> Result<Standing, Fault> {
@@ -276,6 +384,7 @@ impl Layers {
     /// Checks the settings against each other.
     pub(crate) fn finish(mut self) -> Result<Reading, ConfigErrors> {
         self.contradictions();
+        self.departing();
         let mut written = BTreeMap::new();
         let mut notes = Vec::new();
         let mut unmet = Vec::new();
@@ -286,7 +395,11 @@ impl Layers {
             match entry.standing {
                 Standing::Effective => {}
                 Standing::Noted(remark) => notes.push((entry.number, Note { origin, key, remark })),
-                Standing::Unmet(fault) => unmet.push((entry.number, ConfigError { origin, key, fault })),
+                Standing::Unmet(fault) => {
+                    // What is not the name of a key is an annotation's, which the origin has.
+                    let key = if key.starts_with("io.") { String::new() } else { key };
+                    unmet.push((entry.number, ConfigError { origin, key, fault }));
+                }
                 Standing::Unread => {
                     let section = format!("hypervisor.{}", keys::driver_of(&key).unwrap_or_default());
                     unread.entry(section).or_default().push((entry.number, origin));
@@ -298,12 +411,14 @@ impl Layers {
             let first = places.into_iter().min_by_key(|(number, _)| *number);
             notes.extend(first.map(|(number, origin)| (number, Note { origin, key, remark })));
         }
-        if self.errors.is_empty() {
-            let (notes, unmet) = (in_order(notes), in_order(unmet));
-            return Ok(Reading { config: self.config, written, notes, unmet });
+        let understood = self.errors.iter().all(|(_, error)| error.fault.is_unmet());
+        unmet.append(&mut self.errors);
+        let unmet = in_order(unmet);
+        if understood {
+            Ok(Reading { config: self.config, written, notes: in_order(notes), unmet })
+        } else {
+            Err(ConfigErrors(unmet))
         }
-        self.errors.append(&mut unmet);
-        Err(ConfigErrors(in_order(self.errors)))
     }
 
     fn contradictions(&mut self) {
@@ -321,11 +436,33 @@ impl Layers {
         }
         for (index, pattern) in self.config.hypervisor.qemu.enable_annotations.clone().iter().enumerate() {
             if let Err(error) = annotations::pattern(pattern) {
-                let path = annotations::ENABLE;
-                let origin =
-                    self.entries.get(path).map_or(Origin::Override, |entry| entry.written.origin.clone());
                 let fault = Fault::Invalid(format!("item {}: {pattern:?}: {error}", index + 1));
-                self.fault(origin, path, fault);
+                self.fault(self.origin_of(annotations::ENABLE), annotations::ENABLE, fault);
+            }
+        }
+        for id in self.config.runtime.deprecated_opt_in.clone() {
+            if self.registered.get(&id).is_none() {
+                let words = format!("no deprecation has the id {id:?}; see kata-ctl deprecations list");
+                self.fault(self.origin_of(OPT_IN), OPT_IN, Fault::Invalid(words));
+            }
+        }
+    }
+
+    fn origin_of(&self, path: &str) -> Origin {
+        self.entries.get(path).map_or(Origin::Override, |entry| entry.written.origin.clone())
+    }
+
+    /// Decides on what is deprecated and works, now that the policy is known.
+    fn departing(&mut self) {
+        let Runtime { deprecated: policy, deprecated_opt_in: opted_in, .. } = self.config.runtime.clone();
+        for Met { origin, key, surface, deprecation, asks } in std::mem::take(&mut self.met) {
+            // What is removed was refused where it was met.
+            if !asks || deprecation.stage == Stage::Removed {
+                continue;
+            }
+            let what = format!("{key} in {origin}");
+            if let Err(refused) = policy.admit(deprecation, surface, &what, &opted_in) {
+                self.fault(origin, &key, Fault::Deprecated(refused));
             }
         }
     }

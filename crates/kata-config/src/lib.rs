@@ -1,9 +1,9 @@
 //! The one configuration of the project: defaults in Rust, files, overrides, validation.
 //!
 //! ```text
-//!  defaults ─▶ configuration.toml ─▶ config.d/*.toml ─▶ --set key=value ─▶ annotations ─▶ rules ─▶ Reading ─▶ Config
-//!                     every fault of every layer is collected, none hides another               │
-//!                     notes; what this version does not carry out ◀─────────────────────────────┘
+//!  defaults ─▶ configuration.toml ─▶ config.d/*.toml ─▶ environment ─▶ --set key=value ─▶ annotations ─▶ rules ─▶ Reading
+//!                     every fault of every layer is collected, none hides another                                  │
+//!                     notes, and what this version does not carry out ◀──── none of the latter: ─▶ Config ◀────────┘
 //! ```
 //!
 //! A setting has exactly one row in the table of [`keys`]; reading, suggestions for misspelt keys, annotations, what is said
@@ -11,6 +11,7 @@
 
 pub mod annotations;
 pub mod artefacts;
+pub mod deprecation;
 mod error;
 pub mod keys;
 mod layers;
@@ -20,7 +21,7 @@ mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
-pub use layers::{Reading, Sources, Written};
+pub use layers::{Met, Reading, Sources, Survey, Written};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, KernelParams,
     LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache, value_at,

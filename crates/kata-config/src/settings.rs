@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::deprecation::Policy;
 use crate::keys::{Key, Reach, Separator, Value};
 use crate::text::keywords;
 
@@ -214,6 +215,10 @@ settings! {
     disable_guest_seccomp: bool = false, { .upstream("true").annotated() };
     /// Raises the owner's log to `debug` whatever `log_level` says.
     enable_debug: bool = false;
+    /// What becomes of a use of something deprecated. `KATA_DEPRECATED` and `--deprecated` win over it.
+    deprecated: Policy = Policy::Warn, { .ours() };
+    /// Ids of deprecations that are off by default and wanted all the same.
+    deprecated_opt_in: Vec<String> = Vec::new(), { .ours() };
 }
 
 impl Runtime {

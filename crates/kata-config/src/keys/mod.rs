@@ -464,6 +464,22 @@ pub(crate) fn is_off(value: &DeValue<'_>) -> bool {
     }
 }
 
+/// A value as the registry of deprecations writes it. A list without a text in it is as good as an empty one.
+pub(crate) fn plain(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(number) => {
+            i128::from_str_radix(number.as_str(), number.radix()).ok().map(|number| number.to_string())
+        }
+        DeValue::Boolean(on) => Some(on.to_string()),
+        DeValue::Array(items) => {
+            let blank = |item: &toml::Spanned<DeValue<'_>>| item.get_ref().as_str() == Some("");
+            items.iter().all(blank).then(|| "[]".to_owned())
+        }
+        DeValue::Float(_) | DeValue::Table(_) | DeValue::Datetime(_) => None,
+    }
+}
+
 fn equal(left: &DeValue<'_>, right: &DeValue<'_>) -> bool {
     let number = |value: &DeValue<'_>| match value {
         DeValue::Integer(number) if number.radix() == 10 => number.as_str().parse::<f64>().ok(),
