@@ -172,7 +172,7 @@ fn not_a_word(written: &str, words: &[&str]) -> Fault {
 }
 
 /// The word spelt most alike, if one is near enough to be meant.
-pub(crate) fn nearest<'a>(written: &str, words: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(written: &str, words: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let distances = words.map(|word| (strsim::osa_distance(written, word), word));
     // Of equals the first one.
     let best = distances.min_by_key(|(distance, _)| *distance);

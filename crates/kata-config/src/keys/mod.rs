@@ -17,8 +17,8 @@ use std::fmt;
 
 use toml::de::DeValue;
 
-pub use kind::Kind;
-pub(crate) use kind::{Value, nearest, parsed};
+pub use kind::{Kind, nearest};
+pub(crate) use kind::{Value, parsed};
 
 use crate::error::Fault;
 use crate::{Config, settings};
