@@ -264,9 +264,12 @@ impl Layers {
         }
         let Runtime { deprecated: policy, deprecated_opt_in: opted_in, .. } = &self.config.runtime;
         for Met { origin, key, deprecation, asks } in std::mem::take(&mut self.met) {
+            if !asks {
+                tracing::debug!(%origin, key, id = %deprecation.id, "not carried, and asks for nothing");
+                continue;
+            }
             // What is removed was refused where it was met.
-            if !asks || deprecation.stage == Stage::Removed {
-                tracing::debug!(%origin, key, id = %deprecation.id, "not carried");
+            if deprecation.stage == Stage::Removed {
                 continue;
             }
             let what = format!("{key} in {origin}");

@@ -66,6 +66,13 @@ impl Launcher {
                 PlanError::Artefacts(_) | PlanError::Host(_) => fault::precondition("create", words),
             }
         })?;
+        let runtime = &plan.config.runtime;
+        let annotations =
+            spec.annotations().iter().flatten().map(|(key, value)| (key.as_str(), value.as_str()));
+        runtime
+            .deprecated
+            .admit_annotations(annotations, &runtime.deprecated_opt_in)
+            .map_err(fault::invalid)?;
         self.level.set(plan.config.runtime.effective_log_level());
         let spec = SandboxSpec {
             id: self.id.clone(),

@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use kata_config::deprecation::{Deprecation, Policy, Stage, Surface, Verdict};
-use kata_config::{Sources, Survey};
+use kata_config::{ConfigErrors, Sources, Survey};
 use serde::Serialize;
 use thiserror::Error;
 
@@ -35,14 +35,9 @@ pub enum CheckError {
         #[source]
         source: serde_saphyr::Error,
     },
-    /// It is neither.
-    #[error("{} is not a configuration that can be read:\n{told}", path.display())]
-    Config {
-        /// The file.
-        path: PathBuf,
-        /// Every fault on its line.
-        told: String,
-    },
+    /// It is no configuration, or one that cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
 }
 
 /// One use of something deprecated or removed.
@@ -98,8 +93,7 @@ pub fn run(what: &UseIn, policy: Option<Policy>) -> Outcome {
             // As when a pod is made: the command line wins over the environment, and that over the files.
             let overrides = given.iter().map(|policy| format!("runtime.deprecated={policy}")).collect();
             let sources = Sources { file: Some(file.clone()), overrides };
-            let survey = Survey::of(&sources)
-                .map_err(|told| CheckError::Config { path: file.clone(), told: told.to_string() })?;
+            let survey = Survey::of(&sources).map_err(CheckError::from)?;
             let uses = in_configuration(&survey);
             (report(uses, survey.policy, &survey.opted_in), *json)
         }
@@ -143,7 +137,9 @@ fn documents(file: &Path) -> Result<Vec<serde_json::Value>, Failure> {
         false => std::fs::read_to_string(file).map(|read| text = read),
     };
     read.map_err(|source| CheckError::Read { path: file.to_owned(), source })?;
-    let documents = serde_saphyr::from_multiple(&text);
+    // One line says where and what; the excerpt would take six.
+    let options = serde_saphyr::options! { with_snippet: false };
+    let documents = serde_saphyr::from_multiple_with_options(&text, options);
     Ok(documents.map_err(|source| CheckError::Yaml { path: file.to_owned(), source })?)
 }
 
@@ -199,7 +195,8 @@ fn as_text(findings: &[Finding]) -> String {
         let row = |first: &str, second: &str, text: String| [first.to_owned(), second.to_owned(), text];
         lines.push(row(finding.verdict, finding.id, format!("{} ({})", finding.what, finding.place)));
         if finding.verdict == "note" {
-            let text = format!("{}: not carried, and this value asks for nothing", finding.title);
+            let text =
+                format!("{}: not carried; this value asks for nothing beyond what pods have", finding.title);
             lines.push(row("", "", text));
             continue;
         }
@@ -210,4 +207,46 @@ fn as_text(findings: &[Finding]) -> String {
         }
     }
     table::columns(&lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use kata_config::deprecation::{Registered, Registry};
+
+    use super::*;
+
+    /// What becomes of a use of an entry of the tests' registry, which has one in each stage: exit code, and word.
+    fn told(id: &str, policy: Policy, opted_in: &[&str]) -> (u8, Option<&'static str>) {
+        let text = include_str!("../../../../kata-config/src/deprecation/tests/registry.toml");
+        let registered = Registered::of_test(Registry::parse(text).unwrap());
+        let deprecation = registered.get(id).unwrap();
+        let one = Use {
+            deprecation,
+            surface: Surface::Cli,
+            place: "here".to_owned(),
+            what: "it".to_owned(),
+            asks: true,
+        };
+        let opted_in: Vec<String> = opted_in.iter().map(|id| (*id).to_owned()).collect();
+        let report = report(vec![one], policy, &opted_in);
+        (report.exit_code, report.findings.first().map(|finding| finding.verdict))
+    }
+
+    #[test]
+    fn exit_codes_say_how_far_the_removal_is() {
+        assert_eq!(told("D0001", Policy::Warn, &[]), (0, None), "proposed");
+        assert_eq!(told("D0002", Policy::Warn, &[]), (10, Some("deprecated")));
+        assert_eq!(told("D0003", Policy::Warn, &[]), (11, Some("off by default")));
+        assert_eq!(told("D0003", Policy::Warn, &["D0003"]), (10, Some("deprecated")));
+        assert_eq!(told("D0004", Policy::Warn, &[]), (12, Some("removed")));
+    }
+
+    #[test]
+    fn the_strict_policy_tests_the_future_and_the_silent_one_hides_what_works() {
+        assert_eq!(told("D0002", Policy::Reject, &[]), (12, Some("rejected")));
+        assert_eq!(told("D0003", Policy::Reject, &["D0003"]), (12, Some("rejected")));
+        assert_eq!(told("D0002", Policy::Off, &[]), (0, None));
+        assert_eq!(told("D0003", Policy::Off, &[]), (11, Some("off by default")));
+        assert_eq!(told("D0004", Policy::Off, &[]), (12, Some("removed")));
+    }
 }
