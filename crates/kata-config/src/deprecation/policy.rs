@@ -60,9 +60,23 @@ impl Refused {
     }
 }
 
+/// The environment asks for a policy that there is not.
+#[derive(Debug, Error)]
+#[error("{variable}: {0}", variable = Policy::VARIABLE)]
+pub struct BadPolicy(String);
+
 impl Policy {
     /// The variable that wins over what configuration files say.
     pub const VARIABLE: &'static str = "KATA_DEPRECATED";
+
+    /// What [`Policy::VARIABLE`] says, if it is set.
+    ///
+    /// # Errors
+    /// It says something else than one of the words.
+    pub fn of_environment() -> Result<Option<Self>, BadPolicy> {
+        let text = std::env::var_os(Self::VARIABLE);
+        text.map(|text| text.to_string_lossy().parse().map_err(BadPolicy)).transpose()
+    }
 
     /// What becomes of a use. `opted_in` holds the ids that are wanted although they are off by default.
     pub fn verdict(self, item: &Deprecation, opted_in: &[String]) -> Verdict {
