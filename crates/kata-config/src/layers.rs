@@ -15,7 +15,7 @@ use crate::{Config, Runtime, annotations, text};
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
 
 /// Directories that may hold a `configuration.toml`, best first.
-pub(crate) const SEARCH: [&str; 6] = [
+static SEARCH: [&str; 6] = [
     "/etc/kata-containers",
     "/etc/kata-containers/runtime-rs",
     "/usr/share/defaults/kata-containers",
@@ -172,6 +172,11 @@ pub struct Met {
     pub deprecation: &'static Deprecation,
     /// Whether its value asks for anything; what does not is passed over.
     pub asks: bool,
+}
+
+/// Directories that may hold a `configuration.toml`, best first.
+pub fn search() -> &'static [&'static str] {
+    &SEARCH
 }
 
 fn first_file(dirs: &[&Path]) -> Option<PathBuf> {

@@ -21,7 +21,7 @@ mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
-pub use layers::{Met, Reading, Sources, Survey, Written};
+pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, KernelParams,
     LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
