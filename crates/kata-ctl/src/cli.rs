@@ -76,6 +76,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR")]
     pub rootfs: Option<PathBuf>,
     /// Image and command, or the command alone with --rootfs
+    // stays: the usage shows it
     #[arg(value_name = "IMAGE [COMMAND", trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
     pub words: Vec<String>,
 

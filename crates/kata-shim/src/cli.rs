@@ -33,6 +33,7 @@ pub(crate) enum Verb {
     /// Tell what this host can run pods with
     Host(HostArgs),
     /// Own a pod for containerd, whose `start` runs this
+    // stays: nobody else runs it
     #[command(hide = true)]
     Serve(ServeArgs),
 }

@@ -133,6 +133,21 @@ impl Date {
         self.unix_days() * 86_400
     }
 
+    /// The day that holds a moment, in seconds since 1970-01-01T00:00:00Z. The same paper, `civil_from_days`.
+    pub fn of_unix_seconds(seconds: u64) -> Self {
+        let days = seconds / 86_400 + 719_468;
+        let (era, day_of_era) = (days / 146_097, days % 146_097);
+        let leaps = day_of_era / 36_524 - day_of_era / 1460 - day_of_era / 146_096;
+        let year_of_era = (day_of_era + leaps) / 365;
+        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+        let shifted = (5 * day_of_year + 2) / 153;
+        let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+        let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+        let year = year_of_era + era * 400 + u64::from(month <= 2);
+        let small = |number: u64| u8::try_from(number).unwrap_or(u8::MAX);
+        Self { year: u16::try_from(year).unwrap_or(u16::MAX), month: small(month), day: small(day) }
+    }
+
     /// The same day so many months later; the last one of that month where it has no such day.
     #[must_use]
     pub fn plus_months(self, months: u16) -> Self {

@@ -106,6 +106,12 @@ fn every_id_warns_or_refuses_is_counted_and_names_its_replacement() {
 }
 
 #[test]
+#[should_panic(expected = "is not found")]
+fn an_id_that_nothing_looks_up_fails_the_table() {
+    prove(Registered::PROGRAM, of_test().get("D0002").unwrap());
+}
+
+#[test]
 fn stages_that_no_real_entry_is_in_keep_the_same_promises() {
     let registered = of_test();
     let stages: Vec<Stage> = registered.all().map(|item| item.stage).collect();
@@ -239,6 +245,10 @@ fn days_and_months_are_counted_as_in_the_calendar() {
     let day = |text: &str| text.parse::<Date>().unwrap();
     assert_eq!(day("1970-01-01").unix_days(), 0);
     assert_eq!(day("2026-11-25").unix_seconds(), 1_795_564_800);
+    for text in ["1970-01-01", "2000-02-29", "2026-11-25", "2027-12-31", "2028-03-01", "2100-02-28"] {
+        let seconds = u64::try_from(day(text).unix_seconds()).unwrap();
+        assert_eq!(Date::of_unix_seconds(seconds + 86_399).to_string(), text);
+    }
     assert_eq!(day("2024-02-29").unix_days() - day("2023-03-01").unix_days(), 365);
     assert_eq!(day("2026-01-31").plus_months(1).to_string(), "2026-02-28");
     assert_eq!(day("2027-12-31").plus_months(2).to_string(), "2028-02-29");
