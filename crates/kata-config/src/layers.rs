@@ -439,11 +439,8 @@ impl Layers {
             ));
             self.fault(initrd.written.origin.clone(), INITRD, fault);
         }
-        for (index, pattern) in self.config.hypervisor.qemu.enable_annotations.clone().iter().enumerate() {
-            if let Err(error) = annotations::pattern(pattern) {
-                let fault = Fault::Invalid(format!("item {}: {pattern:?}: {error}", index + 1));
-                self.fault(self.origin_of(annotations::ENABLE), annotations::ENABLE, fault);
-            }
+        for (path, error) in annotations::bad_patterns(&self.config.hypervisor.qemu) {
+            self.fault(self.origin_of(path), path, Fault::Invalid(error));
         }
         for id in self.config.runtime.deprecated_opt_in.clone() {
             if self.registered.get(&id).is_none() {

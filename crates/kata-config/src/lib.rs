@@ -13,6 +13,8 @@ pub mod annotations;
 pub mod artefacts;
 pub mod deprecation;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod keys;
 mod layers;
 pub mod paths;
