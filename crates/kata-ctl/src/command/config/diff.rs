@@ -37,8 +37,9 @@ pub(super) fn run(args: &ConfigDiffArgs, left: Option<&Sources>, right: &Sources
         println!("{} and {} have the same effect.", left.name, right.name);
         return Ok(0);
     }
-    let shown =
-        |side: &Side, key: &String| side.settings.get(key).map_or("-".to_owned(), |(_, shown)| shown.clone());
+    let shown = |side: &Side, key: &String| {
+        side.settings.get(key).map_or_else(|| "-".to_owned(), |(_, shown)| shown.clone())
+    };
     let mut lines = vec![["KEY".to_owned(), left.name.clone(), right.name.clone()]];
     lines.extend(keys.iter().map(|key| [(*key).clone(), shown(&left, key), shown(&right, key)]));
     print!("{}", table::columns(&lines));
@@ -52,7 +53,7 @@ fn defaults() -> Result<Side, Failure> {
 
 fn side(sources: &Sources) -> Result<Side, Failure> {
     let reading = Reading::of(sources).map_err(ConfigVerbError::Faults)?;
-    let name = sources.base().map_or("no file".to_owned(), |file| file.display().to_string());
+    let name = sources.base().map_or_else(|| "no file".to_owned(), |file| file.display().to_string());
     Ok(Side { name, settings: settings(&reading) })
 }
 

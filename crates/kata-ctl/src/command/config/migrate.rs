@@ -25,8 +25,11 @@ enum MigrateError {
     Result { path: String, faults: String },
 }
 
+/// A value as it is under another name.
+type Convert = fn(&Value) -> Option<Value>;
+
 /// Keys that have another name here, and how the value changes.
-const MOVES: &[(&str, &str, fn(&Value) -> Option<Value>)] = &[
+const MOVES: &[(&str, &str, Convert)] = &[
     ("agent.kata.dial_timeout", "agent.kata.reconnect_timeout_ms", milliseconds),
     ("runtime.create_container_timeout", "agent.kata.create_container_timeout", unchanged),
     ("hypervisor.qemu.seccompsandbox", "hypervisor.qemu.seccomp_sandbox", unchanged),
@@ -155,10 +158,10 @@ fn upstreams_daemon(document: &mut Table, reading: &Reading) -> Vec<Account> {
 /// Takes what is at a dotted path out of the document, with the comments above it.
 fn take(document: &mut Table, path: &str) -> Option<Item> {
     let (section, name) = path.rsplit_once('.').unwrap_or(("", path));
-    let parts = section.split('.').filter(|part| !part.is_empty());
-    let table = parts.fold(Some(document as &mut dyn toml_edit::TableLike), |table, part| {
-        table?.get_mut(part)?.as_table_like_mut()
-    })?;
+    let mut table: &mut dyn toml_edit::TableLike = document;
+    for part in section.split('.').filter(|part| !part.is_empty()) {
+        table = table.get_mut(part)?.as_table_like_mut()?;
+    }
     table.remove(name)
 }
 

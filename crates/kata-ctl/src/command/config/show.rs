@@ -40,7 +40,7 @@ pub(super) fn run(args: &ConfigShowArgs, sources: &Sources) -> Outcome {
         println!("Nothing is configured: the defaults apply (--effective shows them).");
     }
     let origin =
-        |setting: &Setting| setting.origin.as_ref().map_or("default".to_owned(), ToString::to_string);
+        |setting: &Setting| setting.origin.as_ref().map_or_else(|| "default".to_owned(), ToString::to_string);
     let text = match args.origin {
         false => {
             table::columns(&lines(&settings, |setting| [setting.key.clone(), setting.shown().to_owned()]))

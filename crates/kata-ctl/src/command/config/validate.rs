@@ -40,7 +40,7 @@ pub(super) fn run(args: &ConfigValidateArgs, sources: &Sources) -> Outcome {
         );
     } else {
         print!("{}", as_text(&findings, args.notes));
-        let what = base.map_or("no file, the defaults".to_owned(), |file| file.display().to_string());
+        let what = base.map_or_else(|| "no file, the defaults".to_owned(), |file| file.display().to_string());
         println!("{what}: {}", verdict(&findings));
     }
     Ok(if usable { 0 } else { 1 })
