@@ -103,7 +103,7 @@ pub(crate) struct SourceArgs {
 
 impl SourceArgs {
     pub(crate) fn sources(&self) -> Sources {
-        Sources { file: self.config.clone(), overrides: self.overrides.clone() }
+        Sources { file: self.config.clone(), overrides: self.overrides.clone(), ..Sources::default() }
     }
 }
 

@@ -18,7 +18,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use entry::{Date, Entry, Fit, Origin, Point, SecurityException, Selector, Stage, Surface, Tier};
-pub use policy::{BadPolicy, Policy, Refused, RefusedAnnotation, Verdict};
+pub use policy::{BadPolicy, Policy, Refused, Verdict};
 pub use registry::Registry;
 
 /// A registered entry, and how often it was met in this process.

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::{Deprecation, Fit, Registered, Stage, Surface};
+use super::{Deprecation, Stage, Surface};
 use crate::text::keywords;
 
 keywords! {
@@ -51,16 +51,6 @@ pub enum Refused {
     Rejected(&'static Deprecation),
 }
 
-/// An annotation of a pod that is refused.
-#[derive(Debug, Error)]
-#[error("annotation {key}: {refused}")]
-pub struct RefusedAnnotation {
-    /// The annotation.
-    pub key: String,
-    /// Why.
-    pub refused: Refused,
-}
-
 impl Refused {
     /// What was refused.
     pub fn deprecation(&self) -> &'static Deprecation {
@@ -78,6 +68,11 @@ pub struct BadPolicy(String);
 impl Policy {
     /// The variable that wins over what configuration files say.
     pub const VARIABLE: &'static str = "KATA_DEPRECATED";
+
+    /// The override that makes it the policy of a configuration.
+    pub fn assignment(self) -> String {
+        format!("runtime.deprecated={self}")
+    }
 
     /// What [`Policy::VARIABLE`] says, if it is set.
     ///
@@ -99,26 +94,6 @@ impl Policy {
             (Stage::Deprecated | Stage::OffByDefault, Self::Warn) => Verdict::Warn,
             (Stage::Deprecated | Stage::OffByDefault, Self::Off) => Verdict::Pass,
         }
-    }
-
-    /// Lets the annotations of a pod pass, or refuses the first that must not.
-    ///
-    /// # Errors
-    /// Which one, and why.
-    pub fn admit_annotations<'a>(
-        self,
-        annotations: impl IntoIterator<Item = (&'a str, &'a str)>,
-        opted_in: &[String],
-    ) -> Result<(), RefusedAnnotation> {
-        let surface = Surface::Annotation;
-        for (key, value) in annotations {
-            let Some((item, Fit::Yes)) = Registered::PROGRAM.find_value(surface, key, Some(value)) else {
-                continue;
-            };
-            self.admit(item, surface, key, opted_in)
-                .map_err(|refused| RefusedAnnotation { key: key.to_owned(), refused })?;
-        }
-        Ok(())
     }
 
     /// Counts a use of `what`, and lets it pass or refuses it.

@@ -131,7 +131,8 @@ fn every_removed_key_is_refused_with_its_id_when_a_configuration_has_it() {
                 continue;
             }
             std::fs::write(&file, format!("{name} = {value:?}\n")).unwrap();
-            let errors = Config::load(&Sources { file: Some(file.clone()), overrides: vec![] }).unwrap_err();
+            let errors =
+                Config::load(&Sources { file: Some(file.clone()), ..Sources::default() }).unwrap_err();
             let [error] = &errors.0[..] else { panic!("{errors}") };
             let Fault::Deprecated(refused) = &error.fault else { panic!("{errors}") };
             assert_eq!(refused.deprecation().id, item.id);
@@ -154,7 +155,7 @@ fn a_value_that_asks_for_nothing_is_passed_over() {
                 let value = if plain { value.to_string() } else { format!("{value:?}") };
                 let text = format!("{} = {value}\n", name.replace('*', "qemu"));
                 std::fs::write(&file, &text).unwrap();
-                let sources = Sources { file: Some(file.clone()), overrides: vec![] };
+                let sources = Sources { file: Some(file.clone()), ..Sources::default() };
                 assert_eq!(Config::load(&sources).unwrap(), Config::default(), "{}: {text}", item.id);
             }
         }

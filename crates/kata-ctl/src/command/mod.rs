@@ -2,6 +2,7 @@
 
 pub mod build;
 pub mod check;
+pub mod config;
 pub mod deprecations;
 pub mod exec;
 pub mod kill;
