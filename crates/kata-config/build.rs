@@ -43,7 +43,9 @@ fn source(registry: &Registry) -> Result<String, std::fmt::Error> {
     let mut text = String::new();
     let mut names = String::new();
     for entry in &registry.entries {
-        writeln!(text, "/// {}: {}.", entry.title, entry.reason)?;
+        // In documentation brackets would be links.
+        let told = format!("{}: {}.", entry.title, entry.reason).replace('[', "\\[").replace('<', "\\<");
+        writeln!(text, "#[doc = {told:?}]")?;
         writeln!(
             text,
             "pub static {}: Deprecation = Deprecation {{ entry: {}, uses: unmet() }};",

@@ -293,7 +293,7 @@ fn insert(table: &mut Map<String, Value>, path: &str, property: Value) {
 }
 
 fn property(key: &Key) -> Value {
-    let mut property = match key.kind {
+    let shape = match key.kind {
         Kind::Boolean => json!({ "type": "boolean" }),
         Kind::Integer { least, most: u64::MAX } => json!({ "type": "integer", "minimum": least }),
         Kind::Integer { least, most } => json!({ "type": "integer", "minimum": least, "maximum": most }),
@@ -308,13 +308,12 @@ fn property(key: &Key) -> Value {
         Kind::Tables => json!({ "type": "array", "items": { "type": "object" } }),
     };
     let planned = if key.is_supported() { "" } else { " Not acted on by this version." };
-    property["description"] = json!(format!("{}{planned}", plain(&key.doc())));
+    let Value::Object(mut property) = shape else { return shape };
+    property.insert("description".to_owned(), json!(format!("{}{planned}", plain(&key.doc()))));
     let default = format!("v = {}", key.default()).parse::<toml::Table>().ok();
     let default = default.and_then(|table| serde_json::to_value(table.get("v")?).ok());
-    if let Some(default) = default {
-        property["default"] = default;
-    }
-    property
+    property.extend(default.map(|default| ("default".to_owned(), default)));
+    Value::Object(property)
 }
 
 /// A file with every supported key at its default, commented out.
