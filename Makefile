@@ -18,6 +18,7 @@ bench-lab:
 	@cargo xtask lab bench
 
 docs:
+	@cargo xtask docs
 	@cargo doc --workspace --no-deps
 
 clean:

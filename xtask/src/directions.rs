@@ -23,7 +23,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-ctl", &["kata-api", "kata-config", "kata-image"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
     ("lab-init", &[]),
-    ("xtask", &["lab-init"]),
+    ("xtask", &["kata-config", "lab-init"]),
 ];
 
 /// Crates that a binary must not be able to reach, because what they can do is not its job.

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::shell::{self, cargo, tree};
-use crate::{Chores, directions, packages, say};
+use crate::{Chores, deprecations, directions, docs, packages, say};
 
 /// Runs all checks, the quick ones first.
 pub fn run() -> Chores {
@@ -11,6 +11,8 @@ pub fn run() -> Chores {
     say("formatting");
     shell::run(cargo().args(["fmt", "--all", "--check"]))?;
     directions::check()?;
+    deprecations::check()?;
+    docs::check()?;
     say("licences, sources and bans of dependencies");
     shell::run(Command::new(deny).current_dir(tree()).args([
         "--all-features",

@@ -4,12 +4,15 @@
 //!  run ──▶ packages ──▶ products ──▶ demo
 //!  test ─▶ packages ──▶ products ──▶ nextest, skips counted ──▶ lab test
 //!  lab ──▶ Debian, QEMU ──▶ a command, the tests or the bench where there is KVM
-//!  lint ─▶ fmt, clippy, cargo-deny, crate directions
+//!  lint ─▶ fmt, clippy, cargo-deny, crate directions, deprecations, generated files
+//!  docs ─▶ what is generated of the code
 //! ```
 
 mod bench;
 mod demo;
+mod deprecations;
 mod directions;
+mod docs;
 mod lab;
 mod lint;
 mod packages;
@@ -46,6 +49,8 @@ enum Chore {
     Lint,
     /// Who may import whom.
     DepsCheck,
+    /// Write the pages, man pages and schemas that are made of the code.
+    Docs,
     /// Measure the budgets and write the table of docs/performance.md.
     Bench {
         /// Runs of each measurement.
@@ -59,6 +64,7 @@ enum Chore {
         dry_run: bool,
     },
     /// What `lab bench` runs in the lab.
+    // stays: nobody else runs it
     #[command(hide = true)]
     BenchInLab {
         /// Runs of each measurement.
@@ -75,6 +81,7 @@ fn main() -> ExitCode {
         Chore::Test { unit, filter } => suite::run(unit, &filter),
         Chore::Lint => lint::run(),
         Chore::DepsCheck => directions::check(),
+        Chore::Docs => docs::write(),
         Chore::Bench { runs, kernel, dry_run } => bench::run(runs, &kernel, dry_run),
         Chore::BenchInLab { runs } => bench::run_in_lab(runs),
         Chore::Lab(chore) => return lab::run(chore),

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::deprecation::{Deprecation, Refused};
+
 /// Where a setting was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -15,8 +17,12 @@ pub enum Origin {
         /// The line, from 1.
         line: Option<usize>,
     },
+    /// A variable of the environment.
+    Environment(&'static str),
     /// An override on the command line.
     Override,
+    /// An annotation of the pod, by its full name.
+    Annotation(String),
 }
 
 impl Origin {
@@ -30,7 +36,9 @@ impl fmt::Display for Origin {
         match self {
             Self::File { path, line: Some(line) } => write!(f, "{}:{line}", path.display()),
             Self::File { path, line: None } => write!(f, "{}", path.display()),
+            Self::Environment(variable) => f.write_str(variable),
             Self::Override => f.write_str("--set"),
+            Self::Annotation(name) => write!(f, "annotation {name}"),
         }
     }
 }
@@ -53,9 +61,48 @@ pub enum Fault {
         /// The valid key spelt most alike.
         nearest: Option<String>,
     },
-    /// A key of upstream's that this version does not carry.
-    #[error("not supported by this version; remove the key")]
-    NotSupported,
+    /// No such annotation, here or upstream.
+    #[error("unknown annotation{}", .nearest.as_ref().map(|name| format!("; did you mean {name}?")).unwrap_or_default())]
+    UnknownAnnotation {
+        /// The valid annotation spelt most alike.
+        nearest: Option<String>,
+    },
+    /// A value of upstream's that asks for what this version does not do. The file is well-formed, but no pod is made with
+    /// it: whoever wrote the value counts on what it asks for.
+    #[error("not carried out by this version; remove it{}", .default.map(|value| format!(" or set it to {value}")).unwrap_or_default())]
+    Planned {
+        /// A value that asks for nothing, as TOML.
+        default: Option<&'static str>,
+    },
+    /// A word of upstream's that this version has nothing for. Like [`Fault::Planned`].
+    #[error("{word:?} is not carried out by this version, which knows {}", .words.join(", "))]
+    PlannedWord {
+        /// What was written.
+        word: String,
+        /// What may be written.
+        words: &'static [&'static str],
+    },
+    /// An annotation that the administrator has not opened.
+    #[error("pods may not set it: add {listing:?} to {list} to let them")]
+    Denied {
+        /// What to write.
+        listing: String,
+        /// Where to write it.
+        list: String,
+    },
+    /// A path in an annotation that lies nowhere the administrator allows.
+    #[error("{path} is not below anything in {list}: {why}")]
+    PathDenied {
+        /// The path that the pod asked for.
+        path: PathBuf,
+        /// The key with the patterns.
+        list: String,
+        /// What is the matter with it.
+        why: String,
+    },
+    /// Something that was removed, is off by default, or is deprecated where the user wants none of that.
+    #[error(transparent)]
+    Deprecated(Refused),
     /// A value of another type.
     #[error("expected {expected}, found {found}")]
     WrongType {
@@ -70,6 +117,58 @@ pub enum Fault {
     /// Two settings that cannot both hold.
     #[error("{0}")]
     Contradiction(String),
+}
+
+impl Fault {
+    /// Whether the configuration can be understood all the same, and only no pod be made with it.
+    pub fn is_unmet(&self) -> bool {
+        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. } | Self::Deprecated(_))
+    }
+}
+
+/// Something to know about a configuration that is not wrong.
+#[derive(Clone, Debug)]
+pub enum Remark {
+    /// A key that this version does not act on, with a value that asks for nothing.
+    Idle,
+    /// A key that is gone, with a value that asks for nothing.
+    Removed(&'static Deprecation),
+    /// The section of a driver that this version does not have.
+    NoDriver {
+        /// How many keys are in it.
+        keys: usize,
+    },
+}
+
+impl fmt::Display for Remark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Idle => f.write_str("not acted on by this version; the value asks for nothing"),
+            Self::Removed(item) => {
+                write!(f, "removed [{} {}]; the value asks for nothing", item.id, item.title)
+            }
+            Self::NoDriver { keys } => {
+                write!(f, "no such driver in this version; its {keys} settings are well-formed and not used")
+            }
+        }
+    }
+}
+
+/// A remark, where it is due and on which key or section.
+#[derive(Clone, Debug)]
+pub struct Note {
+    /// Where it was written.
+    pub origin: Origin,
+    /// Dotted path of the key or section.
+    pub key: String,
+    /// What there is to know.
+    pub remark: Remark,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}: {}", self.origin, self.key, self.remark)
+    }
 }
 
 /// One fault, where it is and which key it is about.

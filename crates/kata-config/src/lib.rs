@@ -1,27 +1,32 @@
 //! The one configuration of the project: defaults in Rust, files, overrides, validation.
 //!
 //! ```text
-//!  defaults ─▶ configuration.toml ─▶ config.d/*.toml ─▶ --set key=value ─▶ rules ─▶ Config
-//!                     every fault of every layer is collected, none hides another
+//!  defaults ─▶ configuration.toml ─▶ config.d/*.toml ─▶ environment ─▶ --set key=value ─▶ annotations ─▶ rules ─▶ Reading
+//!                     every fault of every layer is collected, none hides another                                  │
+//!                     notes, and what this version does not carry out ◀──── none of the latter: ─▶ Config ◀────────┘
 //! ```
 //!
-//! A setting has exactly one entry in the table of the `keys` module; reading, suggestions for misspelt keys and the
-//! refusal of upstream's keys that are not carried all work off it.
+//! A setting has exactly one row in the table of [`keys`]; reading, suggestions for misspelt keys, annotations, what is said
+//! of keys that are not carried, and the generated reference all work off it.
 
+pub mod annotations;
 pub mod artefacts;
+pub mod deprecation;
 mod error;
-mod keys;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+pub mod keys;
 mod layers;
 pub mod paths;
 mod settings;
 mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
-pub use error::{ConfigError, ConfigErrors, Fault, Origin};
-pub use layers::Sources;
+pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
+pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
-    AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, LogLevel,
-    MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache,
+    AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, KernelParams,
+    LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
 };
 
 #[cfg(test)]

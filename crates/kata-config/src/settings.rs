@@ -1,10 +1,13 @@
 //! The typed settings and their defaults. Section and key names are those of Kata Containers 4.1.
 
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::deprecation::Policy;
+use crate::keys::{Key, Reach, Separator, Value};
 use crate::text::keywords;
 
 /// The whole configuration of a pod. Serialises to TOML that loads back to the same value.
@@ -32,66 +35,112 @@ pub struct AgentSection {
     pub kata: KataAgent,
 }
 
-/// `[hypervisor.qemu]`
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Qemu {
-    /// The QEMU program; unset: `qemu-system-<arch>` from `PATH`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// Guest kernel; unset: the one of the guest image's manifest.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub kernel: Option<PathBuf>,
-    /// Guest initramfs; unset: the one of the guest image's manifest. Excludes `image`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<PathBuf>,
-    /// Guest root disk image. Excludes `initrd`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub image: Option<PathBuf>,
-    /// The emulated machine. Default `q35`.
-    pub machine_type: MachineType,
-    /// Further parameters of the guest kernel. Written as one string; a quoted part stays one parameter.
-    #[serde(serialize_with = "joined")]
-    pub kernel_params: Vec<String>,
-    /// Virtual CPUs before any container asks for more: 0 is one, negative is all of the host's; see [`Qemu::vcpus`].
-    pub default_vcpus: f64,
-    /// Guest memory in MiB.
-    pub default_memory: u64,
-    /// How host files reach the guest. Default `virtio-fs`.
-    pub shared_fs: SharedFs,
-    /// The virtio-fs daemon; unset: `kata-virtiofsd` found by [`crate::Artefacts`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub virtio_fs_daemon: Option<PathBuf>,
-    /// Caching in the guest of shared files. Default `auto`.
-    pub virtio_fs_cache: VirtioFsCache,
-    /// Further arguments of the virtio-fs daemon.
-    pub virtio_fs_extra_args: Vec<String>,
-    /// Verbose guest kernel and VMM.
-    pub enable_debug: bool,
-    /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. Upstream's default is empty, ours
-    /// is the strictest set that QEMU runs under.
-    pub seccomp_sandbox: String,
+/// A section: its struct, its defaults and its rows of the table of keys, from one text.
+///
+/// Each field is followed by its default and by what the table says of it beyond the type. A field's place in [`Config`]
+/// is the key's place in the file, so the three cannot drift apart.
+macro_rules! settings {
+    (
+        $(#[$meta:meta])*
+        pub struct $name:ident in $section:literal: |$config:ident| $place:expr;
+        $(
+            $(#[doc = $doc:literal])+
+            $(#[serde($($serde:tt)+)])?
+            $field:ident: $type:ty = $default:expr $(, { $($facts:tt)+ })?;
+        )+
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq, Serialize)]
+        pub struct $name {
+            $($(#[doc = $doc])+ $(#[serde($($serde)+)])? pub $field: $type,)+
+        }
+
+        impl $name {
+            pub(crate) const KEYS: &'static [Key] = &[$(
+                Key::supported(
+                    $section,
+                    stringify!($field),
+                    <$type as Value>::KIND,
+                    concat!($($doc, "\n"),+),
+                    |$config, value| {
+                        $place.$field = Value::read(value)?;
+                        Ok(())
+                    },
+                )$($($facts)+)?
+            ),+];
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default),+ }
+            }
+        }
+    };
 }
 
-impl Default for Qemu {
-    fn default() -> Self {
-        Self {
-            path: None,
-            kernel: None,
-            initrd: None,
-            image: None,
-            machine_type: MachineType::Q35,
-            kernel_params: Vec::new(),
-            default_vcpus: 1.0,
-            default_memory: 2048,
-            shared_fs: SharedFs::VirtioFs,
-            virtio_fs_daemon: None,
-            virtio_fs_cache: VirtioFsCache::Auto,
-            virtio_fs_extra_args: Vec::new(),
-            enable_debug: false,
-            seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-                .to_owned(),
-        }
-    }
+settings! {
+    /// `[hypervisor.qemu]`
+    pub struct Qemu in "hypervisor.*": |config| config.hypervisor.qemu;
+
+    /// The machine monitor's program.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<PathBuf> = None,
+        { .unset("`qemu-system-<arch>` from `PATH`").annotated().reach(Reach::Program("valid_hypervisor_paths")) };
+    /// Guest kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<PathBuf> = None,
+        { .unset("the guest image's").annotated().reach(Reach::Path("valid_asset_paths")) };
+    /// Guest initramfs. Excludes `image`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initrd: Option<PathBuf> = None,
+        { .unset("the guest image's").annotated().reach(Reach::Path("valid_asset_paths")) };
+    /// Guest root disk image. Excludes `initrd`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image: Option<PathBuf> = None,
+        { .unset("the guest image's").annotated().reach(Reach::Path("valid_asset_paths")) };
+    /// The emulated machine. Nothing can be plugged into a `microvm` later.
+    machine_type: MachineType = MachineType::Q35,
+        { .annotated().planned_words(&["pc", "virt", "pseries", "s390-ccw-virtio"]) };
+    /// Further parameters of the guest kernel, separated by blanks. A quoted part stays one parameter.
+    kernel_params: KernelParams = KernelParams::default(), { .annotated() };
+    /// Virtual processors before any container asks for more: 0 is one, negative is all of the host's. Fractions round up,
+    /// and there are never more than the host has.
+    default_vcpus: f64 = 1.0, { .up_to(255.0).annotated() };
+    /// Guest memory, taken from the host as the guest touches it.
+    default_memory: u64 = 2048, { .range(64, 4 << 20).unit("MiB").annotated() };
+    /// How host files reach the guest.
+    shared_fs: SharedFs = SharedFs::VirtioFs,
+        { .annotated().planned_words(&["virtio-fs-nydus", "inline-virtio-fs"]) };
+    /// The virtio-fs daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    virtio_fs_daemon: Option<PathBuf> = None,
+        { .unset("`kata-virtiofsd`").annotated().reach(Reach::Program("valid_virtio_fs_daemon_paths")) };
+    /// Caching in the guest of shared files.
+    virtio_fs_cache: VirtioFsCache = VirtioFsCache::Auto, { .annotated() };
+    /// Further arguments of the virtio-fs daemon.
+    virtio_fs_extra_args: Vec<String> = Vec::new(),
+        { .upstream("[\"--thread-pool-size=1\", \"-o\", \"announce_submounts\"]") .annotated().separator(Separator::Json).reach(Reach::Arguments) };
+    /// Verbose guest kernel and machine monitor; the console is in the owner's log at `debug`.
+    enable_debug: bool = false;
+    /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. The default is the strictest set that
+    /// QEMU runs under.
+    seccomp_sandbox: String =
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),
+        { .upstream("\"\"") };
+    /// Annotations that pods may carry, each a regular expression that must match the whole name. An annotation of the
+    /// hypervisor goes by its base name, e.g. `default_memory`; others with their group, e.g.
+    /// `runtime.create_container_timeout`. One that names a program or passes it arguments has to be listed by its very name.
+    enable_annotations: Vec<String> = Vec::new(),
+        { .upstream("[\"enable_iommu\", \"kernel_params\", \"kernel_verity_params\", \"default_vcpus\", \"default_memory\"]") };
+    /// Programs that the annotation `path` may name, as glob patterns.
+    valid_hypervisor_paths: Vec<String> = Vec::new(), { .upstream("[\"/opt/kata/bin/qemu-system-x86_64\"]") };
+    /// Programs that the annotation `virtio_fs_daemon` may name, as glob patterns.
+    valid_virtio_fs_daemon_paths: Vec<String> = Vec::new(), { .upstream("[\"/opt/kata/libexec/virtiofsd\"]") };
+    /// Devices that the annotation `entropy_source` may name, as glob patterns.
+    valid_entropy_sources: Vec<String> = Vec::new(), { .upstream("[\"/dev/urandom\", \"/dev/random\", \"\"]") };
+    /// Files that the annotations `kernel`, `image`, `initrd` and `firmware` may name, as glob patterns. Upstream takes any
+    /// file of the host once the annotation is enabled.
+    valid_asset_paths: Vec<String> = Vec::new(), { .ours() };
 }
 
 impl Qemu {
@@ -105,39 +154,26 @@ impl Qemu {
     }
 }
 
-/// `[agent.kata]`
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct KataAgent {
-    /// Verbose agent log.
-    pub enable_debug: bool,
-    /// A shell on the guest's debug console port. Off by default: it is a way into the guest past the container.
-    pub debug_console_enabled: bool,
-    /// Bound on one container's creation in the guest, in seconds. Default 30.
-    pub create_container_timeout: u64,
-    /// Bound on one attempt to reach an agent that does not announce itself, in milliseconds. Default 10.
-    pub dial_timeout_ms: u64,
-    /// Bound on the whole wait from the VMM's start until the agent serves, in milliseconds. Taken as written; the default
-    /// is 60 000 (upstream's 3000 does not fit an emulated guest).
-    pub reconnect_timeout_ms: u64,
-    /// How long the pod may give no sign of life before it counts as dead, in milliseconds; 0 never gives it up. The default
-    /// is 30 000. Upstream looks every 30 s and has no setting.
-    pub health_timeout_ms: u64,
-    /// Modules the agent loads, each with its parameters: `"e1000e InterruptThrottleRate=3000"`.
-    pub kernel_modules: Vec<String>,
-}
+settings! {
+    /// `[agent.kata]`
+    pub struct KataAgent in "agent.kata": |config| config.agent.kata;
 
-impl Default for KataAgent {
-    fn default() -> Self {
-        Self {
-            enable_debug: false,
-            debug_console_enabled: false,
-            create_container_timeout: 30,
-            dial_timeout_ms: 10,
-            reconnect_timeout_ms: 60_000,
-            health_timeout_ms: 30_000,
-            kernel_modules: Vec::new(),
-        }
-    }
+    /// Verbose agent log.
+    enable_debug: bool = false;
+    /// A shell on the guest's debug console port. Off by default: it is a way into the guest past the container.
+    debug_console_enabled: bool = false;
+    /// Bound on one container's creation in the guest.
+    create_container_timeout: u64 = 30,
+        { .range(1, 86_400).unit("s").annotation("runtime.create_container_timeout") };
+    /// Bound on one attempt to reach an agent that does not announce itself.
+    dial_timeout_ms: u64 = 10, { .rust().range(1, 600_000).unit("ms") };
+    /// Bound on the whole wait from the machine's start until the agent serves. Upstream's does not fit an emulated guest.
+    reconnect_timeout_ms: u64 = 60_000, { .rust().range(1, 3_600_000).unit("ms").upstream("3000") };
+    /// How long the agent may not answer, or one of the pod's processes be stopped, before the pod counts as dead; 0 never
+    /// gives it up. Upstream looks every 30 s and has no setting.
+    health_timeout_ms: u64 = 30_000, { .ours().range(0, 3_600_000).unit("ms") };
+    /// Modules the agent loads, each with its parameters: `"e1000e InterruptThrottleRate=3000"`.
+    kernel_modules: Vec<String> = Vec::new(), { .annotated().separator(Separator::Semicolon) };
 }
 
 impl KataAgent {
@@ -162,41 +198,45 @@ impl KataAgent {
     }
 }
 
-/// `[runtime]`
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Runtime {
-    /// Which driver runs the VM. Default `auto`.
-    pub hypervisor_name: HypervisorChoice,
-    /// Which accelerator runs the guest. Ours; default `auto`.
-    pub accelerator: AcceleratorChoice,
-    /// User ids for the processes of pods, `"first-last"`. Ours; each pod's helpers run as one of them.
-    pub uid_range: UidRange,
-    /// Level of the owner's log. Default `info`.
-    pub log_level: LogLevel,
-    /// Drops seccomp profiles instead of applying them in the guest. Default false (upstream: true): a profile that was
-    /// asked for is applied.
-    pub disable_guest_seccomp: bool,
-    /// Raises the owner's log to `debug` whatever `log_level` says.
-    pub enable_debug: bool,
-}
+settings! {
+    /// `[runtime]`
+    pub struct Runtime in "runtime": |config| config.runtime;
 
-impl Default for Runtime {
-    fn default() -> Self {
-        Self {
-            hypervisor_name: HypervisorChoice::Auto,
-            accelerator: AcceleratorChoice::Auto,
-            uid_range: UidRange { first: 900_000, last: 999_999 },
-            log_level: LogLevel::Info,
-            disable_guest_seccomp: false,
-            enable_debug: false,
-        }
-    }
+    /// Which driver runs the machine; its section counts.
+    hypervisor_name: HypervisorChoice = HypervisorChoice::Auto,
+        { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["clh", "cloud-hypervisor", "dragonball", "fc", "firecracker", "openvmm", "remote"]) };
+    /// Hardware virtualisation, emulation, or whichever the host can do.
+    accelerator: AcceleratorChoice = AcceleratorChoice::Auto, { .ours() };
+    /// User ids for the processes of pods, `"first-last"`; each pod's helpers run as one of them.
+    uid_range: UidRange = UidRange { first: 900_000, last: 999_999 }, { .ours() };
+    /// Level of the owner's log.
+    log_level: LogLevel = LogLevel::Info, { .rust().planned_words(&["critical"]) };
+    /// Drops seccomp profiles instead of applying them in the guest. By default a profile that was asked for is applied.
+    disable_guest_seccomp: bool = false, { .upstream("true").annotated() };
+    /// Raises the owner's log to `debug` whatever `log_level` says.
+    enable_debug: bool = false;
+    /// What becomes of a use of something deprecated. `KATA_DEPRECATED` and `--deprecated` win over it.
+    deprecated: Policy = Policy::Warn, { .ours() };
+    /// Ids of deprecations that are off by default and wanted all the same.
+    deprecated_opt_in: Vec<String> = Vec::new(), { .ours() };
 }
 
 impl Runtime {
     /// The level that `log_level` and `enable_debug` add up to.
     pub fn effective_log_level(&self) -> LogLevel {
         if self.enable_debug { self.log_level.max(LogLevel::Debug) } else { self.log_level }
+    }
+}
+
+/// Parameters of the guest kernel. In the file they are one string.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelParams(pub Vec<String>);
+
+impl Deref for KernelParams {
+    type Target = [String];
+
+    fn deref(&self) -> &[String] {
+        &self.0
     }
 }
 
@@ -241,6 +281,13 @@ keywords! {
     LogLevel { Error = "error", Warn = "warn", Info = "info", Debug = "debug", Trace = "trace" }
 }
 
-fn joined<S: serde::Serializer>(words: &[String], to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(&words.join(" "))
+/// The value at a path of a configuration, as TOML; `None` where nothing is set there.
+pub fn value_at(config: &Config, path: &str) -> Option<String> {
+    let table = toml::Value::try_from(config).ok()?;
+    path.split('.').try_fold(&table, |value, name| value.get(name)).map(toml::Value::to_string)
+}
+
+/// The default of a supported key, as TOML.
+pub(crate) fn default_of(path: &str) -> Option<String> {
+    value_at(&Config::default(), path)
 }

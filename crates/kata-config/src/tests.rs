@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    AcceleratorChoice, Config, ConfigErrors, Fault, HypervisorChoice, LogLevel, MachineType, SharedFs,
-    Sources, UidRange,
+    AcceleratorChoice, Config, ConfigErrors, Fault, HypervisorChoice, KernelParams, LogLevel, MachineType,
+    Reading, SharedFs, Sources, UidRange,
 };
 
 struct Etc(tempfile::TempDir);
@@ -26,6 +26,10 @@ impl Etc {
         self.0.path().join(name)
     }
 
+    fn read(&self) -> Reading {
+        Reading::of(&Sources { file: Some(self.path("configuration.toml")), ..Sources::default() }).unwrap()
+    }
+
     fn load(&self, overrides: &[&str]) -> Result<Config, ConfigErrors> {
         load(&self.path("configuration.toml"), overrides)
     }
@@ -33,7 +37,7 @@ impl Etc {
 
 fn load(file: &Path, overrides: &[&str]) -> Result<Config, ConfigErrors> {
     let overrides = overrides.iter().map(|text| (*text).to_owned()).collect();
-    Config::load(&Sources { file: Some(file.to_owned()), overrides })
+    Config::load(&Sources { file: Some(file.to_owned()), overrides, ..Sources::default() })
 }
 
 /// The faults as lines, with the directory taken off.
@@ -57,7 +61,7 @@ fn an_empty_file_is_the_defaults() {
 fn the_defaults_dump_to_a_file_that_loads_to_the_same() {
     let mut config = Config::default();
     config.hypervisor.qemu.kernel = Some("/boot/vmlinuz".into());
-    config.hypervisor.qemu.kernel_params = vec!["a=b".to_owned(), "c=\"d e\"".to_owned()];
+    config.hypervisor.qemu.kernel_params = KernelParams(vec!["a=b".to_owned(), "c=\"d e\"".to_owned()]);
     config.hypervisor.qemu.default_vcpus = 1.5;
     config.agent.kata.kernel_modules = vec!["e1000e X=1".to_owned()];
     let etc = Etc::with(&toml::to_string(&config).unwrap());
@@ -101,7 +105,7 @@ fn every_setting_can_be_written() {
     let config = etc.load(&[]).unwrap();
     let qemu = &config.hypervisor.qemu;
     assert_eq!(qemu.machine_type, MachineType::Microvm);
-    assert_eq!(qemu.kernel_params, ["quiet", "foo=\"a b\""]);
+    assert_eq!(*qemu.kernel_params, ["quiet", "foo=\"a b\""]);
     assert_eq!(qemu.vcpus(8), 2);
     assert_eq!(qemu.initrd.as_deref(), Some(Path::new("/i")));
     assert_eq!(config.agent.kata.reconnect_bound().as_millis(), 5000);
@@ -118,8 +122,8 @@ fn all_faults_of_all_layers_are_reported_at_once() {
         "[hypervisor.qemu]\n\
          default_memry = 512\n\
          default_memory = \"much\"\n\
-         machine_type = \"pc\"\n\
-         rootless = true\n\
+         machine_type = \"q36\"\n\
+         confidential_guest = true\n\
          initrd = \"/a\"\n\
          image = \"/b\"\n\
          [runtime]\n\
@@ -132,8 +136,8 @@ fn all_faults_of_all_layers_are_reported_at_once() {
         [
             "configuration.toml:2: hypervisor.qemu.default_memry: unknown key; did you mean hypervisor.qemu.default_memory?",
             "configuration.toml:3: hypervisor.qemu.default_memory: expected integer, found string",
-            "configuration.toml:4: hypervisor.qemu.machine_type: \"pc\" is not one of q35, microvm",
-            "configuration.toml:5: hypervisor.qemu.rootless: not supported by this version; remove the key",
+            "configuration.toml:4: hypervisor.qemu.machine_type: \"q36\" is not one of q35, microvm; did you mean \"q35\"?",
+            "configuration.toml:5: hypervisor.qemu.confidential_guest: not carried out by this version; remove it or set it to false",
             "configuration.toml:9: runtime.uid_range: the range must not hold user 0",
             "config.d/10.toml:2: agent.kata.dial_timeout_ms: must be from 1 to 600000",
             "config.d/10.toml:3: agent.kata.kernel_modules: expected string, found integer",
@@ -156,7 +160,7 @@ fn later_layers_win_and_drop_ins_are_read_by_name() {
     etc.write("config.d/30-ignored.toml.bak", "not toml at all");
     let config = etc.load(&[]).unwrap();
     assert_eq!(config.hypervisor.qemu.default_memory, 2000);
-    assert_eq!(config.hypervisor.qemu.kernel_params, ["b"]);
+    assert_eq!(*config.hypervisor.qemu.kernel_params, ["b"]);
     assert_eq!(config.hypervisor.qemu.default_vcpus, 3.0);
     let config =
         etc.load(&["hypervisor.qemu.default_memory=300", "hypervisor.qemu.default_memory=400"]).unwrap();
@@ -196,7 +200,7 @@ fn overrides_take_toml_values_tables_and_bare_strings() {
         ])
         .unwrap();
     let qemu = &config.hypervisor.qemu;
-    assert_eq!(qemu.kernel_params, ["init=/x", "mitigations=off"]);
+    assert_eq!(*qemu.kernel_params, ["init=/x", "mitigations=off"]);
     assert_eq!(qemu.virtio_fs_extra_args, ["-o", "x=y"]);
     assert_eq!((qemu.default_memory, qemu.vcpus(4)), (640, 1));
     assert_eq!(config.runtime.uid_range, UidRange { first: 7, last: 9 });
@@ -230,12 +234,59 @@ fn a_key_like_no_other_gets_no_suggestion() {
 }
 
 #[test]
-fn a_driver_that_is_not_carried_is_refused_once_and_by_name() {
-    let lines = faults(&Etc::with("[hypervisor.clh]\npath = \"/x\"\nkernel = \"/y\"\n"), &[]);
+fn a_section_of_an_absent_driver_is_checked_and_noted_once() {
+    let etc =
+        Etc::with("[hypervisor.clh]\npath = \"/x\"\ndefault_memory = 1024\nconfidential_guest = true\n");
+    let reading = etc.read();
+    assert_eq!(reading.config, Config::default());
+    let notes: Vec<String> = reading.notes.iter().map(|note| note.key.clone()).collect();
+    assert_eq!(notes, ["hypervisor.clh"]);
+    assert!(reading.into_config().is_ok());
+    let lines = faults(&Etc::with("[hypervisor.clh]\ndefault_memry = 1\ndefault_memory = \"x\"\n"), &[]);
     assert_eq!(
         lines,
-        ["configuration.toml:1: hypervisor.clh: not supported by this version; remove the key"]
+        [
+            "configuration.toml:2: hypervisor.clh.default_memry: unknown key; did you mean hypervisor.clh.default_memory?",
+            "configuration.toml:3: hypervisor.clh.default_memory: expected integer, found string",
+        ]
     );
+}
+
+#[test]
+fn choosing_an_absent_driver_is_read_and_not_carried_out() {
+    let etc = Etc::with("[runtime]\nhypervisor_name = \"clh\"\n");
+    assert_eq!(etc.read().config, Config::default());
+    assert_eq!(
+        faults(&etc, &[]),
+        [
+            "configuration.toml:2: runtime.hypervisor_name: \"clh\" is not carried out by this version, which knows auto, qemu"
+        ]
+    );
+    assert!(etc.load(&["runtime.hypervisor_name=qemu"]).is_ok());
+}
+
+#[test]
+fn a_planned_key_is_noted_where_it_asks_for_nothing_and_the_last_layer_decides() {
+    let etc = Etc::with("[hypervisor.qemu]\nenable_iommu = true\ndefault_bridges = 1\nmemory_slots = 3\n");
+    assert_eq!(
+        faults(&etc, &[]),
+        [
+            "configuration.toml:2: hypervisor.qemu.enable_iommu: not carried out by this version; remove it or set it to false"
+        ]
+    );
+    etc.write("config.d/off.toml", "[hypervisor.qemu]\nenable_iommu = false\n");
+    assert!(etc.load(&[]).is_ok());
+    let notes: Vec<String> = etc.read().notes.iter().map(|note| note.key.clone()).collect();
+    assert_eq!(
+        notes,
+        ["hypervisor.qemu.default_bridges", "hypervisor.qemu.memory_slots", "hypervisor.qemu.enable_iommu"]
+    );
+}
+
+#[test]
+fn a_switch_that_is_on_by_default_may_not_be_off() {
+    let lines = faults(&Etc::with("[hypervisor.qemu]\ndisable_guest_selinux = false\n"), &[]);
+    assert!(lines[0].ends_with("not carried out by this version; remove it or set it to true"), "{lines:?}");
 }
 
 #[test]

@@ -3,7 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::settings::UidRange;
+use toml::de::{DeString, DeValue};
+
+use crate::error::Fault;
+use crate::keys::{Kind, Value, parsed};
+use crate::settings::{KernelParams, UidRange};
 
 /// An enum that is written as one of a few words.
 macro_rules! keywords {
@@ -32,6 +36,14 @@ macro_rules! keywords {
                     $($word => Ok(Self::$variant),)+
                     _ => Err(format!("{text:?} is not one of {}", Self::WORDS.join(", "))),
                 }
+            }
+        }
+
+        impl $crate::keys::Value for $name {
+            const KIND: $crate::keys::Kind = $crate::keys::Kind::Word(Self::WORDS);
+
+            fn read(value: &toml::de::DeValue<'_>) -> Result<Self, $crate::Fault> {
+                $crate::keys::parsed(value)
             }
         }
 
@@ -72,6 +84,42 @@ impl FromStr for UidRange {
     }
 }
 
+impl Value for UidRange {
+    const KIND: Kind = Kind::Text;
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Fault> {
+        parsed(value)
+    }
+}
+
+impl FromStr for KernelParams {
+    type Err = String;
+
+    fn from_str(line: &str) -> Result<Self, String> {
+        kernel_words(line).map(Self)
+    }
+}
+
+impl Value for KernelParams {
+    const KIND: Kind = Kind::Text;
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Fault> {
+        parsed(value)
+    }
+}
+
+impl fmt::Display for KernelParams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(" "))
+    }
+}
+
+impl serde::Serialize for KernelParams {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
 impl fmt::Display for UidRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.first, self.last)
@@ -85,7 +133,7 @@ impl serde::Serialize for UidRange {
 }
 
 /// Splits a kernel command line at blanks outside double quotes, as the kernel does (`lib/cmdline.c`, `next_arg`).
-pub(crate) fn kernel_words(line: &str) -> Result<Vec<String>, String> {
+fn kernel_words(line: &str) -> Result<Vec<String>, String> {
     if let Some(bad) = line.chars().find(|c| c.is_control() && !c.is_whitespace()) {
         return Err(format!("holds the control character {bad:?}"));
     }
@@ -105,4 +153,31 @@ pub(crate) fn kernel_words(line: &str) -> Result<Vec<String>, String> {
     }
     words.extend((!word.is_empty()).then_some(word));
     Ok(words)
+}
+
+/// A value as it would be written on one line.
+pub(crate) fn as_toml(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => toml::Value::from(text.as_ref()).to_string(),
+        DeValue::Boolean(on) => on.to_string(),
+        DeValue::Integer(number) => match (number.radix(), number.as_str()) {
+            (16, digits) => format!("0x{digits}"),
+            (8, digits) => format!("0o{digits}"),
+            (2, digits) => format!("0b{digits}"),
+            (_, digits) => digits.to_owned(),
+        },
+        DeValue::Float(number) => number.as_str().to_owned(),
+        DeValue::Datetime(moment) => moment.to_string(),
+        DeValue::Array(items) => {
+            let items: Vec<_> = items.iter().map(|item| as_toml(item.get_ref())).collect();
+            format!("[{}]", items.join(", "))
+        }
+        DeValue::Table(table) => {
+            let entry = |(key, value): (&toml::Spanned<DeString<'_>>, &toml::Spanned<DeValue<'_>>)| {
+                format!("{} = {}", toml::Value::from(key.get_ref().as_ref()), as_toml(value.get_ref()))
+            };
+            let entries: Vec<_> = table.iter().map(entry).collect();
+            format!("{{ {} }}", entries.join(", "))
+        }
+    }
 }

@@ -55,6 +55,8 @@ fn execute(command: Command, began: Instant) -> Outcome {
         Command::Logs(args) => command::logs::run(&args),
         Command::Image(ImageCommand::Build(args)) => command::build::run(args),
         Command::Check(args) => command::check::run(&args),
+        Command::Config(command) => command::config::run(&command),
+        Command::Deprecations(command) => command::deprecations::run(&command),
         Command::Run(args) => on_runtime(command::run::run(args, began)),
         Command::Ps(args) => on_runtime(command::ps::run(&args)),
         Command::Exec(args) => on_runtime(command::exec::run(&args)),

@@ -33,6 +33,7 @@ pub(crate) enum Verb {
     /// Tell what this host can run pods with
     Host(HostArgs),
     /// Own a pod for containerd, whose `start` runs this
+    // stays: nobody else runs it
     #[command(hide = true)]
     Serve(ServeArgs),
 }
@@ -102,7 +103,7 @@ pub(crate) struct SourceArgs {
 
 impl SourceArgs {
     pub(crate) fn sources(&self) -> Sources {
-        Sources { file: self.config.clone(), overrides: self.overrides.clone() }
+        Sources { file: self.config.clone(), overrides: self.overrides.clone(), ..Sources::default() }
     }
 }
 

@@ -16,7 +16,7 @@ fn the_first_directory_with_a_file_wins() {
 
 #[test]
 fn a_quoted_key_with_dots_is_not_a_path() {
-    let mut layers = Layers::default();
+    let mut layers = Layers::new(Registered::PROGRAM);
     layers.text(Path::new("f.toml"), "[hypervisor]\n\"qemu.default_memory\" = 512\n");
     let errors = layers.finish().unwrap_err().to_string();
     assert!(errors.starts_with("f.toml:2: hypervisor.\"qemu.default_memory\": unknown key"), "{errors}");
@@ -25,7 +25,7 @@ fn a_quoted_key_with_dots_is_not_a_path() {
 proptest::proptest! {
     #[test]
     fn arbitrary_text_never_panics(text in "(?s).{0,300}") {
-        let mut layers = Layers::default();
+        let mut layers = Layers::new(Registered::PROGRAM);
         layers.text(Path::new("f.toml"), &text);
         layers.assign(&text);
         drop(layers.finish());
@@ -33,14 +33,14 @@ proptest::proptest! {
 
     #[test]
     fn arbitrary_values_of_known_keys_never_panic(
-        index in 0..crate::keys::KEYS.len(),
+        index in 0..crate::keys::all().count(),
         value in r#"(-?[0-9]{1,40}|-?[0-9]{1,3}\.[0-9]{1,3}(e[0-9]{1,3})?|0x[0-9a-f]{1,20}|-?inf|nan|true|"[^"\\\n]{0,20}"|\["[a-z ]{0,5}"(, 1)?\]|\{[a-z]=1\}|[^\n]{0,30})"#,
     ) {
-        let key = crate::keys::KEYS[index].path;
-        let mut layers = Layers::default();
+        let key = crate::keys::all().nth(index).unwrap().own_path();
+        let mut layers = Layers::new(Registered::PROGRAM);
         layers.text(Path::new("f.toml"), &format!("{key} = {value}\n"));
         layers.assign(&format!("{key}={value}"));
-        if let Ok(config) = layers.finish() {
+        if let Ok(Reading { config, .. }) = layers.finish() {
             proptest::prop_assert!(config.hypervisor.qemu.vcpus(8) >= 1);
             proptest::prop_assert!(config.hypervisor.qemu.vcpus(8) <= 8);
         }

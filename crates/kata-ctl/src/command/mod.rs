@@ -2,6 +2,8 @@
 
 pub mod build;
 pub mod check;
+pub mod config;
+pub mod deprecations;
 pub mod exec;
 pub mod kill;
 pub mod logs;

@@ -58,11 +58,14 @@ pub(crate) enum BootstrapError {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Params {
+    // stays: ProtoJSON has both spellings
     #[serde(alias = "containerdTtrpcAddress")]
     containerd_ttrpc_address: String,
+    // stays: ProtoJSON has both spellings
     #[serde(alias = "containerdGrpcAddress")]
     containerd_grpc_address: String,
     /// A number, or the name of one.
+    // stays: ProtoJSON has both spellings
     #[serde(alias = "logLevel")]
     log_level: serde_json::Value,
 }

@@ -1,5 +1,6 @@
 //! From the first container's creation to its pod: the options, the configuration, the network that is there.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,7 +59,8 @@ impl Launcher {
         if self.launched.is_closed() {
             return Err(fault::leaving());
         }
-        let sources = Sources { file: config_path(request)?, overrides: Vec::new() };
+        let sources =
+            Sources { file: config_path(request)?, overrides: Vec::new(), annotations: annotations(spec) };
         let (plan, vm) = (self.prepare)(&sources).map_err(|error| {
             let words = fault::chain(&error);
             match error {
@@ -108,6 +110,13 @@ fn config_path(request: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
         ));
     }
     Ok(Some(options.config_path).filter(|path| !path.is_empty()).map(PathBuf::from))
+}
+
+/// The pod's annotations, as far as they are about this runtime.
+fn annotations(spec: &Spec) -> BTreeMap<String, String> {
+    let ours = |(name, _): &(&String, &String)| name.starts_with("io.katacontainers.");
+    let all = spec.annotations().iter().flatten();
+    all.filter(ours).map(|(name, text)| (name.clone(), text.clone())).collect()
 }
 
 /// The hooks that may fill the pod's network namespace.

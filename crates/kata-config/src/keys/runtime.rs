@@ -1,0 +1,100 @@
+//! `[runtime]`: upstream's keys that this version does not act on.
+
+use super::kind::Kind::{Boolean, List, Text, Word};
+use super::{Key, Kind, Stability};
+
+const COUNT: Kind = Kind::COUNT;
+
+const fn key(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Key {
+    Key::planned("runtime", name, kind, default, doc)
+}
+
+pub(super) const KEYS: &[Key] = &[
+    key(
+        "name",
+        Word(&["virt_container", "linux_container", "wasm_container"]),
+        "\"virt_container\"",
+        "Kind of runtime: containers in a virtual machine, as this version always has them.",
+    )
+    .rust()
+    .annotated(),
+    key("agent_name", Text, "\"kata\"", "Section of the agent.").rust().annotated(),
+    key(
+        "internetworking_model",
+        Word(&["tcfilter", "none", "macvtap", "l3forwarding"]),
+        "\"tcfilter\"",
+        "How the pod's interfaces are joined to the machine's.",
+    )
+    .annotated(),
+    key("disable_new_netns", Boolean, "false", "Leaves the machine in the host's network namespace.")
+        .annotated(),
+    key(
+        "dan_conf",
+        Kind::Path,
+        "\"/run/kata-containers/dans\"",
+        "Directory with networks that are attached directly.",
+    )
+    .inert(),
+    key(
+        "sandbox_cgroup_only",
+        Boolean,
+        "true",
+        "All of a pod's processes on the host in the pod's own cgroup.",
+    )
+    .harmless(&["false"])
+    .annotated(),
+    key(
+        "static_sandbox_resource_mgmt",
+        Boolean,
+        "true",
+        "Sizes the machine once, before it boots, as this version always does.",
+    )
+    .harmless(&["false"]),
+    key("enable_vcpus_pinning", Boolean, "false", "Keeps each virtual processor on one of the host's.")
+        .annotated(),
+    key(
+        "vfio_mode",
+        Word(&["guest-kernel", "vfio"]),
+        "\"guest-kernel\"",
+        "How devices of the host appear in a container.",
+    )
+    .harmless(&["\"vfio\""])
+    .annotated(),
+    key(
+        "emptydir_mode",
+        Word(&["shared-fs", "block-plain", "block-encrypted"]),
+        "\"shared-fs\"",
+        "What an emptyDir volume is made of.",
+    )
+    .rust(),
+    key("sandbox_bind_mounts", List, "[]", "Paths of the host that every pod's shared directory holds.")
+        .annotated(),
+    key("shared_mounts", List, "[]", "Mounts of one container that others of the pod see.")
+        .rust()
+        .annotated(),
+    key("enable_tracing", Boolean, "false", "Spans of the runtime, exported by OTLP."),
+    key("jaeger_endpoint", Text, "\"\"", "Collector of those spans."),
+    key("jaeger_user", Text, "\"\"", "User at the collector."),
+    key("jaeger_password", Text, "\"\"", "Password at the collector."),
+    key("enable_pprof", Boolean, "false", "Profiles of the runtime over its monitor socket.").annotated(),
+    key("experimental", List, "[]", "Features by name, e.g. `force_guest_pull`.")
+        .stability(Stability::Experimental)
+        .annotated(),
+    key("keep_abnormal", Boolean, "false", "Leaves a failed pod as it is, to be looked at.").rust(),
+    key(
+        "use_passfd_io",
+        Boolean,
+        "false",
+        "Streams over vsock connections of their own, as this version always has them.",
+    )
+    .rust()
+    .harmless(&["true"]),
+    key("passfd_listener_port", COUNT, "1027", "vsock port of those connections.").rust(),
+    key(
+        "pod_resource_api_sock",
+        Kind::Path,
+        "\"\"",
+        "kubelet's socket that tells which devices a pod was given.",
+    )
+    .rust(),
+];
