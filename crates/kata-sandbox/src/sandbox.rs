@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
+use kata_api::GuestProcess;
 use kata_api::agent::StatsContainerResponse;
 use kata_config::SharedFs;
 use kata_hypervisor::Vm;
@@ -184,6 +185,14 @@ impl Sandbox {
     /// The container is unknown.
     pub async fn stats(&self, container: &str) -> Result<StatsContainerResponse, SandboxError> {
         self.ask(|reply| Request::Stats(container.to_owned(), reply)).await
+    }
+
+    /// The processes of a container, or of the whole guest, as the guest tells them.
+    ///
+    /// # Errors
+    /// The container is unknown, or the agent is one that cannot list processes.
+    pub async fn processes(&self, container: Option<&str>) -> Result<Vec<GuestProcess>, SandboxError> {
+        self.ask(|reply| Request::Processes(container.map(str::to_owned), reply)).await
     }
 
     /// Changes a container's limits.
