@@ -6,12 +6,34 @@ use clap::{Args, Parser, Subcommand};
 use kata_image::build::KernelSource;
 
 use crate::amount::{Cpus, Memory};
+use crate::colour::When;
 use crate::pod::signal_number;
+
+pub mod help;
+mod host;
+mod look;
+
+pub use host::{BundleArgs, CheckArgs, CompletionArgs, EnvArgs, ManArgs, Profile, VersionArgs};
+pub use look::{
+    ConsoleArgs, CpArgs, EventsArgs, InspectArgs, ListArgs, LogsArgs, PsArgs, Refresh, SourceName, StatsArgs,
+    TopArgs,
+};
 
 /// Run containers in virtual machines of their own, and look into them
 #[derive(Debug, Parser)]
 #[command(name = "kata-ctl", version, arg_required_else_help = true, disable_help_subcommand = true)]
 pub struct Cli {
+    /// Use colour: auto, always or never
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "WHEN",
+        hide_possible_values = true,
+        hide_default_value = true
+    )]
+    pub color: When,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -22,21 +44,39 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new pod
     Run(RunArgs),
-    /// List pods
-    Ps(PsArgs),
-    /// Run a further command in a running pod
+    /// List pods, containerd's too
+    List(ListArgs),
+    /// Run a further command in a pod's container, or a shell in its VM
     Exec(ExecArgs),
-    /// Send a signal to a pod's main process
+    /// Copy files between the host and a container
+    Cp(CpArgs),
+    /// Send a signal to a pod's main process, or clean up after dead owners
     Kill(KillArgs),
     /// Remove pods that have ended
     Rm(RmArgs),
-    /// Show the output of a detached pod
+    /// Everything known about a pod, as JSON
+    Inspect(InspectArgs),
+    /// List the processes of a pod; without one, list pods
+    Ps(PsArgs),
+    /// Watch the processes of a pod
+    Top(TopArgs),
+    /// Watch processor, memory, disk and network use
+    Stats(StatsArgs),
+    /// Show a pod's output, or the logs of its parts in order of time
     Logs(LogsArgs),
+    /// Show what happens in pods
+    Events(EventsArgs),
+    /// Show what the guest's kernel wrote to its console
+    Console(ConsoleArgs),
     /// Tell whether this host can run pods, and how well
     Check(CheckArgs),
     /// Build the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Print the completions of a shell
+    Completion(CompletionArgs),
+    /// Write the manual pages
+    Man(ManArgs),
 }
 
 /// `run`
@@ -109,21 +149,21 @@ pub struct RunArgs {
     pub timing: bool,
 }
 
-/// `ps`
-#[derive(Debug, Args)]
-pub struct PsArgs {
-    /// Show pods that have ended, too
-    #[arg(short, long)]
-    pub all: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// `exec`
 #[derive(Debug, Args)]
-#[command(override_usage = "kata-ctl exec [OPTIONS] NAME COMMAND...")]
+#[command(
+    override_usage = "kata-ctl exec [OPTIONS] NAME COMMAND...\n       kata-ctl exec --vm NAME [COMMAND...]",
+    after_help = "With --vm the command runs beside the containers, in the guest itself, with its errors among its output;\n\
+        without a command there is a shell. The pod needs agent.kata.debug_console_enabled, and an image with a shell.\n\
+        Exit code: the command's own; 126 if it cannot be executed, 127 if there is none, 125 for any other failure."
+)]
 pub struct ExecArgs {
+    /// In the virtual machine, not in a container
+    #[arg(long, conflicts_with_all = ["container", "interactive", "tty", "env", "workdir", "user"])]
+    pub vm: bool,
+    /// Container of the pod [default: its only one]
+    #[arg(short, long, value_name = "ID")]
+    pub container: Option<String>,
     /// Pass the standard input on
     #[arg(short, long)]
     pub interactive: bool,
@@ -142,18 +182,39 @@ pub struct ExecArgs {
     /// Name of the pod
     pub name: String,
     /// The command
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    #[arg(
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        required_unless_present = "vm"
+    )]
     pub command: Vec<String>,
 }
 
 /// `kill`
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "kata-ctl kill [OPTIONS] NAME\n       kata-ctl kill --reap-orphans [--dry-run] [--json]"
+)]
 pub struct KillArgs {
+    /// End what pods whose owner is dead have left: processes, mounts, files
+    #[arg(long, conflicts_with_all = ["name", "signal", "container"])]
+    pub reap_orphans: bool,
+    /// Only tell what would be reaped
+    #[arg(long, requires = "reap_orphans")]
+    pub dry_run: bool,
+    /// Print JSON
+    #[arg(long, requires = "reap_orphans")]
+    pub json: bool,
+    /// Container of the pod [default: its only one]
+    #[arg(short, long, value_name = "ID")]
+    pub container: Option<String>,
     /// The signal, by name or number
     #[arg(short, long, default_value = "KILL", value_parser = signal_number)]
     pub signal: u32,
     /// Name of the pod
-    pub name: String,
+    #[arg(required_unless_present = "reap_orphans")]
+    pub name: Option<String>,
 }
 
 /// `rm`
@@ -165,30 +226,6 @@ pub struct RmArgs {
     /// Names of pods
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<String>,
-}
-
-/// `logs`
-#[derive(Debug, Args)]
-pub struct LogsArgs {
-    /// Go on until the pod has ended
-    #[arg(short, long)]
-    pub follow: bool,
-    /// Name of the pod
-    pub name: String,
-}
-
-/// `check`
-#[derive(Debug, Args)]
-pub struct CheckArgs {
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Configuration file
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Change one setting of the configuration (repeatable)
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
 }
 
 /// `image`
@@ -215,6 +252,11 @@ pub struct BuildArgs {
     pub cache: Option<PathBuf>,
 }
 
+/// The command line as clap lays it out itself.
+pub fn plain_command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,7 +272,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        help::command().debug_assert();
     }
 
     #[test]

@@ -2,13 +2,21 @@
 
 pub mod build;
 pub mod check;
+pub mod cp;
+pub mod events;
 pub mod exec;
+pub mod inspect;
 pub mod kill;
+pub mod list;
 pub mod logs;
+pub mod manual;
 pub mod ps;
+mod refresh;
 pub mod rm;
 pub mod run;
+pub mod stats;
 mod timing;
+pub mod top;
 
 use std::path::{Path, PathBuf};
 
