@@ -31,6 +31,14 @@ pub struct Sources {
     pub overrides: Vec<String>,
 }
 
+impl Sources {
+    /// The base file that is read, if there is one.
+    pub fn base(&self) -> Option<PathBuf> {
+        let named = self.file.clone().or_else(|| std::env::var_os(FILE_VARIABLE).map(PathBuf::from));
+        named.or_else(|| first_file(&SEARCH.map(Path::new)))
+    }
+}
+
 impl Config {
     /// Reads all layers (defaults, base file, `config.d/*.toml` beside it, overrides) and checks the result as a whole.
     ///
@@ -38,8 +46,7 @@ impl Config {
     /// Every fault of every layer at once, each with its file and line or `--set`, and its key.
     pub fn load(sources: &Sources) -> Result<Self, ConfigErrors> {
         let mut layers = Layers::default();
-        let named = sources.file.clone().or_else(|| std::env::var_os(FILE_VARIABLE).map(PathBuf::from));
-        match named.or_else(|| first_file(&SEARCH.map(Path::new))) {
+        match sources.base() {
             Some(file) => layers.base(&file),
             None => tracing::debug!(places = ?SEARCH, "no configuration file: defaults apply"),
         }

@@ -70,9 +70,15 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Tell whether this host can run pods, and how well
     Check(CheckArgs),
+    /// Tell what this host, its programs and its configuration are
+    Env(EnvArgs),
     /// Build the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Tell versions
+    Version(VersionArgs),
+    /// Collect what a bug report needs, without secrets
+    Bundle(BundleArgs),
     /// Print the completions of a shell
     Completion(CompletionArgs),
     /// Write the manual pages

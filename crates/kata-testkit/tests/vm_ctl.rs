@@ -47,10 +47,16 @@ fn list_and_inspect_tell_what_a_pod_is() {
     assert!(done(host.output(["list"])).contains("kata-ctl"));
 
     let pod = json(host.output(["inspect", "web"]));
-    assert_eq!((&pod["id"], &pod["state"], &pod["owner_lives"]), (&"web".into(), &"ready".into(), &true.into()));
+    assert_eq!(
+        (&pod["id"], &pod["state"], &pod["owner_lives"]),
+        (&"web".into(), &"ready".into(), &true.into())
+    );
     assert_eq!(pod["containers"][0]["args"][0], "sh");
     assert!(Path::new(pod["paths"]["owner_log"].as_str().unwrap()).exists());
-    assert!(pod["made_on_host"].as_array().unwrap().iter().any(|it| it["process"]["name"] == "qemu"), "{pod}");
+    assert!(
+        pod["made_on_host"].as_array().unwrap().iter().any(|it| it["process"]["name"] == "qemu"),
+        "{pod}"
+    );
     assert!(pod["timeline"].as_array().unwrap().len() > 5);
 
     assert!(host.output(["kill", "web"]).status.success());
@@ -65,9 +71,16 @@ fn list_and_inspect_tell_what_a_pod_is() {
 #[test]
 fn what_asks_for_an_unknown_pod_exits_with_3() {
     let Some(host) = Host::new() else { return };
-    for verb in
-        [&["inspect"][..], &["ps"], &["top", "--once"], &["stats", "--once"], &["logs"], &["events"], &["console"], &["kill"]]
-    {
+    for verb in [
+        &["inspect"][..],
+        &["ps"],
+        &["top", "--once"],
+        &["stats", "--once"],
+        &["logs"],
+        &["events"],
+        &["console"],
+        &["kill"],
+    ] {
         let output = host.output(verb.iter().chain(&["nobody"]));
         assert_eq!(output.status.code(), Some(3), "{verb:?}: {}", stderr(&output));
         assert!(stderr(&output).contains("nobody"), "{verb:?}");
@@ -86,7 +99,9 @@ fn ps_and_top_show_the_processes_of_the_guest() {
     assert_eq!(own["command"][2], BUSY);
     assert!(found.as_array().unwrap().iter().all(|process| process["container"] == "busy"));
     let all = json(host.output(["ps", "--json", "-a", "busy"]));
-    assert!(all.as_array().unwrap().iter().any(|process| process["pid"] == 1 && process["container"].is_null()));
+    assert!(
+        all.as_array().unwrap().iter().any(|process| process["pid"] == 1 && process["container"].is_null())
+    );
 
     let top = json(host.output(["top", "--once", "--json", "busy"]));
     assert_eq!(top[0]["container"], "busy", "the busiest comes first: {top}");
@@ -185,7 +200,8 @@ fn files_are_copied_in_and_out() {
     let path = |name: &str| place.join(name).display().to_string();
 
     done(host.output(["cp", &path("tree"), "box:/tmp"]));
-    let listed = done(host.output(["exec", "box", "sh", "-c", "cd /tmp/tree/below; wc -c <big; readlink link"]));
+    let listed =
+        done(host.output(["exec", "box", "sh", "-c", "cd /tmp/tree/below; wc -c <big; readlink link"]));
     assert_eq!(listed, format!("{}\nbig\n", big.len()));
     done(host.output(["cp", "box:/tmp/tree", &path("back")]));
     assert_eq!(std::fs::read(place.join("back/below/big")).unwrap(), big);
@@ -253,8 +269,10 @@ fn image_with_a_shell(host: &Host) -> PathBuf {
 fn the_debug_console_is_a_shell_in_the_guest() {
     let Some(host) = Host::new() else { return };
     let initrd = image_with_a_shell(&host);
-    let settings =
-        [format!("hypervisor.qemu.initrd={}", initrd.display()), "agent.kata.debug_console_enabled=true".to_owned()];
+    let settings = [
+        format!("hypervisor.qemu.initrd={}", initrd.display()),
+        "agent.kata.debug_console_enabled=true".to_owned(),
+    ];
     detached(&host, &["--set", &settings[0], "--set", &settings[1]], "box", "exec sleep 1000");
 
     let inside = done(host.output(["exec", "box", "readlink", "/proc/1/exe"]));
@@ -299,7 +317,10 @@ fn orphans_are_reaped_and_the_living_are_not() {
         (json(host.output(["inspect", "orphan"]))["owner_lives"] == false).then_some(())
     });
     let told = json(host.output(["kill", "--reap-orphans", "--dry-run", "--json"]));
-    assert_eq!((&told["orphans"][0]["pod"], &told["orphans"][0]["reaped"]), (&"orphan".into(), &false.into()));
+    assert_eq!(
+        (&told["orphans"][0]["pod"], &told["orphans"][0]["reaped"]),
+        (&"orphan".into(), &false.into())
+    );
     assert!(host.run_dir().join("orphan").exists());
     let text = done(host.output(["kill", "--reap-orphans"]));
     assert!(text.starts_with("orphan: reaped"), "{text}");
@@ -307,4 +328,141 @@ fn orphans_are_reaped_and_the_living_are_not() {
     assert_eq!(done(host.output(["kill", "--reap-orphans"])), "no orphans\n");
     assert!(host.output(["exec", "alive", "true"]).status.success());
     remove(&host, "alive");
+}
+
+#[test]
+fn check_tells_everything_about_the_host_and_can_be_strict() {
+    let Some(host) = Host::new() else { return };
+    let output = host.output(["check", "--json"]);
+    let report = json(output);
+    let findings = report["findings"].as_array().unwrap();
+    let whats: Vec<&str> = findings.iter().map(|finding| finding["what"].as_str().unwrap()).collect();
+    for what in [
+        "/dev/kvm",
+        "nested",
+        "tun",
+        "vhost",
+        "cgroups",
+        "hugepages",
+        "IOMMU",
+        "TEE",
+        "access control",
+        "state",
+        "kernel",
+        "QEMU",
+        "known bad",
+    ] {
+        assert!(whats.contains(&what), "{what} is not among {whats:?}");
+    }
+    for finding in findings.iter().filter(|finding| finding["verdict"] != "ok") {
+        assert!(finding["cost"].is_string() && finding["remedy"].is_string(), "{finding}");
+    }
+    let warned = report["warnings"].as_u64().unwrap() > 0;
+    let strict = host.output(["check", "--strict"]);
+    assert_eq!(strict.status.code(), Some(i32::from(warned)), "{}", stdout(&strict));
+    let jetson = json(host.output(["check", "--json", "--profile", "jetson"]));
+    assert!(jetson["findings"].as_array().unwrap().iter().any(|finding| finding["what"] == "Jetson"));
+}
+
+#[test]
+fn check_compares_versions_with_a_list_that_somebody_trusted_has_signed() {
+    let Some(host) = Host::new() else { return };
+    let signed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kata-ctl/src/command/check/known_bad/test");
+    let path = |name: &str| signed.join(name).display().to_string();
+    let check = |list: &str, key: &str| {
+        let report = json(host.output(["check", "--json", "--known-bad", list, "--known-bad-key", key]));
+        let findings = report["findings"].as_array().unwrap().clone();
+        findings.into_iter().filter(|finding| finding["what"] == "known bad").collect::<Vec<_>>()
+    };
+    let found = check(&path("list.toml"), &path("key.pub"));
+    assert!(found.iter().any(|finding| finding["found"].as_str().unwrap().contains("TEST-1")), "{found:?}");
+    let changed = host.scratch("list.toml");
+    let text = std::fs::read_to_string(path("list.toml")).unwrap();
+    std::fs::write(&changed, text + "\n# changed\n").unwrap();
+    std::fs::copy(path("list.toml.minisig"), format!("{}.minisig", changed.display())).unwrap();
+    let found = check(&changed.display().to_string(), &path("key.pub"));
+    assert!(found[0]["found"].as_str().unwrap().contains("not signed by the key"), "{found:?}");
+    assert_eq!(found[0]["verdict"], "warning");
+}
+
+#[test]
+fn env_and_version_tell_what_a_pod_is_made_of() {
+    let Some(host) = Host::new() else { return };
+    let env = json(host.output(["env", "--json"]));
+    assert_eq!(env["config"]["file"], host.config().display().to_string());
+    assert_eq!(env["directories"]["run"], host.run_dir().display().to_string());
+    assert!(env["host"]["memory_mib"].as_u64().unwrap() > 0 && env["vmm"]["driver"] == "qemu", "{env}");
+    assert!(done(host.output(["env"])).contains("host.kernel"));
+
+    let parts = json(host.output(["version", "--all", "--json"]));
+    for name in ["kata-ctl", "owner", "kata-vmm", "kata-virtiofsd", "QEMU", "agent", "guest kernel"] {
+        let part = parts.as_array().unwrap().iter().find(|part| part["name"] == name).unwrap();
+        assert!(part["version"].is_string(), "{part}");
+    }
+    assert!(done(host.output(["version"])).starts_with("kata-ctl "));
+}
+
+#[test]
+fn a_bundle_holds_what_a_report_needs_and_no_planted_secret() {
+    let Some(host) = Host::new() else { return };
+    const SECRET: &str = "planted-0123-secret";
+    host.configure(&format!("[hypervisor.qemu]\nkernel_params = \"example.token={SECRET}\"\n"));
+    let variable = format!("INNOCENT={SECRET}");
+    let script = format!("echo {SECRET}; exec sleep 1000");
+    detached(&host, &["-e", &variable], "box", &script);
+    let path = host.scratch("bundle.tar.gz");
+    let told = done(host.output(["bundle", "box", "-o", &path.display().to_string()]));
+    assert_eq!(told.trim(), path.display().to_string());
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+
+    let dir = host.scratch("unpacked");
+    std::fs::create_dir_all(&dir).unwrap();
+    let tar = std::process::Command::new("tar").arg("-xzf").arg(&path).arg("-C").arg(&dir).status().unwrap();
+    assert!(tar.success());
+    let mut files = Vec::new();
+    let mut dirs = vec![dir.clone()];
+    while let Some(next) = dirs.pop() {
+        for entry in std::fs::read_dir(next).unwrap().flatten() {
+            if entry.path().is_dir() { dirs.push(entry.path()) } else { files.push(entry.path()) }
+        }
+    }
+    let has = |end: &str| files.iter().any(|file| file.to_string_lossy().ends_with(end));
+    for end in [
+        "/README.txt",
+        "/env.json",
+        "/check.json",
+        "/config/effective.toml",
+        "/configuration.toml",
+        "/pods/box/inspect.json",
+        "/pods/box/owner.log",
+        "/pods/box/events.json",
+        "/pods/box/containers/box/config.json",
+        "/host/proc/meminfo",
+    ] {
+        assert!(has(end), "{end} is not among {files:?}");
+    }
+    for file in &files {
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(!text.contains(SECRET), "{} holds the secret", file.display());
+    }
+    let spec = files.iter().find(|file| file.ends_with("containers/box/config.json")).unwrap();
+    assert!(std::fs::read_to_string(spec).unwrap().contains("INNOCENT=[redacted]"));
+    remove(&host, "box");
+}
+
+#[test]
+fn completions_and_manual_pages_are_made() {
+    let Some(host) = Host::new() else { return };
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(done(host.output(["completion", shell])).contains("reap-orphans"), "{shell}");
+    }
+    let dir = host.scratch("man");
+    done(host.output(["man", &dir.display().to_string()]));
+    let page = std::fs::read_to_string(dir.join("kata-ctl-exec.1")).unwrap();
+    assert!(page.contains("debug_console_enabled"), "{page}");
+    assert!(done(host.output(["man"])).starts_with(".ie"));
+    let help = done(host.output(["--help"]));
+    assert!(help.lines().count() <= 44, "{help}");
+    assert!(!help.contains('\x1b') && done(host.output(["check", "--color", "always"])).contains('\x1b'));
 }

@@ -90,7 +90,8 @@ impl Report {
         match &answer {
             Ok(answer) => findings.extend(machine::findings(answer)),
             Err(failure) => {
-                let why = failure.error.as_ref().map(|error| crate::failure::chain(&**error)).unwrap_or_default();
+                let why =
+                    failure.error.as_ref().map(|error| crate::failure::chain(&**error)).unwrap_or_default();
                 findings.push(Finding::failed(
                     "owner",
                     why,

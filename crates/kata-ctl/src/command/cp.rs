@@ -68,7 +68,7 @@ fn usage(text: &str) -> Failure {
 
 async fn out_of(container: &Container, path: &str, to: &Path, signals: &mut Signals) -> Outcome {
     let (dir, name) = split(path)?;
-    let wanted = to.is_dir().then(|| to.join(name)).unwrap_or_else(|| to.to_owned());
+    let wanted = if to.is_dir() { to.join(name) } else { to.to_owned() };
     if wanted.file_name().is_none() {
         return Err(Failure::text(format!("{}: not a name to copy to", wanted.display())));
     }

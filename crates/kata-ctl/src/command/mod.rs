@@ -1,8 +1,10 @@
 //! The commands, one module each.
 
 pub mod build;
+pub mod bundle;
 pub mod check;
 pub mod cp;
+pub mod env;
 pub mod events;
 pub mod exec;
 pub mod inspect;
@@ -17,6 +19,7 @@ pub mod run;
 pub mod stats;
 mod timing;
 pub mod top;
+pub mod version;
 
 use std::path::{Path, PathBuf};
 

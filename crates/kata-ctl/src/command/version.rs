@@ -1,9 +1,9 @@
 //! `version`: of this program, or of everything that a pod is made of.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use kata_config::{Artefacts, Config, Sources};
+use kata_config::{ArtefactError, Artefacts, Config, Sources};
 use kata_image::manifest::Manifest;
 use serde::Serialize;
 
@@ -53,21 +53,13 @@ pub fn parts(config: &Config) -> Vec<Part> {
     parts
 }
 
-fn of_artefact<E: std::error::Error>(name: &'static str, found: Result<std::path::PathBuf, E>) -> Part {
+fn of_artefact(name: &'static str, found: Result<PathBuf, ArtefactError>) -> Part {
     match found {
-        Ok(path) => Part { name, version: of_program(&path.to_string_lossy()), note: path.display().to_string() },
-        Err(error) => Part { name, version: None, note: chain_of(&error) },
+        Ok(path) => {
+            Part { name, version: of_program(&path.to_string_lossy()), note: path.display().to_string() }
+        }
+        Err(error) => Part { name, version: None, note: chain(&error) },
     }
-}
-
-fn chain_of(error: &impl std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }
 
 fn of_image(config: &Config) -> Vec<Part> {
@@ -85,8 +77,16 @@ fn of_image(config: &Config) -> Vec<Part> {
         Ok(manifest) => {
             let known = |text: &str| (!text.is_empty()).then(|| text.to_owned());
             vec![
-                Part { name: "agent", version: known(&manifest.agent.version), note: dir.display().to_string() },
-                Part { name: "guest kernel", version: known(&manifest.kernel.release), note: manifest.kernel.provider },
+                Part {
+                    name: "agent",
+                    version: known(&manifest.agent.version),
+                    note: dir.display().to_string(),
+                },
+                Part {
+                    name: "guest kernel",
+                    version: known(&manifest.kernel.release),
+                    note: manifest.kernel.provider,
+                },
             ]
         }
         Err(error) => unknown(chain(&error)),
@@ -100,7 +100,9 @@ pub fn of_program(path: &str) -> Option<String> {
 }
 
 fn first_version(text: &str) -> Option<String> {
-    let word = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.'))?;
+    let word = text
+        .split_whitespace()
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.'))?;
     Some(word.trim_end_matches([',', ')']).to_owned())
 }
 

@@ -5,7 +5,15 @@ use std::path::Path;
 use super::Finding;
 
 pub fn findings(root: &Path) -> Vec<Finding> {
-    vec![nested(root), network(root), vhost(root), hugepages(root), iommu(root), confidential(root), access_control(root)]
+    vec![
+        nested(root),
+        network(root),
+        vhost(root),
+        hugepages(root),
+        iommu(root),
+        confidential(root),
+        access_control(root),
+    ]
 }
 
 fn text(root: &Path, path: &str) -> Option<String> {
@@ -27,9 +35,16 @@ fn flag(root: &Path, flag: &str) -> bool {
 
 fn nested(root: &Path) -> Finding {
     let module = ["kvm_intel", "kvm_amd"].into_iter().find(|module| parameter(root, module, "nested"));
-    let above = if flag(root, "hypervisor") { "this host is itself a virtual machine" } else { "this host is bare metal" };
+    let above = if flag(root, "hypervisor") {
+        "this host is itself a virtual machine"
+    } else {
+        "this host is bare metal"
+    };
     match module {
-        Some(module) => Finding::ok("nested", format!("{above}; {module} would let guests run virtual machines of their own")),
+        Some(module) => Finding::ok(
+            "nested",
+            format!("{above}; {module} would let guests run virtual machines of their own"),
+        ),
         None => Finding::ok("nested", format!("{above}; guests cannot run virtual machines of their own")),
     }
 }
@@ -48,8 +63,7 @@ fn network(root: &Path) -> Finding {
 
 fn vhost(root: &Path) -> Finding {
     let there = ["vhost-net", "vhost-vsock", "vhost-vdpa-0"];
-    let there: Vec<&str> =
-        there.into_iter().filter(|name| root.join("dev").join(name).exists()).collect();
+    let there: Vec<&str> = there.into_iter().filter(|name| root.join("dev").join(name).exists()).collect();
     let found = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
     // The vsock device is a process of ours, and taps do without vhost.
     Finding::ok("vhost", format!("{found} (none is needed)"))
@@ -88,7 +102,11 @@ fn confidential(root: &Path) -> Finding {
         (true, false) => half.push(name),
         (false, false) => {}
     };
-    judge("AMD SEV-SNP", flag(root, "sev_snp"), parameter(root, "kvm_amd", "sev_snp") && root.join("dev/sev").exists());
+    judge(
+        "AMD SEV-SNP",
+        flag(root, "sev_snp"),
+        parameter(root, "kvm_amd", "sev_snp") && root.join("dev/sev").exists(),
+    );
     judge("Intel TDX", flag(root, "tdx_host_platform"), parameter(root, "kvm_intel", "tdx"));
     let secure_execution = text(root, "sys/firmware/uv/prot_virt_host").is_some_and(|text| text == "1");
     judge("IBM Secure Execution", secure_execution, secure_execution);
@@ -111,7 +129,9 @@ fn access_control(root: &Path) -> Finding {
         (Some("1"), _) => "SELinux, enforcing",
         (Some(_), _) => "SELinux, permissive",
         (None, true) => "AppArmor",
-        (None, false) => "neither SELinux nor AppArmor; pods are confined by users, namespaces and filters in any case",
+        (None, false) => {
+            "neither SELinux nor AppArmor; pods are confined by users, namespaces and filters in any case"
+        }
     };
     Finding::ok("access control", found)
 }

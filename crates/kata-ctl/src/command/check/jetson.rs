@@ -8,8 +8,10 @@ use flate2::read::GzDecoder;
 use super::Finding;
 
 /// What a kernel for pods is built with, and what is lost without.
-const OPTIONS: [(&str, &str); 2] =
-    [("CONFIG_KVM", "virtual machines are emulated: several times slower"), ("CONFIG_TUN", "pods with a network interface cannot run")];
+const OPTIONS: [(&str, &str); 2] = [
+    ("CONFIG_KVM", "virtual machines are emulated: several times slower"),
+    ("CONFIG_TUN", "pods with a network interface cannot run"),
+];
 
 pub fn findings(root: &Path) -> Vec<Finding> {
     let model = model(root);
@@ -27,9 +29,10 @@ fn model(root: &Path) -> Option<String> {
 
 fn board(model: Option<&str>) -> Finding {
     match model {
-        Some(model) if model.contains("Jetson") => {
-            Finding::ok("Jetson", format!("{model}; its GPU is no PCI device, so it cannot be passed through"))
-        }
+        Some(model) if model.contains("Jetson") => Finding::ok(
+            "Jetson",
+            format!("{model}; its GPU is no PCI device, so it cannot be passed through"),
+        ),
         other => Finding::warning(
             "Jetson",
             format!("this is none: {}", other.unwrap_or("the device tree names no model")),
@@ -61,9 +64,15 @@ fn configuration(root: &Path) -> Option<String> {
 }
 
 fn kernel(configuration: Option<&str>) -> Finding {
-    const REMEDY: &str = "build the L4T kernel with CONFIG_KVM=y and CONFIG_TUN=m (vhost is not needed), and boot it";
+    const REMEDY: &str =
+        "build the L4T kernel with CONFIG_KVM=y and CONFIG_TUN=m (vhost is not needed), and boot it";
     let Some(configuration) = configuration else {
-        return Finding::warning("L4T kernel", "keeps no /proc/config.gz", "what it lacks shows only when a pod fails", REMEDY);
+        return Finding::warning(
+            "L4T kernel",
+            "keeps no /proc/config.gz",
+            "what it lacks shows only when a pod fails",
+            REMEDY,
+        );
     };
     let has = |option: &str| {
         ["=y", "=m"].iter().any(|value| configuration.lines().any(|line| line == format!("{option}{value}")))
@@ -97,7 +106,8 @@ mod tests {
 
     #[test]
     fn a_stock_kernel_lacks_kvm_and_is_told_what_to_build() {
-        let host = board_with("NVIDIA Jetson Orin Nano Developer Kit", "# CONFIG_KVM is not set\nCONFIG_TUN=m\n");
+        let host =
+            board_with("NVIDIA Jetson Orin Nano Developer Kit", "# CONFIG_KVM is not set\nCONFIG_TUN=m\n");
         let findings = findings(host.path());
         assert_eq!(findings.len(), 2);
         assert_eq!((findings[0].verdict, findings[1].verdict), (Verdict::Ok, Verdict::Warning));

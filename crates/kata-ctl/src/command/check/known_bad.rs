@@ -221,8 +221,7 @@ impl TryFrom<String> for Range {
     fn try_from(text: String) -> Result<Self, String> {
         let bound = |part: &str| {
             let part = part.trim();
-            let signs =
-                [(">=", Bound::Least), ("<=", Bound::Most), (">", Bound::Above), ("<", Bound::Below)];
+            let signs = [(">=", Bound::Least), ("<=", Bound::Most), (">", Bound::Above), ("<", Bound::Below)];
             let (bound, rest) =
                 signs.into_iter().find_map(|(sign, bound)| Some((bound, part.strip_prefix(sign)?)))?;
             Some((bound, Version::parse(rest.trim())?))

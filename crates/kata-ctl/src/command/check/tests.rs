@@ -49,7 +49,8 @@ fn every_finding_that_is_not_well_says_what_it_costs_and_how_to_mend_it() {
         .iter()
         .chain(&host::findings())
         .chain(&devices::findings(Path::new("/")))
-        .chain(&jetson::findings(Path::new("/"))) {
+        .chain(&jetson::findings(Path::new("/")))
+    {
         let told = finding.cost.is_some() && finding.remedy.is_some();
         assert_eq!(told, finding.verdict != Verdict::Ok, "{finding:?}");
     }

@@ -24,16 +24,22 @@ pub fn findings(answer: Option<&Value>, args: &CheckArgs) -> Vec<Finding> {
     let signature = std::fs::read_to_string("/proc/version_signature").ok();
     let (release, built) = (uname.release().to_string_lossy(), uname.version().to_string_lossy());
     let kernel = kernel_version(&release, &built, signature.as_deref());
-    let qemu = answer.and_then(|answer| answer.pointer("/host/qemu/path")?.as_str()).and_then(version::of_program);
+    let qemu =
+        answer.and_then(|answer| answer.pointer("/host/qemu/path")?.as_str()).and_then(version::of_program);
     let mut compared = Vec::new();
-    for (component, name, version) in [(Component::Kernel, "kernel", &kernel), (Component::Qemu, "QEMU", &qemu)] {
+    for (component, name, version) in
+        [(Component::Kernel, "kernel", &kernel), (Component::Qemu, "QEMU", &qemu)]
+    {
         if let Some(version) = version {
             compared.push(format!("{name} {version}"));
             found.extend(list.findings(component, version));
         }
     }
     if kernel.is_none() {
-        found.push(Finding::ok("known bad", format!("kernel {release} does not tell which stable version it is: not compared")));
+        found.push(Finding::ok(
+            "known bad",
+            format!("kernel {release} does not tell which stable version it is: not compared"),
+        ));
     }
     if found.iter().all(|finding| finding.cost.is_none()) {
         let against = format!("{} entries of {}", list.len(), list.updated);

@@ -42,7 +42,7 @@ impl Line {
         if !is_level || !time.ends_with('Z') || !time.starts_with(|c: char| c.is_ascii_digit()) {
             return None;
         }
-        let (target, message) = rest.split_once(": ").unwrap_or((rest.trim_end_matches(':'), ""));
+        let (target, message) = rest.split_once(": ").unwrap_or_else(|| (rest.trim_end_matches(':'), ""));
         let source = match target {
             "agent" => Source::Agent,
             "console" => Source::Console,

@@ -24,14 +24,19 @@ fn versions_are_compared_by_number() {
     for version in ["5.7.19", "5.10.102", "5.15.25", "5.16.11", "6.1.0", "6.18.2", "odd"] {
         assert!(!bad(Component::Kernel, version), "{version}");
     }
-    assert!(bad(Component::Qemu, "5.1.0") && !bad(Component::Qemu, "5.2.0") && !bad(Component::Qemu, "10.0.2"));
+    assert!(
+        bad(Component::Qemu, "5.1.0") && !bad(Component::Qemu, "5.2.0") && !bad(Component::Qemu, "10.0.2")
+    );
     assert!(bad(Component::CloudHypervisor, "51.1") && !bad(Component::CloudHypervisor, "52.0"));
 }
 
 #[test]
 fn a_distributions_kernel_is_judged_by_the_stable_version_that_it_tells() {
     let told = |release, built, signature| kernel_version(release, built, signature);
-    assert_eq!(told("6.1.0-56-cloud-amd64", "#1 SMP Debian 6.1.192-2 (2026-10-01)", None).as_deref(), Some("6.1.192"));
+    assert_eq!(
+        told("6.1.0-56-cloud-amd64", "#1 SMP Debian 6.1.192-2 (2026-10-01)", None).as_deref(),
+        Some("6.1.192")
+    );
     let ubuntu = Some("Ubuntu 5.15.0-25.25-generic 5.15.30");
     assert_eq!(told("5.15.0-25-generic", "#25-Ubuntu SMP", ubuntu).as_deref(), Some("5.15.30"));
     assert_eq!(told("5.16.10", "#1 SMP", None).as_deref(), Some("5.16.10"));
@@ -53,7 +58,10 @@ fn a_list_that_was_changed_or_signed_by_another_is_refused() {
     std::fs::write(&path, text.replace(">=0.0", "<0.1")).unwrap();
     assert!(matches!(KnownBad::signed(&path, Some(&test_file("key.pub"))), Err(KnownBadError::Read { .. })));
     std::fs::copy(test_file("list.toml.minisig"), dir.path().join("list.toml.minisig")).unwrap();
-    assert!(matches!(KnownBad::signed(&path, Some(&test_file("key.pub"))), Err(KnownBadError::Signature { .. })));
+    assert!(matches!(
+        KnownBad::signed(&path, Some(&test_file("key.pub"))),
+        Err(KnownBadError::Signature { .. })
+    ));
     std::fs::write(&path, &text).unwrap();
     assert!(KnownBad::signed(&path, Some(&test_file("key.pub"))).is_ok());
 
