@@ -159,8 +159,8 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[command(
     override_usage = "kata-ctl exec [OPTIONS] NAME COMMAND...\n       kata-ctl exec --vm NAME [COMMAND...]",
-    after_help = "With --vm the command runs beside the containers, in the guest itself, with its errors among its output;\n\
-        without a command there is a shell. The pod needs agent.kata.debug_console_enabled, and an image with a shell.\n\
+    after_help = "With --vm the command runs beside the containers, in the guest itself, with its errors among its output; \
+        without a command there is a shell. The pod needs agent.kata.debug_console_enabled, and an image with a shell.\n\n\
         Exit code: the command's own; 126 if it cannot be executed, 127 if there is none, 125 for any other failure."
 )]
 pub struct ExecArgs {

@@ -380,7 +380,6 @@ impl Actor {
             timeline: self.timeline.stages().to_vec(),
             containers: self.table.views(),
             fault: self.fault.clone(),
-            debug_console: self.pod.config.agent.kata.debug_console_enabled,
         }
     }
 

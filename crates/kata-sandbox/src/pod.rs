@@ -247,8 +247,6 @@ pub struct Inspection {
     pub containers: Vec<ContainerView>,
     /// Why the pod ended, where it did not end by request.
     pub fault: Option<String>,
-    /// Whether the agent was told to offer a shell on its debug port.
-    pub debug_console: bool,
 }
 
 /// A container as [`Inspection`] and `state.json` show it.

@@ -250,6 +250,11 @@ impl Sandbox {
         self.events.subscribe()
     }
 
+    /// What the pod was launched with.
+    pub fn config(&self) -> &kata_config::Config {
+        &self.pod.config
+    }
+
     /// The pod's directory.
     pub fn run_dir(&self) -> &Path {
         &self.pod.run_dir

@@ -35,7 +35,13 @@ impl Control for ControlService {
         if inspection.state == "stopped" {
             self.reins.told();
         }
-        Ok(pod(inspection))
+        let config = sandbox.config();
+        Ok(control::Pod {
+            debug_console: config.agent.kata.debug_console_enabled,
+            // Names and plain values: there is nothing in it that has no JSON.
+            config: serde_json::to_string(config).unwrap_or_default(),
+            ..pod(inspection)
+        })
     }
 
     async fn destroy(&self, _: &TtrpcContext, _: DestroyRequest) -> ttrpc::Result<DestroyResponse> {
@@ -72,7 +78,6 @@ fn pod(pod: Inspection) -> control::Pod {
         timeline: pod.timeline.into_iter().map(stage).collect(),
         containers: pod.containers.into_iter().map(container).collect(),
         fault: pod.fault.unwrap_or_default(),
-        debug_console: pod.debug_console,
         ..control::Pod::default()
     }
 }

@@ -69,9 +69,9 @@ pub struct VersionArgs {
 /// `bundle`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Holds what this host is, what `check` finds, the configuration, and of each pod state, log, leak record and\n\
-    container specification. Values of variables, tokens, passwords, keys and registry credentials are replaced by\n\
-    [redacted]; look through it all the same before you hand it on."
+    after_help = "Holds what this host is, what `check` finds, the configuration, and of each pod state, log, leak record, \
+    events and container specifications, but nothing that containers have written. Values of variables, tokens, passwords, \
+    keys and credentials are replaced by [redacted]; look through it all the same before you hand it on."
 )]
 pub struct BundleArgs {
     /// Name of the pod; without one, all

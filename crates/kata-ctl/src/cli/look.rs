@@ -142,9 +142,9 @@ pub enum SourceName {
 /// `cp`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "One of both is POD:PATH. Directories are copied whole; a destination that is a directory gets the source\n\
-    below it. The container needs tar, as nearly all have. What comes out belongs to you, without set-id bits;\n\
-    devices are left out."
+    after_help = "One of both is POD:PATH. Directories are copied whole; a destination that is a directory gets the source \
+    below it. The container needs tar, as nearly all have. What comes out belongs to you, without set-id bits; devices are \
+    left out."
 )]
 pub struct CpArgs {
     /// Container of the pod [default: its only one]

@@ -13,6 +13,7 @@ mod archive;
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::exec::begin;
 use super::{Outcome, exit_code};
@@ -23,6 +24,8 @@ use crate::pod::{
     self, CallError, Client, FifoReader, FifoWriter, PodDir, Signals, Streams, Wanted, random_name,
 };
 
+/// How long an interrupted copy may take to clean up.
+const CLEANUP: Duration = Duration::from_secs(3);
 /// Most of tar's complaints that are kept.
 const WORDS_LIMIT: u64 = 16 << 10;
 
@@ -209,6 +212,9 @@ impl Container {
                 }
                 signal = signals.ending() => {
                     let _ = exec.kill(9, false).await;
+                    // With tar the stream ends, and what was begun here is removed.
+                    streams.end_unopened();
+                    let _ = tokio::time::timeout(CLEANUP, &mut work).await;
                     return Err(Failure::silent(exit_code(128 + signal)));
                 }
             }
@@ -216,6 +222,8 @@ impl Container {
         streams.end_unopened();
         let joined = match done {
             Some(done) => done,
+            // Nobody reads the rest, and what writes it would wait for that for ever: it ends with this process.
+            None if input => Ok(Ok(())),
             None => work.await,
         };
         let words = words.await.map_err(io::Error::other)?;

@@ -66,6 +66,7 @@ fn describe_pod(pod: &Pod, containers: &[Value]) -> Value {
         "guest_kernel": pod.guest_kernel,
         "agent_version": pod.agent_version,
         "debug_console": pod.debug_console,
+        "config": serde_json::from_str::<Value>(&pod.config).unwrap_or_default(),
         "containers": containers,
         "timeline": timeline,
         "fault": (!pod.fault.is_empty()).then_some(&pod.fault),
