@@ -51,7 +51,7 @@ fn main() -> ExitCode {
             }
             let usual = || match &failure.error {
                 _ if hands_on_codes => failure::OURS,
-                Some(error) if pod::is_unknown(&**error) => failure::UNKNOWN,
+                Some(error) if pod::is_unknown(&**error) => failure::NO_SUCH,
                 _ => failure::FAILED,
             };
             ExitCode::from(failure.code.unwrap_or_else(usual))
@@ -96,7 +96,10 @@ fn on_runtime(work: impl Future<Output = Outcome>) -> Outcome {
 fn usage(error: &clap::Error) -> ExitCode {
     // What cannot be printed cannot be told.
     let _ = error.print();
-    let hands_on_codes = std::env::args().nth(1).is_some_and(|word| word == "run" || word == "exec");
+    // Options may stand before the verb.
+    let verbs = cli::help::command();
+    let verb = std::env::args().skip(1).find(|word| verbs.find_subcommand(word).is_some());
+    let hands_on_codes = verb.is_some_and(|word| word == "run" || word == "exec");
     match (error.use_stderr(), hands_on_codes) {
         (false, _) => ExitCode::SUCCESS,
         (true, true) => ExitCode::from(failure::OURS),

@@ -89,6 +89,7 @@ fn what_asks_for_an_unknown_pod_exits_with_3() {
     }
     assert_eq!(host.output(["cp", "nobody:/x", "/tmp/x"]).status.code(), Some(3));
     assert_eq!(host.output(["inspect"]).status.code(), Some(2));
+    assert_eq!(host.output(["--color", "never", "exec", "--no-such-option"]).status.code(), Some(125));
 }
 
 #[test]

@@ -74,7 +74,7 @@ pub async fn run(args: &PsArgs) -> Outcome {
 }
 
 fn as_table(rows: &[Row]) -> String {
-    let header = ["CONTAINER", "PID", "IN GUEST", "UID", "S", "CPU TIME", "MEMORY", "AGE", "COMMAND"]
+    let header = ["CONTAINER", "PID", "GUEST PID", "UID", "S", "CPU TIME", "MEMORY", "AGE", "COMMAND"]
         .map(str::to_owned);
     let line = |row: &Row| {
         [

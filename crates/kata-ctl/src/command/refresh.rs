@@ -3,7 +3,7 @@
 use crate::cli::Refresh;
 use crate::failure::Failure;
 use crate::output;
-use crate::pod::Signals;
+use crate::pod::{Signals, terminal_size};
 
 use super::{Outcome, exit_code};
 
@@ -26,15 +26,19 @@ pub async fn each(refresh: &Refresh, mut look: impl AsyncFnMut() -> Result<(), F
     }
 }
 
-/// Prints a table; on a terminal, over the one before.
+/// Prints a table; on a terminal, over the one before and no larger than it.
 ///
 /// # Errors
 /// Nobody reads.
 pub fn draw(refresh: &Refresh, table: &str) -> Result<(), Failure> {
     let over = !refresh.once && rustix::termios::isatty(rustix::stdio::stdout());
-    // Home, then clear to the end: without the flicker of clearing first.
-    let before = if over { "\x1b[H" } else { "" };
-    let rest = if over { "\x1b[J" } else { "" };
-    let text = if over { table.replace('\n', "\x1b[K\n") } else { table.to_owned() };
-    output::print(&format!("{before}{text}{rest}"))
+    if !over {
+        return output::print(table);
+    }
+    let (columns, rows) = terminal_size().unwrap_or((80, 24));
+    let lines = table.lines().take(usize::from(rows).saturating_sub(1));
+    let line = |line: &str| line.chars().take(columns.into()).collect::<String>();
+    // Home, each line to its end, then clear the rest: without the flicker of clearing first.
+    let text: String = lines.map(|text| format!("{}\x1b[K\n", line(text))).collect();
+    output::print(&format!("\x1b[H{text}\x1b[J"))
 }

@@ -72,7 +72,7 @@ impl Looks {
 }
 
 fn as_table(rows: &[Row]) -> String {
-    let header = ["CONTAINER", "PID", "UID", "S", "CPU", "CPU TIME", "MEMORY", "THREADS", "COMMAND"]
+    let header = ["CONTAINER", "GUEST PID", "UID", "S", "CPU", "CPU TIME", "MEMORY", "THREADS", "COMMAND"]
         .map(str::to_owned);
     let line = |row: &Row| {
         [
