@@ -22,17 +22,17 @@ fn remove(host: &Host, name: &str) {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
-fn done(output: Output) -> String {
-    assert!(output.status.success(), "{}", stderr(&output));
-    stdout(&output)
+fn done(output: &Output) -> String {
+    assert!(output.status.success(), "{}", stderr(output));
+    stdout(output)
 }
 
-fn json(output: Output) -> Value {
+fn json(output: &Output) -> Value {
     serde_json::from_str(&done(output)).unwrap()
 }
 
 /// One document a line.
-fn lines(output: Output) -> Vec<Value> {
+fn lines(output: &Output) -> Vec<Value> {
     done(output).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
@@ -42,12 +42,12 @@ const BUSY: &str = "echo begun; while :; do :; done";
 fn list_and_inspect_tell_what_a_pod_is() {
     let Some(host) = Host::new() else { return };
     detached(&host, &[], "web", "exec sleep 1000");
-    let pods = json(host.output(["list", "--json"]));
+    let pods = json(&host.output(["list", "--json"]));
     assert_eq!((&pods[0]["name"], &pods[0]["state"]), (&"web".into(), &"running".into()));
     assert_eq!((&pods[0]["namespace"], &pods[0]["containers"]), (&Value::Null, &1.into()));
-    assert!(done(host.output(["list"])).contains("kata-ctl"));
+    assert!(done(&host.output(["list"])).contains("kata-ctl"));
 
-    let pod = json(host.output(["inspect", "web"]));
+    let pod = json(&host.output(["inspect", "web"]));
     assert_eq!(
         (&pod["id"], &pod["state"], &pod["owner_lives"]),
         (&"web".into(), &"ready".into(), &true.into())
@@ -63,9 +63,9 @@ fn list_and_inspect_tell_what_a_pod_is() {
 
     assert!(host.output(["kill", "web"]).status.success());
     host.wait_for("the pod's end", || {
-        (json(host.output(["inspect", "web"]))["state"] == "stopped").then_some(())
+        (json(&host.output(["inspect", "web"]))["state"] == "stopped").then_some(())
     });
-    let pod = json(host.output(["inspect", "web"]));
+    let pod = json(&host.output(["inspect", "web"]));
     assert_eq!((&pod["owner_lives"], &pod["containers"][0]["exit_code"]), (&false.into(), &137.into()));
     remove(&host, "web");
 }
@@ -96,20 +96,20 @@ fn what_asks_for_an_unknown_pod_exits_with_3() {
 fn ps_and_top_show_the_processes_of_the_guest() {
     let Some(host) = Host::new() else { return };
     detached(&host, &[], "busy", BUSY);
-    let found = json(host.output(["ps", "--json", "busy"]));
+    let found = json(&host.output(["ps", "--json", "busy"]));
     let own = &found[0];
     assert_eq!((&own["container"], &own["container_pid"]), (&"busy".into(), &1.into()), "{found}");
     assert_eq!(own["command"][2], BUSY);
     assert!(found.as_array().unwrap().iter().all(|process| process["container"] == "busy"));
-    let all = json(host.output(["ps", "--json", "-a", "busy"]));
+    let all = json(&host.output(["ps", "--json", "-a", "busy"]));
     assert!(
         all.as_array().unwrap().iter().any(|process| process["pid"] == 1 && process["container"].is_null())
     );
 
-    let top = json(host.output(["top", "--once", "--json", "busy"]));
+    let top = json(&host.output(["top", "--once", "--json", "busy"]));
     assert_eq!(top[0]["container"], "busy", "the busiest comes first: {top}");
     assert!(top[0]["cpu_percent"].as_f64().unwrap() > 20.0, "{top}");
-    assert!(done(host.output(["top", "--once", "busy"])).contains("while :"));
+    assert!(done(&host.output(["top", "--once", "busy"])).contains("while :"));
     assert_eq!(host.output(["ps", "busy", "-c", "nope"]).status.code(), Some(3));
     remove(&host, "busy");
 }
@@ -118,14 +118,14 @@ fn ps_and_top_show_the_processes_of_the_guest() {
 fn stats_tell_what_a_container_uses() {
     let Some(host) = Host::new() else { return };
     detached(&host, &[], "busy", BUSY);
-    let rows = json(host.output(["stats", "--once", "--json"]));
+    let rows = json(&host.output(["stats", "--once", "--json"]));
     let row = &rows[0];
     assert_eq!((&row["pod"], &row["container"]), (&"busy".into(), &"busy".into()));
     assert!(row["cpu_percent"].as_f64().unwrap() > 20.0, "{rows}");
     assert!(row["memory_usage_bytes"].as_u64().unwrap() > 100_000, "{rows}");
     assert!(row["host_memory_bytes"].as_u64().unwrap() > 10 << 20, "{rows}");
     assert_eq!(row["processes"], 1, "{rows}");
-    let table = done(host.output(["stats", "--once", "busy"]));
+    let table = done(&host.output(["stats", "--once", "busy"]));
     assert!(table.starts_with("POD") && table.contains("busy"), "{table}");
     remove(&host, "busy");
 }
@@ -150,14 +150,14 @@ fn events_tell_the_past_and_go_on_to_the_end() {
     let kinds = |events: &[Value]| -> Vec<String> {
         events.iter().map(|event| event["kind"].as_str().unwrap().to_owned()).collect()
     };
-    let past = lines(host.output(["events", "--once", "--json", "brief"]));
+    let past = lines(&host.output(["events", "--once", "--json", "brief"]));
     assert_eq!(kinds(&past), ["created", "started"]);
-    assert_eq!(kinds(&lines(host.output(["events", "--once", "--json"]))), ["created", "started"]);
+    assert_eq!(kinds(&lines(&host.output(["events", "--once", "--json"]))), ["created", "started"]);
 
     let child = host.ctl(["events", "--json", "brief"]).stdout(Stdio::piped()).spawn().unwrap();
     assert!(host.output(["exec", "brief", "true"]).status.success());
     assert!(host.output(["kill", "-s", "USR1", "brief"]).status.success());
-    let events = lines(child.wait_with_output().unwrap());
+    let events = lines(&child.wait_with_output().unwrap());
     let exec: Vec<&Value> = events.iter().filter(|event| event["exec"].is_string()).collect();
     assert!(exec.iter().any(|event| event["kind"] == "exited" && event["exit_code"] == 0), "{events:?}");
     let last: Vec<String> = kinds(&events).into_iter().rev().take(2).collect();
@@ -171,22 +171,22 @@ fn logs_of_all_parts_come_in_the_order_of_time() {
     let Some(host) = Host::new() else { return };
     host.configure("[hypervisor.qemu]\nenable_debug = true\n");
     detached(&host, &[], "web", "echo from the container; exec sleep 1000");
-    let all = lines(host.output(["logs", "--source", "all", "--json", "web"]));
+    let all = lines(&host.output(["logs", "--source", "all", "--json", "web"]));
     for source in ["owner", "agent", "console"] {
         assert!(all.iter().any(|line| line["source"] == source), "nothing from {source}: {all:?}");
     }
     let times: Vec<&str> = all.iter().map(|line| line["time"].as_str().unwrap()).collect();
     assert!(times.is_sorted(), "{times:?}");
-    let agent = lines(host.output(["logs", "--source", "agent", "--json", "web"]));
+    let agent = lines(&host.output(["logs", "--source", "agent", "--json", "web"]));
     assert!(!agent.is_empty() && agent.iter().all(|line| line["source"] == "agent"));
-    assert!(done(host.output(["logs", "--source", "shim,guest", "web"])).contains("console  INFO"));
-    let console = done(host.output(["console", "web"]));
+    assert!(done(&host.output(["logs", "--source", "shim,guest", "web"])).contains("console  INFO"));
+    let console = done(&host.output(["console", "web"]));
     assert!(console.contains("Linux version"), "{console}");
-    assert_eq!(done(host.output(["logs", "web"])), "from the container\n");
+    assert_eq!(done(&host.output(["logs", "web"])), "from the container\n");
 
     let follower = host.ctl(["logs", "-f", "-s", "owner", "web"]).stdout(Stdio::piped()).spawn().unwrap();
     assert!(host.output(["kill", "web"]).status.success());
-    let text = done(follower.wait_with_output().unwrap());
+    let text = done(&follower.wait_with_output().unwrap());
     assert!(text.contains("to=\"stopped\""), "{text}");
     remove(&host, "web");
 }
@@ -202,18 +202,18 @@ fn files_are_copied_in_and_out() {
     std::os::unix::fs::symlink("big", place.join("tree/below/link")).unwrap();
     let path = |name: &str| place.join(name).display().to_string();
 
-    done(host.output(["cp", &path("tree"), "box:/tmp"]));
+    done(&host.output(["cp", &path("tree"), "box:/tmp"]));
     let listed =
-        done(host.output(["exec", "box", "sh", "-c", "cd /tmp/tree/below; wc -c <big; readlink link"]));
+        done(&host.output(["exec", "box", "sh", "-c", "cd /tmp/tree/below; wc -c <big; readlink link"]));
     assert_eq!(listed, format!("{}\nbig\n", big.len()));
-    done(host.output(["cp", "box:/tmp/tree", &path("back")]));
+    done(&host.output(["cp", "box:/tmp/tree", &path("back")]));
     assert_eq!(std::fs::read(place.join("back/below/big")).unwrap(), big);
     assert_eq!(std::fs::read_link(place.join("back/below/link")).unwrap(), Path::new("big"));
 
     std::fs::write(place.join("one"), "1").unwrap();
-    done(host.output(["cp", &path("one"), "box:/tmp/renamed"]));
-    assert_eq!(done(host.output(["exec", "box", "cat", "/tmp/renamed"])), "1");
-    done(host.output(["cp", "box:/tmp/renamed", &path("back")]));
+    done(&host.output(["cp", &path("one"), "box:/tmp/renamed"]));
+    assert_eq!(done(&host.output(["exec", "box", "cat", "/tmp/renamed"])), "1");
+    done(&host.output(["cp", "box:/tmp/renamed", &path("back")]));
     assert_eq!(std::fs::read_to_string(place.join("back/renamed")).unwrap(), "1");
 
     // More than a pipe holds, to a tar that cannot go on.
@@ -233,7 +233,7 @@ fn a_container_that_sends_what_was_not_asked_for_writes_nothing() {
     // A tar of the container's own making, which escapes.
     let script = "mkdir /t && cd /t && echo x >/tmp/evil && tar -cf /t/out /tmp/evil 2>/dev/null; \
         rm /bin/tar; printf '#!/bin/sh\\nexec cat /t/out\\n' >/bin/tar; chmod 755 /bin/tar";
-    done(host.output(["exec", "evil", "sh", "-c", script]));
+    done(&host.output(["exec", "evil", "sh", "-c", script]));
     let place = host.scratch("evil/to");
     let output = host.output(["cp", "evil:/etc/passwd", &place.display().to_string()]);
     assert_eq!(output.status.code(), Some(1));
@@ -246,7 +246,7 @@ fn a_container_that_sends_what_was_not_asked_for_writes_nothing() {
 fn image_with_a_shell(host: &Host) -> PathBuf {
     detached(host, &[], "donor", "exec sleep 1000");
     let busybox = host.scratch("shell/busybox");
-    done(host.output(["cp", "donor:/bin/busybox", &busybox.display().to_string()]));
+    done(&host.output(["cp", "donor:/bin/busybox", &busybox.display().to_string()]));
     remove(host, "donor");
     let mut archive = std::fs::read(host.program("guest-image/initrd.cpio")).unwrap();
     // A second archive, which the kernel unpacks over the first.
@@ -281,7 +281,7 @@ fn the_debug_console_is_a_shell_in_the_guest() {
     ];
     detached(&host, &["--set", &settings[0], "--set", &settings[1]], "box", "exec sleep 1000");
 
-    let inside = done(host.output(["exec", "box", "readlink", "/proc/1/exe"]));
+    let inside = done(&host.output(["exec", "box", "readlink", "/proc/1/exe"]));
     let output = host.output(["exec", "--vm", "box", "sh", "-c", "echo out; readlink /proc/1/exe; exit 5"]);
     assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
     let text = stdout(&output);
@@ -291,7 +291,7 @@ fn the_debug_console_is_a_shell_in_the_guest() {
     let mut child =
         host.ctl(["exec", "--vm", "box"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"echo sum $((40 + 2))\n").unwrap();
-    let text = done(child.wait_with_output().unwrap());
+    let text = done(&child.wait_with_output().unwrap());
     assert!(text.contains("sum 42"), "{text}");
     remove(&host, "box");
 }
@@ -316,22 +316,22 @@ fn orphans_are_reaped_and_the_living_are_not() {
     let Some(host) = Host::new() else { return };
     detached(&host, &[], "alive", "exec sleep 1000");
     detached(&host, &[], "orphan", "exec sleep 1000");
-    let pid = json(host.output(["inspect", "orphan"]))["owner_pid"].as_i64().unwrap();
+    let pid = json(&host.output(["inspect", "orphan"]))["owner_pid"].as_i64().unwrap();
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     host.wait_for("the owner's death", || {
-        (json(host.output(["inspect", "orphan"]))["owner_lives"] == false).then_some(())
+        (json(&host.output(["inspect", "orphan"]))["owner_lives"] == false).then_some(())
     });
-    let told = json(host.output(["kill", "--reap-orphans", "--dry-run", "--json"]));
+    let told = json(&host.output(["kill", "--reap-orphans", "--dry-run", "--json"]));
     assert_eq!(
         (&told["orphans"][0]["pod"], &told["orphans"][0]["reaped"]),
         (&"orphan".into(), &false.into())
     );
     assert!(host.run_dir().join("orphan").exists());
-    let text = done(host.output(["kill", "--reap-orphans"]));
+    let text = done(&host.output(["kill", "--reap-orphans"]));
     assert!(text.starts_with("orphan: reaped"), "{text}");
     assert!(!host.run_dir().join("orphan").exists());
-    assert_eq!(done(host.output(["kill", "--reap-orphans"])), "no orphans\n");
+    assert_eq!(done(&host.output(["kill", "--reap-orphans"])), "no orphans\n");
     assert!(host.output(["exec", "alive", "true"]).status.success());
     remove(&host, "alive");
 }
@@ -339,8 +339,7 @@ fn orphans_are_reaped_and_the_living_are_not() {
 #[test]
 fn check_tells_everything_about_the_host_and_can_be_strict() {
     let Some(host) = Host::new() else { return };
-    let output = host.output(["check", "--json"]);
-    let report = json(output);
+    let report = json(&host.output(["check", "--json"]));
     let findings = report["findings"].as_array().unwrap();
     let whats: Vec<&str> = findings.iter().map(|finding| finding["what"].as_str().unwrap()).collect();
     for what in [
@@ -366,7 +365,7 @@ fn check_tells_everything_about_the_host_and_can_be_strict() {
     let warned = report["warnings"].as_u64().unwrap() > 0;
     let strict = host.output(["check", "--strict"]);
     assert_eq!(strict.status.code(), Some(i32::from(warned)), "{}", stdout(&strict));
-    let jetson = json(host.output(["check", "--json", "--profile", "jetson"]));
+    let jetson = json(&host.output(["check", "--json", "--profile", "jetson"]));
     assert!(jetson["findings"].as_array().unwrap().iter().any(|finding| finding["what"] == "Jetson"));
 }
 
@@ -376,7 +375,7 @@ fn check_compares_versions_with_a_list_that_somebody_trusted_has_signed() {
     let signed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kata-ctl/src/command/check/known_bad/test");
     let path = |name: &str| signed.join(name).display().to_string();
     let check = |list: &str, key: &str| {
-        let report = json(host.output(["check", "--json", "--known-bad", list, "--known-bad-key", key]));
+        let report = json(&host.output(["check", "--json", "--known-bad", list, "--known-bad-key", key]));
         let findings = report["findings"].as_array().unwrap().clone();
         findings.into_iter().filter(|finding| finding["what"] == "known bad").collect::<Vec<_>>()
     };
@@ -394,18 +393,18 @@ fn check_compares_versions_with_a_list_that_somebody_trusted_has_signed() {
 #[test]
 fn env_and_version_tell_what_a_pod_is_made_of() {
     let Some(host) = Host::new() else { return };
-    let env = json(host.output(["env", "--json"]));
+    let env = json(&host.output(["env", "--json"]));
     assert_eq!(env["config"]["file"], host.config().display().to_string());
     assert_eq!(env["directories"]["run"], host.run_dir().display().to_string());
     assert!(env["host"]["memory_mib"].as_u64().unwrap() > 0 && env["vmm"]["driver"] == "qemu", "{env}");
-    assert!(done(host.output(["env"])).contains("host.kernel"));
+    assert!(done(&host.output(["env"])).contains("host.kernel"));
 
-    let parts = json(host.output(["version", "--all", "--json"]));
+    let parts = json(&host.output(["version", "--all", "--json"]));
     for name in ["kata-ctl", "owner", "kata-vmm", "kata-virtiofsd", "QEMU", "agent", "guest kernel"] {
         let part = parts.as_array().unwrap().iter().find(|part| part["name"] == name).unwrap();
         assert!(part["version"].is_string(), "{part}");
     }
-    assert!(done(host.output(["version"])).starts_with("kata-ctl "));
+    assert!(done(&host.output(["version"])).starts_with("kata-ctl "));
 }
 
 #[test]
@@ -417,7 +416,7 @@ fn a_bundle_holds_what_a_report_needs_and_no_planted_secret() {
     let script = format!("echo {SECRET}; exec sleep 1000");
     detached(&host, &["-e", &variable], "box", &script);
     let path = host.scratch("bundle.tar.gz");
-    let told = done(host.output(["bundle", "box", "-o", &path.display().to_string()]));
+    let told = done(&host.output(["bundle", "box", "-o", &path.display().to_string()]));
     assert_eq!(told.trim(), path.display().to_string());
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
@@ -461,16 +460,16 @@ fn a_bundle_holds_what_a_report_needs_and_no_planted_secret() {
 fn completions_and_manual_pages_are_made() {
     let Some(host) = Host::new() else { return };
     for shell in ["bash", "zsh", "fish"] {
-        assert!(done(host.output(["completion", shell])).contains("reap-orphans"), "{shell}");
+        assert!(done(&host.output(["completion", shell])).contains("reap-orphans"), "{shell}");
     }
     let dir = host.scratch("man");
-    done(host.output(["man", &dir.display().to_string()]));
+    done(&host.output(["man", &dir.display().to_string()]));
     let page = std::fs::read_to_string(dir.join("kata-ctl-exec.1")).unwrap();
     assert!(page.contains("debug_console_enabled"), "{page}");
-    assert!(done(host.output(["man"])).starts_with(".ie"));
-    let help = done(host.output(["--help"]));
+    assert!(done(&host.output(["man"])).starts_with(".ie"));
+    let help = done(&host.output(["--help"]));
     assert!((24..=40).contains(&help.lines().count()), "{help}");
-    assert!(!help.contains('\x1b') && done(host.output(["check", "--color", "always"])).contains('\x1b'));
+    assert!(!help.contains('\x1b') && done(&host.output(["check", "--color", "always"])).contains('\x1b'));
 }
 
 #[test]
@@ -482,25 +481,25 @@ fn pods_of_containerd_are_looked_into_like_any_other() {
     let id = "ab".repeat(32);
     rig.detached(&[], &id, BUSY);
     let host = rig.host();
-    let pods = json(host.output(["list", "--json"]));
+    let pods = json(&host.output(["list", "--json"]));
     assert_eq!((&pods[0]["name"], &pods[0]["state"]), (&id.as_str().into(), &"running".into()));
     assert_eq!(pods[0]["namespace"], "default");
-    assert!(done(host.output(["list"])).contains("abababababab  running"));
+    assert!(done(&host.output(["list"])).contains("abababababab  running"));
 
     // The first digits will do.
-    let pod = json(host.output(["inspect", "abab"]));
+    let pod = json(&host.output(["inspect", "abab"]));
     assert_eq!(pod["id"], id.as_str());
     assert!(pod["containers"][0]["bundle"].as_str().unwrap().ends_with(&id));
-    assert_eq!(json(host.output(["ps", "--json", "abab"]))[0]["container"], id.as_str());
+    assert_eq!(json(&host.output(["ps", "--json", "abab"]))[0]["container"], id.as_str());
     assert!(
-        json(host.output(["stats", "--once", "--json", "abab"]))[0]["cpu_percent"].as_f64().unwrap() > 1.0
+        json(&host.output(["stats", "--once", "--json", "abab"]))[0]["cpu_percent"].as_f64().unwrap() > 1.0
     );
-    assert_eq!(lines(host.output(["events", "--once", "--json", "abab"])).len(), 2);
-    assert!(done(host.output(["logs", "-s", "all", "abab"])).contains("agent"));
+    assert_eq!(lines(&host.output(["events", "--once", "--json", "abab"])).len(), 2);
+    assert!(done(&host.output(["logs", "-s", "all", "abab"])).contains("agent"));
     let output = host.output(["exec", "-u", "nobody", "abab", "sh", "-c", "id -u; exit 4"]);
     assert_eq!((stdout(&output).as_str(), output.status.code()), ("65534\n", Some(4)), "{}", stderr(&output));
     let place = host.scratch("passwd");
-    done(host.output(["cp", "abab:/etc/passwd", &place.display().to_string()]));
+    done(&host.output(["cp", "abab:/etc/passwd", &place.display().to_string()]));
     assert!(std::fs::read_to_string(&place).unwrap().starts_with("root:"));
     let refused = host.output(["logs", "abab"]);
     assert!(stderr(&refused).contains("--source"), "{}", stderr(&refused));
