@@ -9,7 +9,9 @@
 mod boot;
 pub mod guest;
 pub mod ports;
+mod process;
 mod protocol;
 
 pub use boot::{Announcement, BootStage};
+pub use process::{GuestProcess, PROCESSES};
 pub use protocol::*;

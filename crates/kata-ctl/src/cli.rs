@@ -7,16 +7,38 @@ use kata_config::deprecation::Policy;
 use kata_image::build::KernelSource;
 
 use crate::amount::{Cpus, Memory};
+use crate::colour::When;
 use crate::pod::signal_number;
 
+mod config;
 mod deprecations;
+pub mod help;
+mod host;
+mod look;
 
+pub use config::{ConfigCommand, ConfigSources, ConfigShowArgs, ConfigValidateArgs, ConfigExplainArgs, ConfigDiffArgs, ConfigMigrateArgs};
 pub use deprecations::{DeprecationsCommand, UseIn, UseInFile};
+pub use host::{BundleArgs, CheckArgs, CompletionArgs, EnvArgs, ManArgs, Profile, VersionArgs};
+pub use look::{
+    ConsoleArgs, CpArgs, EventsArgs, InspectArgs, ListArgs, LogsArgs, PsArgs, Refresh, SourceName, StatsArgs,
+    TopArgs,
+};
 
 /// Run containers in virtual machines of their own, and look into them
 #[derive(Debug, Parser)]
 #[command(name = "kata-ctl", version, arg_required_else_help = true, disable_help_subcommand = true)]
 pub struct Cli {
+    /// Use colour: auto, always or never
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "WHEN",
+        hide_possible_values = true,
+        hide_default_value = true
+    )]
+    pub color: When,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -27,16 +49,30 @@ pub struct Cli {
 pub enum Command {
     /// Run a command in a new pod
     Run(RunArgs),
-    /// List pods
-    Ps(PsArgs),
-    /// Run a further command in a running pod
+    /// List pods, containerd's too
+    List(ListArgs),
+    /// Run a further command in a pod's container, or a shell in its VM
     Exec(ExecArgs),
-    /// Send a signal to a pod's main process
+    /// Copy files between the host and a container
+    Cp(CpArgs),
+    /// Send a signal to a pod's main process, or clean up after dead owners
     Kill(KillArgs),
     /// Remove pods that have ended
     Rm(RmArgs),
-    /// Show the output of a detached pod
+    /// Everything known about a pod, as JSON
+    Inspect(InspectArgs),
+    /// List the processes of a pod; without one, list pods
+    Ps(PsArgs),
+    /// Watch the processes of a pod
+    Top(TopArgs),
+    /// Watch processor, memory, disk and network use
+    Stats(StatsArgs),
+    /// Show a pod's output, or the logs of its parts in order of time
     Logs(LogsArgs),
+    /// Show what happens in pods
+    Events(EventsArgs),
+    /// Show what the guest's kernel wrote to its console
+    Console(ConsoleArgs),
     /// Tell whether this host can run pods, and how well
     Check(CheckArgs),
     /// Show, check and explain the configuration
@@ -45,9 +81,19 @@ pub enum Command {
     /// Tell what is deprecated or removed, and find uses of it
     #[command(subcommand)]
     Deprecations(DeprecationsCommand),
+    /// Tell what this host, its programs and its configuration are
+    Env(EnvArgs),
     /// Build the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Tell versions
+    Version(VersionArgs),
+    /// Collect what a bug report needs, without secrets
+    Bundle(BundleArgs),
+    /// Print the completions of a shell
+    Completion(CompletionArgs),
+    /// Write the manual pages
+    Man(ManArgs),
 }
 
 /// `run`
@@ -124,21 +170,21 @@ pub struct RunArgs {
     pub timing: bool,
 }
 
-/// `ps`
-#[derive(Debug, Args)]
-pub struct PsArgs {
-    /// Show pods that have ended, too
-    #[arg(short, long)]
-    pub all: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// `exec`
 #[derive(Debug, Args)]
-#[command(override_usage = "kata-ctl exec [OPTIONS] NAME COMMAND...")]
+#[command(
+    override_usage = "kata-ctl exec [OPTIONS] NAME COMMAND...\n       kata-ctl exec --vm NAME [COMMAND...]",
+    after_help = "With --vm the command runs beside the containers, in the guest itself, with its errors among its output; \
+        without a command there is a shell. The pod needs agent.kata.debug_console_enabled, and an image with a shell.\n\n\
+        Exit code: the command's own; 126 if it cannot be executed, 127 if there is none, 125 for any other failure."
+)]
 pub struct ExecArgs {
+    /// In the virtual machine, not in a container
+    #[arg(long, conflicts_with_all = ["container", "interactive", "tty", "env", "workdir", "user"])]
+    pub vm: bool,
+    /// Container of the pod [default: its only one]
+    #[arg(short, long, value_name = "ID")]
+    pub container: Option<String>,
     /// Pass the standard input on
     #[arg(short, long)]
     pub interactive: bool,
@@ -157,18 +203,39 @@ pub struct ExecArgs {
     /// Name of the pod
     pub name: String,
     /// The command
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    #[arg(
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        required_unless_present = "vm"
+    )]
     pub command: Vec<String>,
 }
 
 /// `kill`
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "kata-ctl kill [OPTIONS] NAME\n       kata-ctl kill --reap-orphans [--dry-run] [--json]"
+)]
 pub struct KillArgs {
+    /// End what pods whose owner is dead have left: processes, mounts, files
+    #[arg(long, conflicts_with_all = ["name", "signal", "container"])]
+    pub reap_orphans: bool,
+    /// Only tell what would be reaped
+    #[arg(long, requires = "reap_orphans")]
+    pub dry_run: bool,
+    /// Print JSON
+    #[arg(long, requires = "reap_orphans")]
+    pub json: bool,
+    /// Container of the pod [default: its only one]
+    #[arg(short, long, value_name = "ID")]
+    pub container: Option<String>,
     /// The signal, by name or number
     #[arg(short, long, default_value = "KILL", value_parser = signal_number)]
     pub signal: u32,
     /// Name of the pod
-    pub name: String,
+    #[arg(required_unless_present = "reap_orphans")]
+    pub name: Option<String>,
 }
 
 /// `rm`
@@ -180,134 +247,6 @@ pub struct RmArgs {
     /// Names of pods
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<String>,
-}
-
-/// `logs`
-#[derive(Debug, Args)]
-pub struct LogsArgs {
-    /// Go on until the pod has ended
-    #[arg(short, long)]
-    pub follow: bool,
-    /// Name of the pod
-    pub name: String,
-}
-
-/// `check`
-#[derive(Debug, Args)]
-pub struct CheckArgs {
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Configuration file
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Change one setting of the configuration (repeatable)
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY")]
-    pub deprecated: Option<Policy>,
-}
-
-/// `config`
-#[derive(Debug, Subcommand)]
-pub enum ConfigCommand {
-    /// Show settings and where they come from
-    Show(ConfigShowArgs),
-    /// Tell everything that is wrong with a configuration
-    Validate(ConfigValidateArgs),
-    /// Tell all about a setting or an annotation
-    Explain(ConfigExplainArgs),
-    /// Tell where two configurations differ in effect
-    Diff(ConfigDiffArgs),
-    /// Make a file for this version from one of upstream's
-    Migrate(ConfigMigrateArgs),
-}
-
-/// Which configuration is meant.
-#[derive(Clone, Debug, Args)]
-pub struct ConfigSources {
-    /// Configuration file
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// Change one setting of the configuration (repeatable)
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
-}
-
-/// `config show`
-#[derive(Debug, Args)]
-pub struct ConfigShowArgs {
-    /// Show the settings that are nowhere written, too, and only what is acted on
-    #[arg(long)]
-    pub effective: bool,
-    /// Show where each value comes from
-    #[arg(long)]
-    pub origin: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// The configuration.
-    #[command(flatten)]
-    pub sources: ConfigSources,
-}
-
-/// `config validate`
-#[derive(Debug, Args)]
-#[command(after_help = "Exit code: 0 if a pod can be made with it, 1 if not.")]
-pub struct ConfigValidateArgs {
-    /// Name every setting that makes no difference, too
-    #[arg(long)]
-    pub notes: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY")]
-    pub deprecated: Option<Policy>,
-    /// The file [default: the one that pods are made with]
-    pub file: Option<PathBuf>,
-}
-
-/// `config explain`
-#[derive(Debug, Args)]
-pub struct ConfigExplainArgs {
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// A key's path, its last part, or an annotation
-    #[arg(value_name = "KEY|ANNOTATION")]
-    pub name: String,
-}
-
-/// `config diff`
-#[derive(Debug, Args)]
-pub struct ConfigDiffArgs {
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// A file to compare with the defaults, or with B [default: the one that pods are made with]
-    #[arg(value_name = "A")]
-    pub first: Option<PathBuf>,
-    /// A file to compare A with
-    #[arg(value_name = "B")]
-    pub second: Option<PathBuf>,
-}
-
-/// `config migrate`
-#[derive(Debug, Args)]
-#[command(after_help = "What is not in the new file is told on standard error.\n\
-    Exit code: 0 if pods are as before, 1 if the file asks for what this version does not do.")]
-pub struct ConfigMigrateArgs {
-    /// Where to write the new file [default: standard output]
-    #[arg(short, long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
-    /// Print the account as JSON
-    #[arg(long, requires = "output")]
-    pub json: bool,
-    /// Upstream's file
-    #[arg(value_name = "UPSTREAM.toml")]
-    pub file: PathBuf,
 }
 
 /// `image`
@@ -334,6 +273,11 @@ pub struct BuildArgs {
     pub cache: Option<PathBuf>,
 }
 
+/// The command line as clap lays it out itself.
+pub fn plain_command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -349,7 +293,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        help::command().debug_assert();
     }
 
     #[test]

@@ -3,6 +3,10 @@
 use std::error::Error;
 use std::fmt::Write as _;
 
+/// Exit code of a verb that fails.
+pub const FAILED: u8 = 1;
+/// Exit code of a command that looks for something that is not there.
+pub const NO_SUCH: u8 = 3;
 /// Exit code of `run` and `exec` when they fail themselves, so that it is told from the command's own codes.
 pub const OURS: u8 = 125;
 /// Exit code for a command that is there and cannot be executed.

@@ -9,16 +9,18 @@
 mod amount;
 mod bundle;
 mod cli;
+mod colour;
 mod command;
 mod failure;
 mod image;
+mod output;
 mod pod;
 mod table;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::Parser;
+use clap::FromArgMatches;
 use tracing_subscriber::EnvFilter;
 
 use cli::{Cli, Command, ImageCommand};
@@ -30,13 +32,15 @@ const LOG: &str = "warn,oci_client=error,ttrpc=off";
 
 fn main() -> ExitCode {
     let began = Instant::now();
-    let cli = match Cli::try_parse() {
+    let parsed = cli::help::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
+    colour::decide(cli.color);
     log();
     // `run` and `exec` hand on other programs' exit codes; their own failures must be told from those.
-    let ours = if matches!(cli.command, Command::Run(_) | Command::Exec(_)) { failure::OURS } else { 1 };
+    let hands_on_codes = matches!(cli.command, Command::Run(_) | Command::Exec(_));
     let outcome = execute(cli.command, began);
     pod::restore();
     match outcome {
@@ -45,7 +49,12 @@ fn main() -> ExitCode {
             if let Some(error) = &failure.error {
                 eprintln!("kata-ctl: {}", chain(&**error));
             }
-            ExitCode::from(failure.code.unwrap_or(ours))
+            let usual = || match &failure.error {
+                _ if hands_on_codes => failure::OURS,
+                Some(error) if pod::is_unknown(&**error) => failure::NO_SUCH,
+                _ => failure::FAILED,
+            };
+            ExitCode::from(failure.code.unwrap_or_else(usual))
         }
     }
 }
@@ -53,13 +62,25 @@ fn main() -> ExitCode {
 fn execute(command: Command, began: Instant) -> Outcome {
     match command {
         Command::Logs(args) => command::logs::run(&args),
+        Command::Console(args) => command::logs::console(&args),
         Command::Image(ImageCommand::Build(args)) => command::build::run(args),
         Command::Check(args) => command::check::run(&args),
         Command::Config(command) => command::config::run(&command),
         Command::Deprecations(command) => command::deprecations::run(&command),
+        Command::Env(args) => command::env::run(&args),
+        Command::Version(args) => command::version::run(&args),
+        Command::Bundle(args) => on_runtime(command::bundle::run(&args)),
+        Command::Completion(args) => command::manual::completion(&args),
+        Command::Man(args) => command::manual::man(&args),
         Command::Run(args) => on_runtime(command::run::run(args, began)),
+        Command::List(args) => on_runtime(command::list::run(&args)),
         Command::Ps(args) => on_runtime(command::ps::run(&args)),
+        Command::Inspect(args) => on_runtime(command::inspect::run(&args)),
+        Command::Top(args) => on_runtime(command::top::run(&args)),
+        Command::Stats(args) => on_runtime(command::stats::run(&args)),
+        Command::Events(args) => on_runtime(command::events::run(&args)),
         Command::Exec(args) => on_runtime(command::exec::run(&args)),
+        Command::Cp(args) => on_runtime(command::cp::run(&args)),
         Command::Kill(args) => on_runtime(command::kill::run(&args)),
         Command::Rm(args) => on_runtime(command::rm::run(&args)),
     }
@@ -67,13 +88,20 @@ fn execute(command: Command, began: Instant) -> Outcome {
 
 fn on_runtime(work: impl Future<Output = Outcome>) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(Failure::from)?.block_on(work)
+    let runtime = runtime.map_err(Failure::from)?;
+    let outcome = runtime.block_on(work);
+    // What still waits, for a stream or a pod, serves nobody.
+    runtime.shutdown_background();
+    outcome
 }
 
 fn usage(error: &clap::Error) -> ExitCode {
     // What cannot be printed cannot be told.
     let _ = error.print();
-    let hands_on_codes = std::env::args().nth(1).is_some_and(|word| word == "run" || word == "exec");
+    // Options may stand before the verb.
+    let verbs = cli::help::command();
+    let verb = std::env::args().skip(1).find(|word| verbs.find_subcommand(word).is_some());
+    let hands_on_codes = verb.is_some_and(|word| word == "run" || word == "exec");
     match (error.use_stderr(), hands_on_codes) {
         (false, _) => ExitCode::SUCCESS,
         (true, true) => ExitCode::from(failure::OURS),

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use kata_api::agent::{
     ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
-    CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest,
-    PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
+    CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetDiagnosticDataRequest,
+    GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
     ResumeContainerRequest, Routes, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
     StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
     UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
@@ -18,6 +18,7 @@ use kata_api::health::CheckRequest;
 use kata_api::health_ttrpc::HealthClient;
 use kata_api::oci::LinuxResources;
 use kata_api::types::{ARPNeighbor, Interface, Route};
+use kata_api::{GuestProcess, PROCESSES};
 use kata_hypervisor::process::printable;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
@@ -243,6 +244,23 @@ impl Agent {
         bounded("StatsContainer", PROMPT, self.service.stats_container(within(PROMPT), &request)).await
     }
 
+    /// The processes of a container, or of the whole guest.
+    pub(crate) async fn processes(&self, container: Option<&str>) -> Result<Vec<GuestProcess>, AgentError> {
+        let request = GetDiagnosticDataRequest {
+            log_type: PROCESSES.to_owned(),
+            container_id: container.unwrap_or_default().to_owned(),
+            ..Default::default()
+        };
+        let answer = self.service.get_diagnostic_data(within(PROMPT), &request);
+        let answer = bounded("GetDiagnosticData", PROMPT, answer).await?;
+        let found: Vec<GuestProcess> =
+            serde_json::from_str(&answer.data).map_err(|error| AgentError::Refused {
+                code: Code::INTERNAL,
+                message: format!("its list of processes cannot be read: {error}"),
+            })?;
+        Ok(found.into_iter().map(clean).collect())
+    }
+
     pub(crate) async fn update(&self, container: &str, resources: LinuxResources) -> Result<(), AgentError> {
         let mut request = UpdateContainerRequest { container_id: container.to_owned(), ..Default::default() };
         request.resources = Some(resources).into();
@@ -322,6 +340,14 @@ async fn done(
     answer: impl Future<Output = Result<Empty, RpcError>>,
 ) -> Result<(), AgentError> {
     bounded(call, bound, answer).await.map(drop)
+}
+
+/// What the guest tells of a process, as it may reach a terminal.
+fn clean(mut process: GuestProcess) -> GuestProcess {
+    process.container = guest_text(&process.container);
+    process.state = guest_text(&process.state);
+    process.command.iter_mut().for_each(|word| *word = guest_text(word));
+    process
 }
 
 /// Text of the guest's as it may reach a log, a file and a terminal: no control characters, and no more than anybody reads.

@@ -36,6 +36,7 @@ mod teardown;
 mod timeline;
 
 pub use error::{ErrorKind, SandboxError};
+pub use kata_api::GuestProcess;
 pub use kata_api::agent::StatsContainerResponse;
 pub use pod::{
     ContainerSpec, ContainerView, Event, Exit, Inspection, NetworkSpec, ProcessId, ProcessState, RootfsMount,

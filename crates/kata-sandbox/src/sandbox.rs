@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::SystemTime;
 
+use kata_api::GuestProcess;
 use kata_api::agent::StatsContainerResponse;
 use kata_config::SharedFs;
 use kata_hypervisor::Vm;
@@ -186,6 +187,14 @@ impl Sandbox {
         self.ask(|reply| Request::Stats(container.to_owned(), reply)).await
     }
 
+    /// The processes of a container, or of the whole guest, as the guest tells them.
+    ///
+    /// # Errors
+    /// The container is unknown, or the agent is one that cannot list processes.
+    pub async fn processes(&self, container: Option<&str>) -> Result<Vec<GuestProcess>, SandboxError> {
+        self.ask(|reply| Request::Processes(container.map(str::to_owned), reply)).await
+    }
+
     /// Changes a container's limits.
     ///
     /// # Errors
@@ -239,6 +248,11 @@ impl Sandbox {
     /// What happens from now on. A listener that falls 256 events behind loses the oldest.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
+    }
+
+    /// What the pod was launched with.
+    pub fn config(&self) -> &kata_config::Config {
+        &self.pod.config
     }
 
     /// The pod's directory.

@@ -11,6 +11,7 @@
 //! `kata-ctl run` starts the owner of a standalone pod ([`owner`], [`life`]); containerd calls the same program its own way
 //! ([`containerd`]).
 
+mod chronicle;
 mod cli;
 mod connections;
 mod containerd;

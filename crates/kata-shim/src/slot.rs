@@ -5,27 +5,36 @@ use kata_sandbox::Sandbox;
 use oci_spec::runtime::Spec;
 use tokio::sync::OnceCell;
 
+use crate::chronicle::Chronicle;
 use crate::containerd::launch::Launcher;
 
 /// The place of one pod.
 pub(crate) struct Slot {
     sandbox: OnceCell<Sandbox>,
     launcher: Option<Launcher>,
+    chronicle: Chronicle,
 }
 
 impl Slot {
     /// A pod that is there.
     pub(crate) fn taken(sandbox: Sandbox) -> Self {
-        Self { sandbox: OnceCell::new_with(Some(sandbox)), launcher: None }
+        let chronicle = Chronicle::new();
+        chronicle.record(sandbox.events());
+        Self { sandbox: OnceCell::new_with(Some(sandbox)), launcher: None, chronicle }
     }
 
     /// A pod that `launcher` will make.
     pub(crate) fn waiting(launcher: Launcher) -> Self {
-        Self { sandbox: OnceCell::new(), launcher: Some(launcher) }
+        Self { sandbox: OnceCell::new(), launcher: Some(launcher), chronicle: Chronicle::new() }
     }
 
     pub(crate) fn get(&self) -> Option<&Sandbox> {
         self.sandbox.get()
+    }
+
+    /// What has happened in the pod.
+    pub(crate) fn chronicle(&self) -> &Chronicle {
+        &self.chronicle
     }
 
     /// The pod for a container that is being created. Where that fails, the next one may try again.
@@ -35,7 +44,11 @@ impl Slot {
         spec: &Spec,
     ) -> ttrpc::Result<&Sandbox> {
         let launch = async || match &self.launcher {
-            Some(launcher) => launcher.launch(request, spec).await,
+            Some(launcher) => {
+                let sandbox = launcher.launch(request, spec).await?;
+                self.chronicle.record(sandbox.events());
+                Ok(sandbox)
+            }
             // Made with its pod inside.
             None => Err(crate::fault::no_container()),
         };

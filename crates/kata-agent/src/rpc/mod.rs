@@ -7,6 +7,7 @@ mod files;
 mod guest;
 mod network;
 mod process;
+mod processes;
 mod sandbox;
 mod signal;
 pub mod spec;
@@ -33,7 +34,7 @@ const PROTOCOL_VERSION: &str = "0.0.1";
 
 /// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
 /// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
-const SERVED: [&str; 32] = [
+const SERVED: [&str; 33] = [
     "CreateContainer",
     "StartContainer",
     "RemoveContainer",
@@ -55,6 +56,7 @@ const SERVED: [&str; 32] = [
     "ListRoutes",
     "AddARPNeighbors",
     "GetMetrics",
+    "GetDiagnosticData",
     "CreateSandbox",
     "DestroySandbox",
     "OnlineCPUMem",
@@ -237,6 +239,18 @@ impl AgentService for Handlers {
     async fn get_metrics(&self, _: &TtrpcContext, _: wire::GetMetricsRequest) -> Answer<wire::Metrics> {
         let metrics = guest::metrics();
         answer("GetMetrics", metrics.map(|metrics| wire::Metrics { metrics, ..Default::default() }))
+    }
+
+    async fn get_diagnostic_data(
+        &self,
+        _: &TtrpcContext,
+        req: wire::GetDiagnosticDataRequest,
+    ) -> Answer<wire::GetDiagnosticDataResponse> {
+        let data = processes::diagnostic(&self.0, &req).await;
+        answer(
+            "GetDiagnosticData",
+            data.map(|data| wire::GetDiagnosticDataResponse { data, ..Default::default() }),
+        )
     }
 
     async fn create_sandbox(&self, _: &TtrpcContext, req: wire::CreateSandboxRequest) -> Answer<wire::Empty> {

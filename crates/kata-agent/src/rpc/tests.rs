@@ -219,6 +219,23 @@ async fn what_is_not_served_is_unimplemented() {
 }
 
 #[tokio::test]
+async fn processes_are_diagnostic_data_and_other_kinds_are_unimplemented() {
+    let guest = Guest::boot().await;
+    guest.create("c1", "sleep 1000").await.unwrap();
+    let ask = async |log_type: &str, container_id: &str| {
+        let (log_type, container_id) = (log_type.to_owned(), container_id.to_owned());
+        let request = wire::GetDiagnosticDataRequest { log_type, container_id, ..Default::default() };
+        guest.client.get_diagnostic_data(context(), &request).await
+    };
+    let data = ask(kata_api::PROCESSES, "c1").await.unwrap().data;
+    let found: Vec<kata_api::GuestProcess> = serde_json::from_str(&data).unwrap();
+    assert_eq!((found.len(), found[0].container.as_str()), (1, "c1"), "{data}");
+    assert_eq!(code(ask(kata_api::PROCESSES, "c2").await).0, Code::NOT_FOUND);
+    assert_eq!(code(ask("weather", "").await).0, Code::UNIMPLEMENTED);
+    guest.signal("c1", "", 9).await.unwrap();
+}
+
+#[tokio::test]
 async fn the_network_is_listed_and_a_request_without_sense_is_refused() {
     let guest = Guest::boot().await;
     let listed = guest.client.list_interfaces(context(), &wire::ListInterfacesRequest::new()).await.unwrap();

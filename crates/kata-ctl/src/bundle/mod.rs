@@ -170,6 +170,13 @@ pub fn process_of(dir: &Path) -> Result<Process, BundleError> {
     Ok(spec.process_mut().take().unwrap_or_default())
 }
 
+/// An annotation of the container whose bundle is in `dir`, if it can be read.
+pub fn annotation(dir: &Path, key: &str) -> Option<String> {
+    let text = fs::read(dir.join("config.json")).ok()?;
+    let spec: Spec = serde_json::from_slice(&text).ok()?;
+    spec.annotations().as_ref()?.get(key).cloned()
+}
+
 /// Appends `extra` (`NAME=value`, or `NAME` for this process's value) to `env`, replacing what has the same name.
 ///
 /// # Errors

@@ -27,13 +27,16 @@ impl RootStack {
         std::fs::write(dir.join(FILE), serde_json::to_vec(&self.0)?)
     }
 
-    /// Reads what was written into the bundle in `dir`.
+    /// Reads what was written into the bundle in `dir`; one of containerd's is its mounted root file system alone.
     ///
     /// # Errors
     /// The file cannot be read.
     pub fn load(dir: &Path) -> Result<Self, UserError> {
         let path = dir.join(FILE);
-        let read = || Ok(serde_json::from_slice(&std::fs::read(&path)?)?);
+        let read = || match std::fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(vec![dir.join("rootfs")]),
+            text => Ok(serde_json::from_slice(&text?)?),
+        };
         read().map(Self).map_err(|source| UserError::Read { path: path.clone(), source })
     }
 

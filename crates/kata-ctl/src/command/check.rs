@@ -1,5 +1,6 @@
 //! `check`: whether this host can run pods, how well, and what would help.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use kata_config::Artefacts;
@@ -8,13 +9,19 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{Outcome, absolute};
-use crate::cli::CheckArgs;
+use crate::cli::{CheckArgs, Profile};
+use crate::colour::Palette;
 use crate::failure::Failure;
+use crate::output;
 use crate::pod::SHIM;
 use crate::table;
 
+mod devices;
 mod host;
+mod jetson;
+mod known_bad;
 mod machine;
+mod versions;
 
 /// What was found out about one thing.
 #[derive(Debug, Serialize)]
@@ -59,35 +66,94 @@ impl Finding {
 
 /// Looks at the host and prints what was found.
 pub fn run(args: &CheckArgs) -> Outcome {
-    let mut findings = match ask_owner(args) {
-        Ok(answer) => machine::findings(&answer),
-        Err(failure) => {
-            let why = failure.error.map(|error| crate::failure::chain(&*error)).unwrap_or_default();
-            vec![Finding::failed(
-                "owner",
-                why,
-                "mend what it says; nothing about virtual machines is known without it",
-            )]
-        }
-    };
-    findings.extend(host::findings());
-    let able = findings.iter().all(|finding| finding.verdict != Verdict::Failed);
+    let report = Report::make(args);
     if args.json {
-        println!("{:#}", serde_json::json!({ "can_run_pods": able, "findings": findings }));
+        output::document(&report)?;
     } else {
-        print!("{}", as_text(&findings, able));
+        output::print(&report.as_text())?;
     }
-    Ok(if able { 0 } else { 1 })
+    Ok(u8::from(report.has_failed(args.strict)))
+}
+
+/// Everything that was found.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    can_run_pods: bool,
+    warnings: usize,
+    findings: Vec<Finding>,
+}
+
+impl Report {
+    /// Looks at the host.
+    pub fn make(args: &CheckArgs) -> Self {
+        let mut findings = Vec::new();
+        let set = args.set.iter().cloned().chain(args.deprecated.map(Policy::assignment));
+        let answer = ask_owner(args.config.as_deref(), &set.collect::<Vec<_>>());
+        match &answer {
+            Ok(answer) => findings.extend(machine::findings(answer)),
+            Err(failure) => {
+                let why =
+                    failure.error.as_ref().map(|error| crate::failure::chain(&**error)).unwrap_or_default();
+                findings.push(Finding::failed(
+                    "owner",
+                    why,
+                    "mend what it says; nothing about virtual machines is known without it",
+                ));
+            }
+        }
+        let root = Path::new("/");
+        findings.extend(host::findings());
+        findings.extend(devices::findings(root));
+        if args.profile == Profile::Jetson {
+            findings.extend(jetson::findings(root));
+        }
+        findings.extend(versions::findings(answer.as_ref().ok(), args));
+        Self::of(findings)
+    }
+
+    fn of(findings: Vec<Finding>) -> Self {
+        let count = |verdict| findings.iter().filter(|finding| finding.verdict == verdict).count();
+        Self { can_run_pods: count(Verdict::Failed) == 0, warnings: count(Verdict::Warning), findings }
+    }
+
+    fn has_failed(&self, strict: bool) -> bool {
+        !self.can_run_pods || (strict && self.warnings > 0)
+    }
+
+    fn as_text(&self) -> String {
+        let palette = Palette::stdout();
+        let mut lines = Vec::new();
+        for finding in &self.findings {
+            let verdict = match finding.verdict {
+                Verdict::Ok => palette.green("ok"),
+                Verdict::Warning => palette.yellow("warning"),
+                Verdict::Failed => palette.red("FAILED"),
+            };
+            lines.push([finding.what.to_owned(), verdict, finding.found.clone()]);
+            for (label, text) in [("costs: ", &finding.cost), ("mend: ", &finding.remedy)] {
+                if let Some(text) = text {
+                    lines.push([String::new(), String::new(), format!("{label}{text}")]);
+                }
+            }
+        }
+        let verdict = match (self.can_run_pods, self.warnings) {
+            (false, _) => palette.red("No pod can run on this host."),
+            (true, 0) => "Pods can run on this host.".to_owned(),
+            (true, 1) => "Pods can run on this host; one thing could be better.".to_owned(),
+            (true, warnings) => format!("Pods can run on this host; {warnings} things could be better."),
+        };
+        format!("{}{verdict}\n", table::columns(&lines))
+    }
 }
 
 /// What the owner's program says of this host: it is the one that would run the virtual machine.
-fn ask_owner(args: &CheckArgs) -> Result<Value, Failure> {
+pub(super) fn ask_owner(config: Option<&Path>, set: &[String]) -> Result<Value, Failure> {
     let mut command = Command::new(Artefacts::program(SHIM)?);
     command.args(["host", "--json"]).stdin(Stdio::null());
-    if let Some(config) = &args.config {
+    if let Some(config) = config {
         command.arg("--config").arg(absolute(config));
     }
-    for assignment in args.set.iter().cloned().chain(args.deprecated.map(Policy::assignment)) {
+    for assignment in set {
         command.arg("--set").arg(assignment);
     }
     let output = command.output()?;
@@ -96,25 +162,6 @@ fn ask_owner(args: &CheckArgs) -> Result<Value, Failure> {
         return Err(Failure::text(words.trim().trim_start_matches(SHIM).trim_start_matches(": ")));
     }
     Ok(serde_json::from_slice(&output.stdout)?)
-}
-
-fn as_text(findings: &[Finding], able: bool) -> String {
-    let mut lines = Vec::new();
-    for finding in findings {
-        let verdict = match finding.verdict {
-            Verdict::Ok => "ok",
-            Verdict::Warning => "warning",
-            Verdict::Failed => "FAILED",
-        };
-        lines.push([finding.what.to_owned(), verdict.to_owned(), finding.found.clone()]);
-        for (label, text) in [("costs: ", &finding.cost), ("mend: ", &finding.remedy)] {
-            if let Some(text) = text {
-                lines.push([String::new(), String::new(), format!("{label}{text}")]);
-            }
-        }
-    }
-    let verdict = if able { "Pods can run on this host." } else { "No pod can run on this host." };
-    format!("{}{verdict}\n", table::columns(&lines))
 }
 
 #[cfg(test)]

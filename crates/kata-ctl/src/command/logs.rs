@@ -1,31 +1,101 @@
-//! `logs`
+//! `logs`: a container's output as it is, or what the parts of a pod said, in the order of time.
+//!
+//! ```text
+//!   container ─▶ stdout.log, stderr.log                             without --source
+//!   owner ───────┐
+//!   QEMU, vsock, file server ─┤
+//!   guest console ────────────┼─▶ owner.log, each line with its time and where it is from     with --source
+//!   agent ────────────────────┘
+//! ```
+
+mod lines;
+mod watch;
 
 use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
-
 use super::Outcome;
-use crate::cli::LogsArgs;
+use crate::cli::{ConsoleArgs, LogsArgs, SourceName};
 use crate::failure::Failure;
-use crate::pod::{PodDir, PodState, dump};
+use crate::output;
+use crate::pod::{PodDir, dump};
+use lines::{Lines, Source};
+use watch::Watch;
 
-/// Prints both logs; with `follow`, what is added until the pod's owner ends.
+/// Prints what was asked for; with `follow`, what is added until the pod's owner ends.
 pub fn run(args: &LogsArgs) -> Outcome {
     let pod = PodDir::existing(&args.name)?;
+    if args.source.is_empty() {
+        return container(&pod, args.follow);
+    }
+    let sources: Vec<Source> = args.source.iter().flat_map(|name| sources(*name)).copied().collect();
+    told(&pod, &sources, args.follow, |line| {
+        if args.json { output::line(line) } else { output::print(&line.as_text()) }
+    })
+}
+
+/// `console`: the guest's console alone.
+pub fn console(args: &ConsoleArgs) -> Outcome {
+    let pod = PodDir::existing(&args.pod)?;
+    told(&pod, &[Source::Console], args.follow, |line| {
+        if args.json { output::line(line) } else { output::print(&format!("{}\n", line.message)) }
+    })
+}
+
+fn sources(name: SourceName) -> &'static [Source] {
+    match name {
+        SourceName::Owner => &[Source::Owner],
+        SourceName::Vmm => &[Source::Vmm],
+        SourceName::Console => &[Source::Console],
+        SourceName::Agent => &[Source::Agent],
+        SourceName::Guest => &[Source::Console, Source::Agent],
+        SourceName::All => &[Source::Owner, Source::Vmm, Source::Console, Source::Agent],
+    }
+}
+
+/// The lines of `sources` in the owner's log, which is in the order of time.
+fn told(
+    pod: &PodDir,
+    sources: &[Source],
+    follow: bool,
+    tell: impl Fn(&lines::Line) -> Result<(), Failure>,
+) -> Outcome {
+    let path = pod.owner_log();
+    let file = open(&path)?
+        .ok_or_else(|| Failure::text(format!("pod {} has no log at {}", pod.name, path.display())))?;
+    let mut lines = Lines::new(file);
+    let dump = |lines: &mut Lines, last: bool| -> Result<(), Failure> {
+        for line in lines.read(last)? {
+            if sources.contains(&line.source) {
+                tell(&line)?;
+            }
+        }
+        Ok(())
+    };
+    if follow && let Some(watch) = Watch::new(pod, &[&path])? {
+        watch.each(|| dump(&mut lines, false))?;
+    }
+    dump(&mut lines, true)?;
+    Ok(0)
+}
+
+/// Prints both logs of the container.
+fn container(pod: &PodDir, follow: bool) -> Outcome {
+    let paths = [pod.stdout_log(), pod.stderr_log()];
     let logs = Logs { stdout: open(&pod.stdout_log())?, stderr: open(&pod.stderr_log())? };
     if logs.stdout.is_none() && logs.stderr.is_none() {
-        let text = format!("pod {} keeps no output: it was not run with -d, so its client got it", args.name);
+        let text = match pod.namespace() {
+            Some(_) => format!(
+                "pod {} is containerd's, which has its output; --source all shows the pod's own logs",
+                pod.name
+            ),
+            None => format!("pod {} keeps no output: it was not run with -d, so its client got it", pod.name),
+        };
         return Err(Failure::text(text));
     }
-    if args.follow {
-        follow(&pod, &logs)?;
+    if follow && let Some(watch) = Watch::new(pod, &[&paths[0], &paths[1]])? {
+        watch.each(|| Ok(logs.dump()?))?;
     }
     logs.dump()?;
     Ok(0)
@@ -54,54 +124,5 @@ fn open(path: &Path) -> Result<Option<File>, Failure> {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Failure::text(format!("cannot read {}: {error}", path.display()))),
-    }
-}
-
-/// Comes back when nothing will be added any more. The kernel tells of additions, and of the owner's end.
-fn follow(pod: &PodDir, logs: &Logs) -> Result<(), Failure> {
-    let Some(owner) = owner(pod)? else { return Ok(()) };
-    let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    for path in [pod.stdout_log(), pod.stderr_log()] {
-        match inotify::add_watch(&watch, &path, WatchFlags::MODIFY) {
-            // With a terminal there is no error output.
-            Err(Errno::NOENT) => {}
-            added => drop(added?),
-        }
-    }
-    loop {
-        // After the watch was set: what was added before is printed now, what is added later wakes up.
-        logs.dump()?;
-        let mut events = [PollFd::new(&watch, PollFlags::IN), PollFd::new(&owner, PollFlags::IN)];
-        match poll(&mut events, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        let [_, ended] = events;
-        if !ended.revents().is_empty() {
-            return Ok(());
-        }
-        forget_events(&watch)?;
-    }
-}
-
-/// The owner, if it lives and the pod is not over.
-fn owner(pod: &PodDir) -> Result<Option<OwnedFd>, Failure> {
-    let state = PodState::load(&pod.run_dir)?.filter(|state| !state.is_stopped() && state.owner_lives());
-    let pid = state.as_ref().and_then(|state| Pid::from_raw(i32::try_from(state.owner_pid).ok()?));
-    // The number may have got another owner since it was looked at; then the pod is over.
-    let fd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-    Ok(fd.filter(|_| state.is_some_and(|state| state.owner_lives())))
-}
-
-fn forget_events(watch: &OwnedFd) -> Result<(), Errno> {
-    let mut buffer = [MaybeUninit::uninit(); 4096];
-    let mut events = inotify::Reader::new(watch, &mut buffer);
-    loop {
-        match events.next() {
-            Ok(_) => {}
-            Err(Errno::AGAIN) => return Ok(()),
-            Err(error) => return Err(error),
-        }
     }
 }

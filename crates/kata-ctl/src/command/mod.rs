@@ -1,16 +1,27 @@
 //! The commands, one module each.
 
 pub mod build;
+pub mod bundle;
 pub mod check;
 pub mod config;
 pub mod deprecations;
+pub mod cp;
+pub mod env;
+pub mod events;
 pub mod exec;
+pub mod inspect;
 pub mod kill;
+pub mod list;
 pub mod logs;
+pub mod manual;
 pub mod ps;
+mod refresh;
 pub mod rm;
 pub mod run;
+pub mod stats;
 mod timing;
+pub mod top;
+pub mod version;
 
 use std::path::{Path, PathBuf};
 

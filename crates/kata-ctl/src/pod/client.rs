@@ -5,13 +5,17 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, Mount,
-    ResizePtyRequest, StartRequest, WaitRequest,
+    ResizePtyRequest, StartRequest, StateRequest, StatsRequest, WaitRequest,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_protos::ttrpc;
-use kata_api::control::{DestroyRequest, InspectRequest, Pod};
+use kata_api::control::{
+    self, DestroyRequest, EventsRequest, EventsResponse, InspectRequest, Pod, ProcessesRequest,
+};
 use kata_api::control_ttrpc::ControlClient;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
@@ -24,6 +28,10 @@ use crate::failure::{self, Failure};
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// Bound on answers that need nothing but the owner.
 const QUICK: Duration = Duration::from_secs(5);
+/// Bound on answers that the guest has to give.
+const GUEST: Duration = Duration::from_secs(30);
+/// How much longer than asked an owner may take to answer that nothing has happened.
+const SLACK: Duration = Duration::from_secs(10);
 /// Bound on the end of a pod.
 const DESTROY: Duration = Duration::from_secs(60);
 
@@ -41,8 +49,11 @@ pub enum CallError {
     /// It did not answer.
     #[error("the pod's owner does not answer any more ({0})")]
     Lost(String),
+    /// It answered with something that is no answer.
+    #[error("the pod's answer cannot be read")]
+    Garbled(#[source] containerd_shim_protos::protobuf::Error),
     /// Nobody listens.
-    #[error("cannot reach the pod at {}; see `kata-ctl ps -a`", path.display())]
+    #[error("cannot reach the pod at {}; see `kata-ctl list -a`", path.display())]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -144,12 +155,13 @@ impl Client {
         self.task.create(Context::default(), &request).await.map_err(CallError::from_ttrpc).map(drop)
     }
 
-    /// Registers a further process, to be started.
+    /// Registers a further process in a container, to be started.
     ///
     /// # Errors
     /// What the pod says.
     pub async fn exec(
         &self,
+        container: &str,
         exec_id: &str,
         process: &oci_spec::runtime::Process,
         streams: &StreamPaths,
@@ -157,7 +169,7 @@ impl Client {
         let value = serde_json::to_vec(process).map_err(|error| CallError::Lost(error.to_string()))?;
         let spec = Any { type_url: PROCESS_TYPE.to_owned(), value, ..Any::default() };
         let request = ExecProcessRequest {
-            id: self.name.clone(),
+            id: container.to_owned(),
             exec_id: exec_id.to_owned(),
             terminal: process.terminal().unwrap_or(false),
             stdin: streams.stdin.clone(),
@@ -167,12 +179,58 @@ impl Client {
             ..ExecProcessRequest::default()
         };
         self.task.exec(Context::default(), &request).await.map_err(CallError::from_ttrpc)?;
-        Ok(Process { client: self.clone(), exec_id: exec_id.to_owned() })
+        Ok(Process { client: self.clone(), container: container.to_owned(), exec_id: exec_id.to_owned() })
     }
 
-    /// The container's own process.
+    /// The own process of the pod's container.
     pub fn init(&self) -> Process {
-        Process { client: self.clone(), exec_id: String::new() }
+        self.init_of(&self.name)
+    }
+
+    /// The own process of a container.
+    pub fn init_of(&self, container: &str) -> Process {
+        Process { client: self.clone(), container: container.to_owned(), exec_id: String::new() }
+    }
+
+    /// The OCI bundle of a container.
+    ///
+    /// # Errors
+    /// What the pod says.
+    pub async fn bundle(&self, container: &str) -> Result<PathBuf, CallError> {
+        let request = StateRequest { id: container.to_owned(), ..StateRequest::default() };
+        let state = self.task.state(with_duration(QUICK), &request).await;
+        state.map(|state| state.bundle.into()).map_err(CallError::from_ttrpc)
+    }
+
+    /// What a container uses, as the guest's cgroups count it.
+    ///
+    /// # Errors
+    /// What the pod says.
+    pub async fn stats(&self, container: &str) -> Result<Metrics, CallError> {
+        let request = StatsRequest { id: container.to_owned(), ..StatsRequest::default() };
+        let answer = self.task.stats(with_duration(GUEST), &request).await.map_err(CallError::from_ttrpc)?;
+        Metrics::parse_from_bytes(&answer.stats.value).map_err(CallError::Garbled)
+    }
+
+    /// The processes of a container, or of the whole guest.
+    ///
+    /// # Errors
+    /// What the pod says; an agent other than ours may not tell.
+    pub async fn processes(&self, container: Option<&str>) -> Result<Vec<control::Process>, CallError> {
+        let container = container.unwrap_or_default().to_owned();
+        let request = ProcessesRequest { container, ..ProcessesRequest::default() };
+        let answer = self.control.processes(with_duration(GUEST), &request).await;
+        answer.map(|answer| answer.processes).map_err(CallError::from_ttrpc)
+    }
+
+    /// What has happened from the event numbered `from` on; waits so long for one where there is none.
+    ///
+    /// # Errors
+    /// The owner does not answer.
+    pub async fn events(&self, from: u64, wait: Duration) -> Result<EventsResponse, CallError> {
+        let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+        let request = EventsRequest { from, wait_ms, ..EventsRequest::default() };
+        self.control.events(with_duration(wait + SLACK), &request).await.map_err(CallError::from_ttrpc)
     }
 
     /// Everything that the owner knows about the pod.
@@ -228,13 +286,14 @@ fn text(path: &Path) -> String {
 #[derive(Clone)]
 pub struct Process {
     client: Client,
+    container: String,
     /// Empty for the container's own.
     exec_id: String,
 }
 
 impl Process {
     fn id(&self) -> (String, String) {
-        (self.client.name.clone(), self.exec_id.clone())
+        (self.container.clone(), self.exec_id.clone())
     }
 
     /// Starts it.

@@ -6,6 +6,8 @@
 //! ```
 
 mod client;
+mod container;
+mod debug_console;
 mod owner;
 mod session;
 mod signals;
@@ -19,11 +21,13 @@ use std::path::PathBuf;
 use kata_config::paths;
 
 pub use client::{CallError, Client, CreateContainer, Process, StreamPaths};
+pub use container::{ContainerError, choose};
+pub use debug_console::DebugConsole;
 pub use owner::{Owner, OwnerError, OwnerOptions, SHIM, delete};
 pub use session::Session;
 pub use signals::{Signals, signal_number};
 pub use state::{ContainerState, PodState};
-pub use stdio::{Streams, Wanted, dump};
+pub use stdio::{FifoReader, FifoWriter, Streams, Wanted, dump};
 pub use terminal::{RawTerminal, is_terminal, restore, size as terminal_size};
 
 /// Longest name of a pod.
@@ -38,8 +42,19 @@ pub enum NameError {
     )]
     Malformed(String),
     /// Nobody has it.
-    #[error("there is no pod named {0}; see `kata-ctl ps -a`")]
+    #[error("there is no pod named {0}; see `kata-ctl list -a`")]
     Unknown(String),
+    /// The first digits of several.
+    #[error("{text} may be any of {}: give more of it", pods.join(", "))]
+    Ambiguous {
+        /// What was given.
+        text: String,
+        /// What begins with it.
+        pods: Vec<String>,
+    },
+    /// The directory of pods cannot be read.
+    #[error("cannot read {}", .0.display())]
+    RunDir(PathBuf, #[source] io::Error),
     /// Its pod is over.
     #[error("pod {0} has ended; remove it with `kata-ctl rm {0}`")]
     Ended(String),
@@ -49,6 +64,12 @@ pub enum NameError {
     /// No randomness for a generated one.
     #[error("cannot make up a name")]
     Random(#[source] io::Error),
+}
+
+/// Whether an error says that there is no such pod, or no such container in it.
+pub fn is_unknown(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(NameError::Unknown(_)))
+        || matches!(error.downcast_ref(), Some(ContainerError::Unknown { .. } | ContainerError::None(_)))
 }
 
 /// Where a pod keeps its things.
@@ -76,13 +97,50 @@ impl PodDir {
         })
     }
 
-    /// Of the pod called `name`, which has to exist.
+    /// Of the pod called `name`, which has to exist. The first digits of a name that containerd's clients have made up
+    /// (64 hexadecimal digits) will do.
     ///
     /// # Errors
     /// It does not.
     pub fn existing(name: &str) -> Result<Self, NameError> {
         let pod = Self::of(name)?;
-        if pod.run_dir.is_dir() { Ok(pod) } else { Err(NameError::Unknown(name.to_owned())) }
+        if pod.run_dir.is_dir() {
+            return Ok(pod);
+        }
+        let mut meant = Self::all()?;
+        meant.retain(|pod| is_beginning(name, &pod.name));
+        match (meant.pop(), meant.is_empty()) {
+            (None, _) => Err(NameError::Unknown(name.to_owned())),
+            (Some(pod), true) => Ok(pod),
+            (Some(pod), false) => {
+                let pods = meant.into_iter().chain([pod]).map(|pod| pod.name).collect();
+                Err(NameError::Ambiguous { text: name.to_owned(), pods })
+            }
+        }
+    }
+
+    /// Of all pods that there are, by name.
+    ///
+    /// # Errors
+    /// The directory of pods cannot be read.
+    pub fn all() -> Result<Vec<Self>, NameError> {
+        let dir = paths::run_dir();
+        let entries = match std::fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(NameError::RunDir(dir, error)),
+        };
+        let mut names: Vec<String> =
+            entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+        names.sort();
+        // What has no pod's name is no pod.
+        let pods = names.iter().filter_map(|name| Self::of(name).ok());
+        Ok(pods.filter(|pod| pod.run_dir.is_dir()).collect())
+    }
+
+    /// containerd's namespace that the pod belongs to; `None` for a pod of this program's.
+    pub fn namespace(&self) -> Option<String> {
+        std::fs::read_to_string(self.run_dir.join("namespace")).ok()
     }
 
     /// Of the pod called `name`, which has to be alive as far as its directory tells.
@@ -124,10 +182,29 @@ impl PodDir {
         self.state_dir.join("stderr.log")
     }
 
+    /// The host's side of the pod's vsock.
+    pub fn hybrid(&self) -> PathBuf {
+        self.run_dir.join("kata.hvsock")
+    }
+
+    /// What the owner has made on this host, see kata-hypervisor.
+    pub fn leak_record(&self) -> PathBuf {
+        self.run_dir.join("resources.jsonl")
+    }
+
     /// The owner's log.
     pub fn owner_log(&self) -> PathBuf {
         self.run_dir.join("owner.log")
     }
+}
+
+/// Fewest digits of a made-up name that stand for it.
+const PREFIX_MIN: usize = 4;
+
+/// Whether `text` is the beginning of `name`, one of 64 hexadecimal digits. Names that people chose are not guessed at.
+fn is_beginning(text: &str, name: &str) -> bool {
+    let made_up = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    made_up && text.len() >= PREFIX_MIN && name.starts_with(text)
 }
 
 fn check_name(name: &str) -> Result<(), NameError> {
@@ -161,6 +238,14 @@ mod tests {
         for bad in ["", ".", "..", "-a", ".a", "a/b", "a b", "ä", "a\n", &"a".repeat(65)] {
             assert!(check_name(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn only_made_up_names_may_be_shortened() {
+        let id = "0123456789abcdef".repeat(4);
+        assert!(is_beginning("0123", &id) && is_beginning(&id, &id));
+        assert!(!is_beginning("012", &id) && !is_beginning("1234", &id));
+        assert!(!is_beginning("web-", "web-server"));
     }
 
     #[test]

@@ -108,13 +108,43 @@ impl Streams {
         }
     }
 
+    /// This process's ends themselves, for who has something else to do with them than to [`carry`](Self::carry) them.
+    pub fn ends(&mut self) -> (Option<FifoWriter>, Option<FifoReader>, Option<FifoReader>) {
+        let stdin = self.stdin.as_mut().and_then(|fifo| fifo.end.take());
+        let stderr = self.stderr.as_mut().and_then(|fifo| fifo.end.take());
+        (stdin.map(FifoWriter), self.stdout.end.take().map(FifoReader), stderr.map(FifoReader))
+    }
+
     /// After the process has ended: makes sure that the output ends where nobody ever opened it for writing.
-    fn end_unopened(&self) {
+    pub fn end_unopened(&self) {
         for path in [self.stdout(), self.stderr()].into_iter().flatten() {
             // A reader sees the end once the last of the writers that there were is gone; this is one, for a moment.
             let _ =
                 rustix::fs::open(path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
         }
+    }
+}
+
+/// The end that a process's input is written into. Waits where the FIFO is full.
+pub struct FifoWriter(OwnedFd);
+
+impl io::Write for FifoWriter {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        write_all(&self.0, data)?;
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The end that a process's output is read from. Waits for output, and for the first who writes.
+pub struct FifoReader(OwnedFd);
+
+impl io::Read for FifoReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(read(&self.0, buffer)?)
     }
 }
 

@@ -7,6 +7,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Longest piece that reaches the log as one line.
 const LINE_LIMIT: usize = 1024;
+/// What of one stream reaches the log in all: a guest must not fill the host's disk.
+const LOG_LIMIT: usize = 1 << 20;
 
 /// The last bytes of a stream, shared between the task that reads it and whoever asks.
 #[derive(Clone, Debug)]
@@ -53,38 +55,79 @@ pub fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
 }
 
-/// Reads `from` to its end into `tail`, and hands it line by line to the log at debug level.
+/// Reads `from` to its end into `tail`, and hands the first mebibyte of it to the log, line by line.
 pub(crate) async fn capture(mut from: impl AsyncRead + Unpin, tail: Tail, name: String) {
     let mut chunk = vec![0_u8; 4096];
-    let mut line = Vec::new();
+    let mut lines = Lines::new(name);
     while let Ok(count @ 1..) = from.read(&mut chunk).await {
         let new = chunk.get(..count).unwrap_or_default();
         tail.push(new);
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            log_lines(&name, &mut line, new);
-        }
+        lines.take(new);
     }
-    if !line.is_empty() {
-        log_line(&name, &line);
-    }
+    lines.end();
 }
 
-fn log_lines(name: &str, line: &mut Vec<u8>, new: &[u8]) {
-    for byte in new {
-        match byte {
-            b'\n' => {
-                log_line(name, line);
-                line.clear();
+/// A stream on its way to the log.
+struct Lines {
+    name: String,
+    line: Vec<u8>,
+    /// Bytes that may still reach the log.
+    left: usize,
+}
+
+impl Lines {
+    fn new(name: String) -> Self {
+        Self { name, line: Vec::new(), left: LOG_LIMIT }
+    }
+
+    fn take(&mut self, new: &[u8]) {
+        if self.left == 0 {
+            return;
+        }
+        for byte in new {
+            match byte {
+                b'\n' => self.end(),
+                byte => self.line.push(*byte),
             }
-            byte => line.push(*byte),
+            if self.line.len() >= LINE_LIMIT {
+                self.end();
+            }
         }
-        if line.len() >= LINE_LIMIT {
-            log_line(name, line);
-            line.clear();
+    }
+
+    fn end(&mut self) {
+        let text = printable(&self.line);
+        if !text.trim().is_empty() && self.left > 0 {
+            self.left = self.left.saturating_sub(text.len());
+            self.log(&text);
+            if self.left == 0 {
+                self.log("it says too much: the rest is not kept");
+            }
+        }
+        self.line.clear();
+    }
+
+    /// Each source has a target of its own, by which `kata-ctl logs` tells them apart.
+    fn log(&self, text: &str) {
+        match self.name.as_str() {
+            "console" => tracing::info!(target: "console", "{text}"),
+            name => tracing::info!(target: "vmm", "{name}: {text}"),
         }
     }
 }
 
-fn log_line(name: &str, line: &[u8]) {
-    tracing::debug!(target: "kata_hypervisor::output", from = name, "{}", printable(line));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_says_too_much_is_cut_off_in_the_log() {
+        let mut lines = Lines::new("console".to_owned());
+        for _ in 0..2 * LOG_LIMIT / 100 {
+            lines.take(&[b'x'; 99]);
+            lines.take(b"\n");
+        }
+        assert_eq!(lines.left, 0);
+        assert!(lines.line.is_empty());
+    }
 }

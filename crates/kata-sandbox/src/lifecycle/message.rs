@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kata_api::GuestProcess;
 use kata_api::agent::StatsContainerResponse;
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::sync::{oneshot, watch};
@@ -36,6 +37,7 @@ pub(crate) enum Request {
     CloseStdin(ProcessId, Reply<()>),
     Freeze { container: String, to: Status, reply: Reply<()> },
     Stats(String, Reply<StatsContainerResponse>),
+    Processes(Option<String>, Reply<Vec<GuestProcess>>),
     Update(String, Box<LinuxResources>, Reply<()>),
     State(ProcessId, Reply<ProcessState>),
     Pids(String, Reply<Vec<u32>>),

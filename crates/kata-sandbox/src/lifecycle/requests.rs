@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use kata_api::GuestProcess;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 
@@ -47,6 +48,7 @@ impl Actor {
                     agent.stats(&id.container).await
                 });
             }
+            Request::Processes(container, reply) => self.processes(container, reply),
             Request::Update(container, resources, reply) => self.update(container, *resources, reply),
             Request::State(id, reply) => answer(reply, self.table.state(&id)),
             Request::Pids(container, reply) => answer(reply, self.pids(&container)),
@@ -56,6 +58,14 @@ impl Actor {
                 let _ = reply.send(self.inspect());
             }
         }
+    }
+
+    fn processes(&mut self, container: Option<String>, reply: Reply<Vec<GuestProcess>>) {
+        let known = container.as_ref().map_or(Ok(()), |id| self.table.container(id).map(drop));
+        let id = ProcessId::init(container.clone().unwrap_or_else(|| self.pod.id.clone()));
+        self.ask_agent("list the processes of", id, known, reply, |agent, _| async move {
+            agent.processes(container.as_deref()).await
+        });
     }
 
     /// Fails once the pod is over.

@@ -10,6 +10,8 @@ use super::Finding;
 
 /// First kernel with everything that the host's side uses (openat2 5.6, pidfd 5.3, close_range 5.9).
 const OLDEST_KERNEL: (u32, u32) = (5, 9);
+/// Below this there is no room for images and writable layers.
+const LITTLE_SPACE_MIB: u64 = 1024;
 /// `OVERLAYFS_SUPER_MAGIC` (statfs(2)).
 const OVERLAYFS: i64 = 0x794c_7630;
 
@@ -47,12 +49,17 @@ fn kernel(release: &str) -> Finding {
 }
 
 fn cgroups(mount: &Path) -> Finding {
-    let found = if mount.join("cgroup.controllers").exists() {
-        "version 2"
-    } else if mount.join("unified/cgroup.controllers").exists() {
-        "version 1, with an empty version 2 beside it"
+    let controllers = |path: &str| {
+        let text = fs::read_to_string(mount.join(path).join("cgroup.controllers")).ok()?;
+        let named: Vec<&str> = text.split_whitespace().collect();
+        Some(if named.is_empty() { "no controllers".to_owned() } else { named.join(" ") })
+    };
+    let found = if let Some(controllers) = controllers("") {
+        format!("version 2: {controllers}")
+    } else if let Some(controllers) = controllers("unified") {
+        format!("version 1, with version 2 beside it: {controllers}")
     } else if mount.join("memory").exists() || mount.join("cpu").exists() {
-        "version 1"
+        "version 1".to_owned()
     } else {
         let cost = "the host cannot bound what a pod uses beyond its virtual machine's size";
         return Finding::warning("cgroups", "none", cost, "mount cgroup2 at /sys/fs/cgroup");
@@ -85,7 +92,17 @@ fn state_dir(dir: &Path) -> Finding {
         ),
         Ok(fs) => {
             let block = u64::try_from(fs.f_bsize).unwrap_or(0);
-            Finding::ok("state", format!("{name}, {} MiB free", (fs.f_bavail * block) >> 20))
+            let free = fs.f_bavail.saturating_mul(block) >> 20;
+            let found = format!("{name}, {free} MiB free");
+            match free {
+                0..LITTLE_SPACE_MIB => Finding::warning(
+                    "state",
+                    found,
+                    "images and writable layers may not fit, and pods fail with \"no space left on device\"",
+                    "make room there, or set KATA_STATE_DIR to a directory on another file system",
+                ),
+                _ => Finding::ok("state", found),
+            }
         }
         Err(error) => Finding::failed(
             "state",
@@ -134,7 +151,9 @@ mod tests {
         fs::create_dir(dir.path().join("memory")).unwrap();
         assert_eq!(cgroups(dir.path()).found, "version 1");
         fs::write(dir.path().join("cgroup.controllers"), "").unwrap();
-        assert_eq!(cgroups(dir.path()).found, "version 2");
+        assert_eq!(cgroups(dir.path()).found, "version 2: no controllers");
+        fs::write(dir.path().join("cgroup.controllers"), "cpu memory\n").unwrap();
+        assert_eq!(cgroups(dir.path()).found, "version 2: cpu memory");
     }
 
     #[test]

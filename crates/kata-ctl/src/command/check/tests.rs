@@ -45,7 +45,12 @@ fn every_finding_that_is_not_well_says_what_it_costs_and_how_to_mend_it() {
     broken["qemu_error"] = json!("no such file");
     broken["choice"] = Value::Null;
     broken["choice_error"] = json!("KVM was asked for");
-    for finding in machine::findings(&broken).iter().chain(&host::findings()) {
+    for finding in machine::findings(&broken)
+        .iter()
+        .chain(&host::findings())
+        .chain(&devices::findings(Path::new("/")))
+        .chain(&jetson::findings(Path::new("/")))
+    {
         let told = finding.cost.is_some() && finding.remedy.is_some();
         assert_eq!(told, finding.verdict != Verdict::Ok, "{finding:?}");
     }
@@ -53,7 +58,16 @@ fn every_finding_that_is_not_well_says_what_it_costs_and_how_to_mend_it() {
 
 #[test]
 fn the_text_ends_with_the_verdict() {
-    let text = as_text(&machine::findings(&answer()), true);
+    let text = Report::of(machine::findings(&answer())).as_text();
     assert!(text.contains("QEMU") && text.contains("7.2 at /usr/bin/qemu-system-x86_64"), "{text}");
-    assert!(text.ends_with("Pods can run on this host.\n"), "{text}");
+    assert!(text.ends_with("Pods can run on this host; one thing could be better.\n"), "{text}");
+}
+
+#[test]
+fn warnings_fail_only_where_they_are_asked_to() {
+    let report = Report::of(machine::findings(&answer()));
+    assert!(!report.has_failed(false) && report.has_failed(true));
+    let fine = Report::of(vec![Finding::ok("x", "y")]);
+    assert!(!fine.has_failed(true));
+    assert!(Report::of(vec![Finding::failed("x", "y", "z")]).has_failed(false));
 }
