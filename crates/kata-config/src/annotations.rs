@@ -9,7 +9,7 @@
 //!    └▶ the key, as if a file had it
 //! ```
 //!
-//! Nothing is open by default. Upstream opens five: see docs/adr/0005.
+//! Nothing is open by default. Upstream opens five: see docs/adr/0004.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -22,6 +22,7 @@ use crate::deprecation::Surface;
 use crate::error::{Fault, Origin};
 use crate::keys::{self, Key, Kind, OWN_DRIVER, PREFIX, Place, Reach, Separator};
 use crate::layers::Layers;
+use crate::settings::Qemu;
 
 /// The key that opens annotations to pods.
 pub(crate) const ENABLE: &str = "hypervisor.qemu.enable_annotations";
@@ -96,6 +97,27 @@ pub fn key_of(name: &str) -> Option<&'static Key> {
 /// A pattern of [`ENABLE`], for the whole of a name: `path` does not open `vhost_user_store_path`.
 pub(crate) fn pattern(pattern: &str) -> Result<Regex, regex_lite::Error> {
     Regex::new(&format!("^(?:{pattern})$"))
+}
+
+/// The patterns that are none, each with its key and what is wrong with it.
+pub(crate) fn bad_patterns(qemu: &Qemu) -> Vec<(&'static str, String)> {
+    let mut bad = Vec::new();
+    for (index, text) in qemu.enable_annotations.iter().enumerate() {
+        let error = pattern(text).err();
+        bad.extend(error.map(|error| (ENABLE, format!("item {}: {text:?}: {error}", index + 1))));
+    }
+    for (key, globs) in [
+        ("hypervisor.qemu.valid_hypervisor_paths", &qemu.valid_hypervisor_paths),
+        ("hypervisor.qemu.valid_virtio_fs_daemon_paths", &qemu.valid_virtio_fs_daemon_paths),
+        ("hypervisor.qemu.valid_entropy_sources", &qemu.valid_entropy_sources),
+        ("hypervisor.qemu.valid_asset_paths", &qemu.valid_asset_paths),
+    ] {
+        for (index, text) in globs.iter().enumerate() {
+            let error = glob::Pattern::new(text).err();
+            bad.extend(error.map(|error| (key, format!("item {}: {text:?}: {error}", index + 1))));
+        }
+    }
+    bad
 }
 
 /// What to write into [`ENABLE`] for this annotation.

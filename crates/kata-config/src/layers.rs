@@ -15,7 +15,7 @@ use crate::{Config, Runtime, annotations, text};
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
 
 /// Directories that may hold a `configuration.toml`, best first.
-pub(crate) const SEARCH: [&str; 6] = [
+static SEARCH: [&str; 6] = [
     "/etc/kata-containers",
     "/etc/kata-containers/runtime-rs",
     "/usr/share/defaults/kata-containers",
@@ -172,6 +172,11 @@ pub struct Met {
     pub deprecation: &'static Deprecation,
     /// Whether its value asks for anything; what does not is passed over.
     pub asks: bool,
+}
+
+/// Directories that may hold a `configuration.toml`, best first.
+pub fn search() -> &'static [&'static str] {
+    &SEARCH
 }
 
 fn first_file(dirs: &[&Path]) -> Option<PathBuf> {
@@ -434,11 +439,8 @@ impl Layers {
             ));
             self.fault(initrd.written.origin.clone(), INITRD, fault);
         }
-        for (index, pattern) in self.config.hypervisor.qemu.enable_annotations.clone().iter().enumerate() {
-            if let Err(error) = annotations::pattern(pattern) {
-                let fault = Fault::Invalid(format!("item {}: {pattern:?}: {error}", index + 1));
-                self.fault(self.origin_of(annotations::ENABLE), annotations::ENABLE, fault);
-            }
+        for (path, error) in annotations::bad_patterns(&self.config.hypervisor.qemu) {
+            self.fault(self.origin_of(path), path, Fault::Invalid(error));
         }
         for id in self.config.runtime.deprecated_opt_in.clone() {
             if self.registered.get(&id).is_none() {

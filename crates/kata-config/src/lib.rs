@@ -13,6 +13,8 @@ pub mod annotations;
 pub mod artefacts;
 pub mod deprecation;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod keys;
 mod layers;
 pub mod paths;
@@ -21,7 +23,7 @@ mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
-pub use layers::{Met, Reading, Sources, Survey, Written};
+pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, KernelParams,
     LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache, value_at,

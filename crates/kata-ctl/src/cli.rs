@@ -3,20 +3,19 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use kata_config::deprecation::Policy;
+use kata_config::deprecation::{Policy, Stage};
 use kata_image::build::KernelSource;
 
 use crate::amount::{Cpus, Memory};
 use crate::pod::signal_number;
 
-mod deprecations;
-
-pub use deprecations::{DeprecationsCommand, UseIn, UseInFile};
-
 /// Run containers in virtual machines of their own, and look into them
 #[derive(Debug, Parser)]
 #[command(name = "kata-ctl", version, arg_required_else_help = true, disable_help_subcommand = true)]
 pub struct Cli {
+    /// What becomes of uses of deprecated things: warn, reject or off [env: KATA_DEPRECATED]
+    #[arg(long, global = true, value_name = "POLICY", hide_short_help = true, help_heading = "Other")]
+    pub deprecated: Option<Policy>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -96,9 +95,6 @@ pub struct RunArgs {
     /// Configuration file
     #[arg(long, value_name = "FILE", help_heading = "Virtual machine")]
     pub config: Option<PathBuf>,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY", help_heading = "Virtual machine")]
-    pub deprecated: Option<Policy>,
 
     /// Set a variable; without a value, to the one it has here (repeatable)
     #[arg(short, long, value_name = "K[=V]", help_heading = "Container")]
@@ -204,9 +200,6 @@ pub struct CheckArgs {
     /// Change one setting of the configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY")]
-    pub deprecated: Option<Policy>,
 }
 
 /// `config`
@@ -225,7 +218,7 @@ pub enum ConfigCommand {
 }
 
 /// Which configuration is meant.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct ConfigSources {
     /// Configuration file
     #[arg(long, value_name = "FILE")]
@@ -262,9 +255,6 @@ pub struct ConfigValidateArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY")]
-    pub deprecated: Option<Policy>,
     /// The file [default: the one that pods are made with]
     pub file: Option<PathBuf>,
 }
@@ -308,6 +298,71 @@ pub struct ConfigMigrateArgs {
     /// Upstream's file
     #[arg(value_name = "UPSTREAM.toml")]
     pub file: PathBuf,
+}
+
+/// `deprecations`
+#[derive(Debug, Subcommand)]
+pub enum DeprecationsCommand {
+    /// List what is deprecated or removed
+    List {
+        /// Only what is in this stage, e.g. deprecated or removed
+        #[arg(long, value_parser = stage)]
+        stage: Option<Stage>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show everything about one of them
+    Show {
+        /// Its id, e.g. D0004
+        id: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Find uses in files and commands
+    #[command(
+        subcommand,
+        after_help = "Exit code: 0 for none, 10 for uses that warn, 11 for uses that are off by default, 12 for uses that are \
+            removed or, with --deprecated=reject, deprecated; the highest counts. 1 if it cannot be told."
+    )]
+    Check(UseIn),
+}
+
+/// `deprecations check`
+#[derive(Debug, Subcommand)]
+pub enum UseIn {
+    /// In a configuration file and the config.d beside it
+    Config(UseInFile),
+    /// In values of the Helm chart (YAML)
+    Values(UseInFile),
+    /// In Kubernetes manifests (YAML): annotations, runtime classes, commands, kustomizations
+    Manifest(UseInFile),
+    /// In a command and its arguments
+    CommandLine {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The command
+        #[arg(value_name = "WORD", trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        words: Vec<String>,
+    },
+}
+
+/// `deprecations check config`, `values`, `manifest`
+#[derive(Debug, Args)]
+pub struct UseInFile {
+    /// The file; - is the standard input, but for config
+    pub file: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn stage(word: &str) -> Result<Stage, String> {
+    let words: Vec<&str> = Stage::ALL.iter().map(|stage| stage.as_str()).collect();
+    let found = Stage::ALL.iter().find(|stage| stage.as_str() == word);
+    found.copied().ok_or_else(|| format!("not one of {}", words.join(", ")))
 }
 
 /// `image`

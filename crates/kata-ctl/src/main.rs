@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     log();
     // `run` and `exec` hand on other programs' exit codes; their own failures must be told from those.
     let ours = if matches!(cli.command, Command::Run(_) | Command::Exec(_)) { failure::OURS } else { 1 };
-    let outcome = execute(cli.command, began);
+    let outcome = execute(cli, began);
     pod::restore();
     match outcome {
         Ok(code) => ExitCode::from(code),
@@ -50,14 +50,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(command: Command, began: Instant) -> Outcome {
+fn execute(cli: Cli, began: Instant) -> Outcome {
+    let Cli { command, deprecated } = cli;
+    // The pod's owner reads the configuration: the policy is one of its settings.
+    let policy = deprecated.map(|policy| format!("runtime.deprecated={policy}"));
     match command {
         Command::Logs(args) => command::logs::run(&args),
         Command::Image(ImageCommand::Build(args)) => command::build::run(args),
-        Command::Check(args) => command::check::run(&args),
-        Command::Config(command) => command::config::run(&command),
-        Command::Deprecations(command) => command::deprecations::run(&command),
-        Command::Run(args) => on_runtime(command::run::run(args, began)),
+        Command::Check(mut args) => {
+            args.set.extend(policy);
+            command::check::run(&args)
+        }
+        Command::Config(command) => command::config::run(&command, policy.as_deref()),
+        Command::Deprecations(what) => command::deprecations::run(&what, deprecated),
+        Command::Run(mut args) => {
+            args.set.extend(policy);
+            on_runtime(command::run::run(args, began))
+        }
         Command::Ps(args) => on_runtime(command::ps::run(&args)),
         Command::Exec(args) => on_runtime(command::exec::run(&args)),
         Command::Kill(args) => on_runtime(command::kill::run(&args)),
@@ -73,7 +82,13 @@ fn on_runtime(work: impl Future<Output = Outcome>) -> Outcome {
 fn usage(error: &clap::Error) -> ExitCode {
     // What cannot be printed cannot be told.
     let _ = error.print();
-    let hands_on_codes = std::env::args().nth(1).is_some_and(|word| word == "run" || word == "exec");
+    let mut words = std::env::args().skip(1);
+    let verb = match words.next() {
+        Some(word) if word == "--deprecated" => words.nth(1),
+        Some(word) if word.starts_with("--deprecated=") => words.next(),
+        word => word,
+    };
+    let hands_on_codes = verb.is_some_and(|word| word == "run" || word == "exec");
     match (error.use_stderr(), hands_on_codes) {
         (false, _) => ExitCode::SUCCESS,
         (true, true) => ExitCode::from(failure::OURS),

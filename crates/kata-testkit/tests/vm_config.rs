@@ -36,7 +36,7 @@ fn annotation_that_nobody_opened_keeps_the_pod_from_being_made(rig: &mut Contain
 }
 
 fn opened_annotation_sets_the_machine(rig: &mut Containerd) {
-    rig.configure("[hypervisor.qemu]\ndefault_memory = 256\nenable_annotations = [\"default_memory\", \"kernel_params\"]\n");
+    rig.host().configure("[hypervisor.qemu]\ndefault_memory = 256\nenable_annotations = [\"default_memory\", \"kernel_params\"]\n");
     let params = "io.katacontainers.config.hypervisor.kernel_params=pod.said=so";
     let script = "cat /proc/cmdline; sed -n 's/MemTotal: *//p' /proc/meminfo";
     let output = annotated(rig, &[format!("{MEMORY}=192"), params.to_owned()], "opened", script);
@@ -47,7 +47,7 @@ fn opened_annotation_sets_the_machine(rig: &mut Containerd) {
 }
 
 fn annotation_names_no_program_that_is_not_listed(rig: &mut Containerd) {
-    rig.configure("[hypervisor.qemu]\nenable_annotations = [\"path\"]\nvalid_hypervisor_paths = [\"/usr/bin/qemu-*\"]\n");
+    rig.host().configure("[hypervisor.qemu]\nenable_annotations = [\"path\"]\nvalid_hypervisor_paths = [\"/usr/bin/qemu-*\"]\n");
     let path = |program: &str| [format!("io.katacontainers.config.hypervisor.path={program}")];
     let output = annotated(rig, &path("/usr/bin/env"), "foreign", "true");
     assert!(stderr(&output).contains("hypervisor.qemu.valid_hypervisor_paths"), "{}", stderr(&output));

@@ -2,6 +2,7 @@
 //!
 //! `cargo xtask docs` writes them, `make lint` fails where they are not what would be written.
 
+pub mod configuration;
 pub mod deprecations;
 
 use crate::shell::{ChoreError, at, tree};
@@ -11,7 +12,9 @@ use crate::{Chores, say};
 pub type Generated = Vec<(&'static str, String)>;
 
 fn generated() -> Chores<Generated> {
-    deprecations::generate()
+    let mut all = configuration::generate()?;
+    all.extend(deprecations::generate()?);
+    Ok(all)
 }
 
 /// Writes every generated file.

@@ -94,6 +94,15 @@ fn a_pattern_that_is_none_is_told_when_the_file_is_read() {
 }
 
 #[test]
+fn a_glob_that_is_none_is_told_when_the_file_is_read() {
+    let error = Pod::under("valid_asset_paths = [\"/a[\"]").with(&[]).unwrap_err().to_string();
+    assert!(
+        error.contains("configuration.toml:2: hypervisor.qemu.valid_asset_paths: item 1: \"/a[\": "),
+        "{error}"
+    );
+}
+
+#[test]
 fn an_unknown_annotation_is_refused_with_the_nearest() {
     let pod = Pod::under("enable_annotations = [\".*\"]");
     assert_eq!(

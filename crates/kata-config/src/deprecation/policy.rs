@@ -69,11 +69,6 @@ impl Policy {
     /// The variable that wins over what configuration files say.
     pub const VARIABLE: &'static str = "KATA_DEPRECATED";
 
-    /// The override that makes it the policy of a configuration.
-    pub fn assignment(self) -> String {
-        format!("runtime.deprecated={self}")
-    }
-
     /// What [`Policy::VARIABLE`] says, if it is set.
     ///
     /// # Errors

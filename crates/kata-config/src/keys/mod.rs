@@ -317,6 +317,16 @@ impl Key {
         })
     }
 
+    /// What an annotation has to fulfil beyond being opened.
+    pub fn condition(&self) -> Option<String> {
+        match self.reach {
+            Reach::Guest => None,
+            Reach::Path(list) => Some(format!("matches `{list}`")),
+            Reach::Program(list) => Some(format!("opened by its very name, matches `{list}`")),
+            Reach::Arguments => Some("opened by its very name".to_owned()),
+        }
+    }
+
     /// Every driver whose section has the key; empty where the section is no driver's.
     pub fn drivers(&self) -> &'static [&'static str] {
         if self.section.contains('*') && self.drivers.is_empty() { DRIVERS } else { self.drivers }
@@ -354,7 +364,7 @@ impl fmt::Debug for Key {
 pub const PREFIX: &str = "io.katacontainers.config.";
 
 /// Names of the sections of upstream's drivers. A driver with two names has its section under either.
-pub(crate) const DRIVERS: &[&str] =
+pub const DRIVERS: &[&str] =
     &["qemu", "clh", "cloud-hypervisor", "dragonball", "fc", "firecracker", "openvmm", "remote"];
 
 /// Every key, in the order of the reference.

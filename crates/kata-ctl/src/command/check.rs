@@ -3,7 +3,6 @@
 use std::process::{Command, Stdio};
 
 use kata_config::Artefacts;
-use kata_config::deprecation::Policy;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -87,7 +86,7 @@ fn ask_owner(args: &CheckArgs) -> Result<Value, Failure> {
     if let Some(config) = &args.config {
         command.arg("--config").arg(absolute(config));
     }
-    for assignment in args.set.iter().cloned().chain(args.deprecated.map(Policy::assignment)) {
+    for assignment in &args.set {
         command.arg("--set").arg(assignment);
     }
     let output = command.output()?;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use kata_config::{Reading, Sources};
 use serde_json::{Value, json};
 
-use super::{ConfigVerbError, Outcome, as_json, file, show};
+use super::{ConfigVerbError, Outcome, as_json, show};
 use crate::cli::ConfigDiffArgs;
 use crate::failure::Failure;
 use crate::table;
@@ -16,13 +16,9 @@ struct Side {
     settings: BTreeMap<String, (Option<String>, String)>,
 }
 
-/// Prints the differences: of the defaults from what applies, of the defaults from a file, or of a file from another.
-pub(super) fn run(args: &ConfigDiffArgs) -> Outcome {
-    let (left, right) = match (&args.first, &args.second) {
-        (None, _) => (defaults()?, side(&Sources::default())?),
-        (Some(first), None) => (defaults()?, side(&file(first.clone()))?),
-        (Some(first), Some(second)) => (side(&file(first.clone()))?, side(&file(second.clone()))?),
-    };
+/// Prints where `right` differs from `left`, or from the defaults.
+pub(super) fn run(args: &ConfigDiffArgs, left: Option<&Sources>, right: &Sources) -> Outcome {
+    let (left, right) = (left.map_or_else(defaults, side)?, side(right)?);
     let mut keys: Vec<&String> = left.settings.keys().chain(right.settings.keys()).collect();
     keys.sort_unstable();
     keys.dedup();

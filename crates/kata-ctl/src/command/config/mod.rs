@@ -32,24 +32,26 @@ enum ConfigVerbError {
     Unknown { name: String, nearest: Option<String> },
 }
 
-/// Does what is asked.
-pub fn run(command: &ConfigCommand) -> Outcome {
+/// Does what is asked. `policy` is an override that holds for every configuration that is read.
+pub fn run(command: &ConfigCommand, policy: Option<&str>) -> Outcome {
+    let with_policy = |mut sources: Sources| {
+        sources.overrides.extend(policy.map(str::to_owned));
+        sources
+    };
+    let of = |path: &Option<PathBuf>| with_policy(Sources { file: path.clone(), ..Sources::default() });
     match command {
-        ConfigCommand::Show(args) => show::run(args),
-        ConfigCommand::Validate(args) => validate::run(args),
+        ConfigCommand::Show(args) => {
+            let ConfigSources { config: file, set: overrides } = args.sources.clone();
+            show::run(args, &with_policy(Sources { file, overrides, ..Sources::default() }))
+        }
+        ConfigCommand::Validate(args) => validate::run(args, &of(&args.file)),
         ConfigCommand::Explain(args) => explain::run(args),
-        ConfigCommand::Diff(args) => diff::run(args),
+        ConfigCommand::Diff(args) => match (&args.first, &args.second) {
+            (first, None) => diff::run(args, None, &of(first)),
+            (first, second) => diff::run(args, Some(&of(first)), &of(second)),
+        },
         ConfigCommand::Migrate(args) => migrate::run(args),
     }
-}
-
-fn sources(args: &ConfigSources) -> Sources {
-    Sources { file: args.config.clone(), overrides: args.set.clone(), ..Sources::default() }
-}
-
-/// This file and its drop-ins alone, whatever the environment says.
-fn file(path: PathBuf) -> Sources {
-    Sources { file: Some(path), ..Sources::default() }
 }
 
 /// A value written as TOML, as JSON; a value that is none is null.

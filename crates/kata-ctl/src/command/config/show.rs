@@ -1,9 +1,9 @@
 //! `config show`: values, and where each comes from.
 
-use kata_config::{Origin, Reading, keys, value_at};
+use kata_config::{Origin, Reading, Sources, keys, value_at};
 use serde_json::json;
 
-use super::{ConfigVerbError, Outcome, as_json, origin_as_json, sources};
+use super::{ConfigVerbError, Outcome, as_json, origin_as_json};
 use crate::cli::ConfigShowArgs;
 use crate::table;
 
@@ -27,9 +27,8 @@ impl Setting {
 }
 
 /// Prints the settings.
-pub(super) fn run(args: &ConfigShowArgs) -> Outcome {
-    let sources = sources(&args.sources);
-    let reading = Reading::of(&sources).map_err(ConfigVerbError::Faults)?;
+pub(super) fn run(args: &ConfigShowArgs, sources: &Sources) -> Outcome {
+    let reading = Reading::of(sources).map_err(ConfigVerbError::Faults)?;
     let mut settings = settings(&reading);
     settings.retain(|setting| if args.effective { setting.supported } else { setting.origin.is_some() });
     if args.json {

@@ -1,10 +1,9 @@
 //! `config validate`: everything that is wrong, and everything to know.
 
-use kata_config::deprecation::Policy;
 use kata_config::{ConfigError, Note, Reading, Remark, Sources};
 use serde_json::{Value, json};
 
-use super::{Outcome, file, origin_as_json};
+use super::{Outcome, origin_as_json};
 use crate::cli::ConfigValidateArgs;
 
 /// What was found.
@@ -18,11 +17,9 @@ struct Findings {
 }
 
 /// Prints what was found; 1 where no pod could be made.
-pub(super) fn run(args: &ConfigValidateArgs) -> Outcome {
-    let mut sources = args.file.clone().map_or_else(Sources::default, file);
-    sources.overrides.extend(args.deprecated.map(Policy::assignment));
+pub(super) fn run(args: &ConfigValidateArgs, sources: &Sources) -> Outcome {
     let base = sources.base();
-    let findings = match Reading::of(&sources) {
+    let findings = match Reading::of(sources) {
         Ok(reading) => Findings { refused: reading.unmet, notes: reading.notes, ..Findings::default() },
         Err(errors) => {
             let (refused, errors) = errors.0.into_iter().partition(|error| error.fault.is_unmet());

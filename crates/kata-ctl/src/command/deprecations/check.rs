@@ -91,7 +91,7 @@ pub fn run(what: &UseIn, policy: Option<Policy>) -> Outcome {
     let (report, json) = match what {
         UseIn::Config(UseInFile { file, json }) => {
             // As when a pod is made: the command line wins over the environment, and that over the files.
-            let overrides = given.iter().map(|policy| policy.assignment()).collect();
+            let overrides = given.iter().map(|policy| format!("runtime.deprecated={policy}")).collect();
             let sources = Sources { file: Some(file.clone()), overrides, ..Sources::default() };
             let survey = Survey::of(&sources).map_err(CheckError::from)?;
             let uses = in_configuration(&survey);
@@ -118,7 +118,7 @@ pub fn run(what: &UseIn, policy: Option<Policy>) -> Outcome {
 fn in_configuration(survey: &Survey) -> Vec<Use> {
     let uses = survey.met.iter().map(|met| Use {
         deprecation: met.deprecation,
-        surface: met.surface,
+        surface: Surface::ConfigKey,
         place: met.origin.to_string(),
         what: met.key.clone(),
         asks: met.asks,

@@ -8,7 +8,7 @@
 
 use std::fmt::Write as _;
 
-use kata_config::deprecation::{Deprecation, Registered, Stage};
+use kata_config::deprecation::{Deprecation, Policy, Registered, Stage};
 use thiserror::Error;
 
 use super::Outcome;
@@ -26,8 +26,8 @@ const NO_SUCH_ID: u8 = 3;
 #[error("no deprecation has the id {0:?}; kata-ctl deprecations list has all of them")]
 struct NoSuchId(String);
 
-/// Does what was asked.
-pub fn run(command: &DeprecationsCommand) -> Outcome {
+/// Does what was asked. `policy` is the command line's.
+pub fn run(command: &DeprecationsCommand, policy: Option<Policy>) -> Outcome {
     match command {
         DeprecationsCommand::List { stage, json } => {
             let listed = |item: &&Deprecation| stage.is_none_or(|stage| item.stage == stage);
@@ -52,7 +52,7 @@ pub fn run(command: &DeprecationsCommand) -> Outcome {
             }
             Ok(0)
         }
-        DeprecationsCommand::Check { deprecated, what } => check::run(what, *deprecated),
+        DeprecationsCommand::Check(what) => check::run(what, policy),
     }
 }
 
