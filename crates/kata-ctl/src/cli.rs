@@ -16,7 +16,10 @@ pub mod help;
 mod host;
 mod look;
 
-pub use config::{ConfigCommand, ConfigSources, ConfigShowArgs, ConfigValidateArgs, ConfigExplainArgs, ConfigDiffArgs, ConfigMigrateArgs};
+pub use config::{
+    ConfigCommand, ConfigDiffArgs, ConfigExplainArgs, ConfigMigrateArgs, ConfigShowArgs, ConfigSources,
+    ConfigValidateArgs,
+};
 pub use deprecations::{DeprecationsCommand, UseIn, UseInFile};
 pub use host::{BundleArgs, CheckArgs, CompletionArgs, EnvArgs, ManArgs, Profile, VersionArgs};
 pub use look::{
@@ -39,6 +42,9 @@ pub struct Cli {
         hide_default_value = true
     )]
     pub color: When,
+    /// What becomes of uses of deprecated things: warn, reject or off [env: KATA_DEPRECATED]
+    #[arg(long, global = true, value_name = "POLICY", hide_short_help = true, help_heading = "Other")]
+    pub deprecated: Option<Policy>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -142,9 +148,6 @@ pub struct RunArgs {
     /// Configuration file
     #[arg(long, value_name = "FILE", help_heading = "Virtual machine")]
     pub config: Option<PathBuf>,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY", help_heading = "Virtual machine")]
-    pub deprecated: Option<Policy>,
 
     /// Set a variable; without a value, to the one it has here (repeatable)
     #[arg(short, long, value_name = "K[=V]", help_heading = "Container")]

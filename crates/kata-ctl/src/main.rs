@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::FromArgMatches;
+use kata_config::deprecation::Policy;
 use tracing_subscriber::EnvFilter;
 
 use cli::{Cli, Command, ImageCommand};
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
     log();
     // `run` and `exec` hand on other programs' exit codes; their own failures must be told from those.
     let hands_on_codes = matches!(cli.command, Command::Run(_) | Command::Exec(_));
-    let outcome = execute(cli.command, began);
+    let outcome = execute(cli, began);
     pod::restore();
     match outcome {
         Ok(code) => ExitCode::from(code),
@@ -59,20 +60,29 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(command: Command, began: Instant) -> Outcome {
+fn execute(cli: Cli, began: Instant) -> Outcome {
+    let Cli { command, deprecated, .. } = cli;
+    // The pod's owner reads the configuration: the policy is one of its settings.
+    let policy = deprecated.map(Policy::assignment);
     match command {
         Command::Logs(args) => command::logs::run(&args),
         Command::Console(args) => command::logs::console(&args),
         Command::Image(ImageCommand::Build(args)) => command::build::run(args),
-        Command::Check(args) => command::check::run(&args),
-        Command::Config(command) => command::config::run(&command),
-        Command::Deprecations(command) => command::deprecations::run(&command),
+        Command::Check(mut args) => {
+            args.set.extend(policy);
+            command::check::run(&args)
+        }
+        Command::Config(command) => command::config::run(&command, policy.as_deref()),
+        Command::Deprecations(command) => command::deprecations::run(&command, deprecated),
         Command::Env(args) => command::env::run(&args),
         Command::Version(args) => command::version::run(&args),
         Command::Bundle(args) => on_runtime(command::bundle::run(&args)),
         Command::Completion(args) => command::manual::completion(&args),
         Command::Man(args) => command::manual::man(&args),
-        Command::Run(args) => on_runtime(command::run::run(args, began)),
+        Command::Run(mut args) => {
+            args.set.extend(policy);
+            on_runtime(command::run::run(args, began))
+        }
         Command::List(args) => on_runtime(command::list::run(&args)),
         Command::Ps(args) => on_runtime(command::ps::run(&args)),
         Command::Inspect(args) => on_runtime(command::inspect::run(&args)),

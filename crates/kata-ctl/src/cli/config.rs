@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use kata_config::deprecation::Policy;
 
 /// `config`
 #[derive(Debug, Subcommand)]
@@ -58,9 +57,6 @@ pub struct ConfigValidateArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY")]
-    pub deprecated: Option<Policy>,
     /// The file [default: the one that pods are made with]
     pub file: Option<PathBuf>,
 }

@@ -1,9 +1,9 @@
-//! Arguments of `deprecations`.
+//! The command line of `deprecations`.
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use kata_config::deprecation::{Policy, Stage};
+use kata_config::deprecation::Stage;
 
 /// `deprecations`
 #[derive(Debug, Subcommand)]
@@ -27,17 +27,11 @@ pub enum DeprecationsCommand {
     },
     /// Find uses in files and commands
     #[command(
+        subcommand,
         after_help = "Exit code: 0 for none, 10 for uses that warn, 11 for uses that are off by default, 12 for uses that are \
             removed or, with --deprecated=reject, deprecated; the highest counts. 1 if it cannot be told."
     )]
-    Check {
-        /// What is found fault with: warn, reject what still works, too, or be silent about it: off [env: KATA_DEPRECATED]
-        #[arg(long, global = true, value_name = "POLICY")]
-        deprecated: Option<Policy>,
-        /// Where.
-        #[command(subcommand)]
-        what: UseIn,
-    },
+    Check(UseIn),
 }
 
 /// `deprecations check`

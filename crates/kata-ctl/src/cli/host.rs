@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use clap_complete::Shell;
-use kata_config::deprecation::Policy;
 
 /// `check`
 #[derive(Debug, Default, Args)]
@@ -33,9 +32,6 @@ pub struct CheckArgs {
     /// Change one setting of the configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
-    #[arg(long, value_name = "POLICY")]
-    pub deprecated: Option<Policy>,
 }
 
 /// A kind of host.

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use kata_config::Artefacts;
-use kata_config::deprecation::Policy;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -87,8 +86,7 @@ impl Report {
     /// Looks at the host.
     pub fn make(args: &CheckArgs) -> Self {
         let mut findings = Vec::new();
-        let set = args.set.iter().cloned().chain(args.deprecated.map(Policy::assignment));
-        let answer = ask_owner(args.config.as_deref(), &set.collect::<Vec<_>>());
+        let answer = ask_owner(args.config.as_deref(), &args.set);
         match &answer {
             Ok(answer) => findings.extend(machine::findings(answer)),
             Err(failure) => {

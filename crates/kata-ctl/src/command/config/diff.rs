@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{ConfigVerbError, Outcome, as_json, show};
 use crate::cli::ConfigDiffArgs;
 use crate::failure::Failure;
+use crate::output;
 use crate::table;
 
 /// One side: its name, and its settings by key, each as TOML and as it is shown.
@@ -30,11 +31,11 @@ pub(super) fn run(args: &ConfigDiffArgs, left: Option<&Sources>, right: &Sources
             json!({ "key": key, "left": as_json(left.as_deref()), "right": as_json(right.as_deref()) })
         };
         let differences: Vec<Value> = keys.iter().map(entry).collect();
-        println!("{:#}", json!({ "left": left.name, "right": right.name, "differences": differences }));
+        output::document(&json!({ "left": left.name, "right": right.name, "differences": differences }))?;
         return Ok(0);
     }
     if keys.is_empty() {
-        println!("{} and {} have the same effect.", left.name, right.name);
+        output::print(&format!("{} and {} have the same effect.\n", left.name, right.name))?;
         return Ok(0);
     }
     let shown = |side: &Side, key: &String| {
@@ -42,7 +43,7 @@ pub(super) fn run(args: &ConfigDiffArgs, left: Option<&Sources>, right: &Sources
     };
     let mut lines = vec![["KEY".to_owned(), left.name.clone(), right.name.clone()]];
     lines.extend(keys.iter().map(|key| [(*key).clone(), shown(&left, key), shown(&right, key)]));
-    print!("{}", table::columns(&lines));
+    output::print(&table::columns(&lines))?;
     Ok(0)
 }
 

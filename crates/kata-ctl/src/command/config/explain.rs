@@ -5,9 +5,10 @@ use kata_config::keys::Key;
 use kata_config::{annotations, keys};
 use serde_json::{Value, json};
 
-use super::{ConfigVerbError, NO_SUCH, Outcome, as_json};
+use super::{ConfigVerbError, Outcome, as_json};
 use crate::cli::ConfigExplainArgs;
-use crate::failure::Failure;
+use crate::failure::{Failure, NO_SUCH};
+use crate::output;
 use crate::table;
 
 /// What a name stands for.
@@ -29,10 +30,10 @@ pub(super) fn run(args: &ConfigExplainArgs) -> Outcome {
     }
     if args.json {
         let all: Vec<Value> = subjects.iter().map(|subject| as_object(&args.name, subject)).collect();
-        println!("{:#}", Value::Array(all));
+        output::document(&Value::Array(all))?;
     } else {
         let all: Vec<String> = subjects.iter().map(|subject| as_text(&args.name, subject)).collect();
-        print!("{}", all.join("\n"));
+        output::print(&all.join("\n"))?;
     }
     Ok(0)
 }

@@ -11,6 +11,7 @@ use toml_edit::{DocumentMut, Item, Table, Value};
 use super::{ConfigVerbError, Outcome};
 use crate::cli::ConfigMigrateArgs;
 use crate::failure::Failure;
+use crate::output;
 use crate::table;
 
 #[derive(Debug, Error)]
@@ -77,12 +78,14 @@ pub(super) fn run(args: &ConfigMigrateArgs) -> Outcome {
     match &args.output {
         Some(path) => std::fs::write(path, &result)
             .map_err(|source| MigrateError::Write { path: path.display().to_string(), source })?,
-        None => print!("{result}"),
+        None => output::print(&result)?,
     }
     let lost = accounts.iter().filter(|account| account.fate == Fate::Lost).count();
     if args.json {
         let entry = |account: &Account| json!({ "fate": account.fate.as_str(), "key": account.key, "why": account.why });
-        println!("{:#}", json!({ "settings": accounts.iter().map(entry).collect::<Vec<_>>(), "lost": lost }));
+        output::document(
+            &json!({ "settings": accounts.iter().map(entry).collect::<Vec<_>>(), "lost": lost }),
+        )?;
     } else {
         let line =
             |account: &Account| [account.fate.as_str().to_owned(), account.key.clone(), account.why.clone()];

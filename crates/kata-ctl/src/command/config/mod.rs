@@ -14,16 +14,12 @@ mod validate;
 
 use std::path::PathBuf;
 
-use kata_config::deprecation::Policy;
 use kata_config::{ConfigErrors, Origin, Sources};
 use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::Outcome;
 use crate::cli::{ConfigCommand, ConfigSources};
-
-/// Exit code for a key that nobody knows.
-const NO_SUCH: u8 = 3;
 
 #[derive(Debug, Error)]
 enum ConfigVerbError {
@@ -33,29 +29,26 @@ enum ConfigVerbError {
     Unknown { name: String, nearest: Option<String> },
 }
 
-/// Does what is asked.
-pub fn run(command: &ConfigCommand) -> Outcome {
+/// Does what is asked. `policy` is an override that holds for every configuration that is read.
+pub fn run(command: &ConfigCommand, policy: Option<&str>) -> Outcome {
+    let with_policy = |mut sources: Sources| {
+        sources.overrides.extend(policy.map(str::to_owned));
+        sources
+    };
+    let of = |file: Option<&PathBuf>| with_policy(Sources { file: file.cloned(), ..Sources::default() });
     match command {
         ConfigCommand::Show(args) => {
             let ConfigSources { config: file, set: overrides } = args.sources.clone();
-            show::run(args, &Sources { file, overrides, ..Sources::default() })
+            show::run(args, &with_policy(Sources { file, overrides, ..Sources::default() }))
         }
-        ConfigCommand::Validate(args) => {
-            let overrides = args.deprecated.map(Policy::assignment).into_iter().collect();
-            validate::run(args, &Sources { file: args.file.clone(), overrides, ..Sources::default() })
-        }
+        ConfigCommand::Validate(args) => validate::run(args, &of(args.file.as_ref())),
         ConfigCommand::Explain(args) => explain::run(args),
         ConfigCommand::Diff(args) => match (args.first.as_ref(), args.second.as_ref()) {
-            (first, None) => diff::run(args, None, &of_file(first)),
-            (first, second) => diff::run(args, Some(&of_file(first)), &of_file(second)),
+            (first, None) => diff::run(args, None, &of(first)),
+            (first, second) => diff::run(args, Some(&of(first)), &of(second)),
         },
         ConfigCommand::Migrate(args) => migrate::run(args),
     }
-}
-
-/// A file with its drop-ins; without one, what pods are made with.
-fn of_file(file: Option<&PathBuf>) -> Sources {
-    Sources { file: file.cloned(), ..Sources::default() }
 }
 
 /// A value written as TOML, as JSON; a value that is none is null.

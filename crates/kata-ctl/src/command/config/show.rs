@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::{ConfigVerbError, Outcome, as_json, origin_as_json};
 use crate::cli::ConfigShowArgs;
+use crate::output;
 use crate::table;
 
 /// One setting as it stands.
@@ -33,11 +34,11 @@ pub(super) fn run(args: &ConfigShowArgs, sources: &Sources) -> Outcome {
     settings.retain(|setting| if args.effective { setting.supported } else { setting.origin.is_some() });
     if args.json {
         let list: Vec<_> = settings.iter().map(as_object).collect();
-        println!("{:#}", json!({ "file": sources.base(), "settings": list }));
+        output::document(&json!({ "file": sources.base(), "settings": list }))?;
         return Ok(0);
     }
     if settings.is_empty() {
-        println!("Nothing is configured: the defaults apply (--effective shows them).");
+        output::print("Nothing is configured: the defaults apply (--effective shows them).\n")?;
     }
     let origin =
         |setting: &Setting| setting.origin.as_ref().map_or_else(|| "default".to_owned(), ToString::to_string);
@@ -50,7 +51,7 @@ pub(super) fn run(args: &ConfigShowArgs, sources: &Sources) -> Outcome {
             [setting.key.clone(), origin(setting), setting.shown().to_owned()]
         })),
     };
-    print!("{text}");
+    output::print(&text)?;
     Ok(0)
 }
 

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Outcome, origin_as_json};
 use crate::cli::ConfigValidateArgs;
+use crate::output;
 
 /// What was found.
 #[derive(Default)]
@@ -28,20 +29,17 @@ pub(super) fn run(args: &ConfigValidateArgs, sources: &Sources) -> Outcome {
     };
     let usable = findings.errors.is_empty() && findings.refused.is_empty();
     if args.json {
-        println!(
-            "{:#}",
-            json!({
-                "file": base,
-                "usable": usable,
-                "errors": findings.errors.iter().map(as_object).collect::<Vec<_>>(),
-                "refused": findings.refused.iter().map(as_object).collect::<Vec<_>>(),
-                "notes": findings.notes.iter().map(note_as_object).collect::<Vec<_>>(),
-            })
-        );
+        output::document(&json!({
+            "file": base,
+            "usable": usable,
+            "errors": findings.errors.iter().map(as_object).collect::<Vec<_>>(),
+            "refused": findings.refused.iter().map(as_object).collect::<Vec<_>>(),
+            "notes": findings.notes.iter().map(note_as_object).collect::<Vec<_>>(),
+        }))?;
     } else {
-        print!("{}", as_text(&findings, args.notes));
+        output::print(&as_text(&findings, args.notes))?;
         let what = base.map_or_else(|| "no file, the defaults".to_owned(), |file| file.display().to_string());
-        println!("{what}: {}", verdict(&findings));
+        output::print(&format!("{what}: {}\n", verdict(&findings)))?;
     }
     Ok(if usable { 0 } else { 1 })
 }

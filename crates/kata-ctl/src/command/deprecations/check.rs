@@ -12,6 +12,7 @@ use super::scan;
 use crate::cli::{UseIn, UseInFile};
 use crate::command::Outcome;
 use crate::failure::Failure;
+use crate::output;
 use crate::table;
 
 /// A file that cannot be looked through.
@@ -108,9 +109,9 @@ pub fn run(what: &UseIn, policy: Option<Policy>) -> Outcome {
         UseIn::CommandLine { json, words } => (report(scan::command_line(words), policy, &[]), *json),
     };
     if json {
-        println!("{:#}", serde_json::to_value(&report)?);
+        output::document(&report)?;
     } else {
-        print!("{}", as_text(&report.findings));
+        output::print(&as_text(&report.findings))?;
     }
     Ok(report.exit_code)
 }
@@ -118,7 +119,7 @@ pub fn run(what: &UseIn, policy: Option<Policy>) -> Outcome {
 fn in_configuration(survey: &Survey) -> Vec<Use> {
     let uses = survey.met.iter().map(|met| Use {
         deprecation: met.deprecation,
-        surface: met.surface,
+        surface: Surface::ConfigKey,
         place: met.origin.to_string(),
         what: met.key.clone(),
         asks: met.asks,

@@ -8,51 +8,49 @@
 
 use std::fmt::Write as _;
 
-use kata_config::deprecation::{Deprecation, Registered, Stage};
+use kata_config::deprecation::{Deprecation, Policy, Registered, Stage};
 use thiserror::Error;
 
 use super::Outcome;
 use crate::cli::DeprecationsCommand;
-use crate::failure::Failure;
+use crate::failure::{Failure, NO_SUCH};
+use crate::output;
 use crate::table;
 
 mod check;
 mod scan;
 
-/// Exit code where there is no such id.
-const NO_SUCH_ID: u8 = 3;
-
 #[derive(Debug, Error)]
 #[error("no deprecation has the id {0:?}; kata-ctl deprecations list has all of them")]
 struct NoSuchId(String);
 
-/// Does what was asked.
-pub fn run(command: &DeprecationsCommand) -> Outcome {
+/// Does what was asked. `policy` is the command line's.
+pub fn run(command: &DeprecationsCommand, policy: Option<Policy>) -> Outcome {
     match command {
         DeprecationsCommand::List { stage, json } => {
             let listed = |item: &&Deprecation| stage.is_none_or(|stage| item.stage == stage);
             let items: Vec<_> = Registered::PROGRAM.all().filter(listed).collect();
             if *json {
                 let entries: Vec<_> = items.iter().map(|item| &***item).collect();
-                println!("{:#}", serde_json::to_value(entries)?);
+                output::document(&entries)?;
             } else {
-                print!("{}", as_table(&items));
+                output::print(&as_table(&items))?;
             }
             Ok(0)
         }
         DeprecationsCommand::Show { id, json } => {
             let wanted = id.to_ascii_uppercase();
             let Some(item) = Registered::PROGRAM.get(&wanted) else {
-                return Err(Failure::with_code(NO_SUCH_ID, NoSuchId(id.clone())));
+                return Err(Failure::with_code(NO_SUCH, NoSuchId(id.clone())));
             };
             if *json {
-                println!("{:#}", serde_json::to_value(&**item)?);
+                output::document(&**item)?;
             } else {
-                print!("{}", as_text(item));
+                output::print(&as_text(item))?;
             }
             Ok(0)
         }
-        DeprecationsCommand::Check { deprecated, what } => check::run(what, *deprecated),
+        DeprecationsCommand::Check(what) => check::run(what, policy),
     }
 }
 
