@@ -90,7 +90,7 @@ fn a_policy_that_there_is_not_is_refused_whoever_asks_for_it() {
     let told = "KATA_DEPRECATED: runtime.deprecated: \"never\" is not one of warn, reject, off";
     assert!(stderr(&output).contains(told), "{}", stderr(&output));
     // The command line wins over the environment.
-    let words = ["run", "--rm", "--deprecated", "reject", &image, "true"];
+    let words = ["--deprecated", "reject"].iter().chain(&run);
     let output = host.ctl(words).env("KATA_DEPRECATED", "warn").output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     host.configure("[runtime]\ndeprecated_opt_in = [\"D9999\"]\n");
@@ -180,4 +180,32 @@ fn list_and_show_tell_what_there_is() {
     let none = host.output(["deprecations", "show", "D9999"]);
     assert_eq!(none.status.code(), Some(3));
     assert!(stderr(&none).contains("kata-ctl deprecations list has all of them"), "{}", stderr(&none));
+}
+
+#[test]
+fn what_is_said_to_migrate_by_itself_does() {
+    let Some(host) = Host::new() else { return };
+    let listed = host.output(["deprecations", "list", "--json"]);
+    let entries: Vec<serde_json::Value> = serde_json::from_slice(&listed.stdout).unwrap();
+    let (old, new) = (host.scratch("old.toml"), host.scratch("new.toml"));
+    let (old, new) = (old.to_str().unwrap(), new.to_str().unwrap());
+    let mut migrated = 0;
+    for entry in entries.iter().filter(|entry| entry["automatic_migration"] == true) {
+        let selectors = entry["selectors"].as_array().unwrap().iter();
+        for name in selectors
+            .filter(|one| one["surface"] == "config-key")
+            .flat_map(|one| one["names"].as_array().unwrap())
+        {
+            let key = name.as_str().unwrap().replace('*', "qemu");
+            let value = if key.ends_with("seccompsandbox") { "\"on\"" } else { "90" };
+            std::fs::write(old, format!("{key} = {value}\n")).unwrap();
+            let output = host.output(["config", "migrate", "--output", new, old]);
+            assert!(output.status.success(), "{}: {}", entry["id"], stderr(&output));
+            assert!(std::fs::read_to_string(new).unwrap().contains(value.trim_matches('"')), "{key} is lost");
+            let check = host.output(["deprecations", "check", "config", new]);
+            assert_eq!(check.status.code(), Some(0), "{}: {}", entry["id"], stdout(&check));
+            migrated += 1;
+        }
+    }
+    assert!(migrated > 0);
 }

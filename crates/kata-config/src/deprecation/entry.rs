@@ -267,7 +267,7 @@ pub struct Entry {
     pub last_release: Text,
     /// What to use instead: a clause that follows "Instead, ".
     pub replacement: Text,
-    /// Whether `kata-ctl config migrate` does it.
+    /// Whether `kata-ctl config migrate` makes the change, and pods stay as they are.
     pub automatic_migration: bool,
     /// Page of the documentation, below `docs/`.
     pub docs: Text,
