@@ -148,6 +148,9 @@ pub struct RunArgs {
     /// Configuration file
     #[arg(long, value_name = "FILE", help_heading = "Virtual machine")]
     pub config: Option<PathBuf>,
+    /// On use of deprecated settings: warn, reject or off [env: KATA_DEPRECATED]
+    #[arg(long, value_name = "POLICY", help_heading = "Virtual machine")]
+    pub deprecated: Option<Policy>,
 
     /// Set a variable; without a value, to the one it has here (repeatable)
     #[arg(short, long, value_name = "K[=V]", help_heading = "Container")]

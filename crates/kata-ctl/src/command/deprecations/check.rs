@@ -119,7 +119,7 @@ pub fn run(what: &UseIn, policy: Option<Policy>) -> Outcome {
 fn in_configuration(survey: &Survey) -> Vec<Use> {
     let uses = survey.met.iter().map(|met| Use {
         deprecation: met.deprecation,
-        surface: Surface::ConfigKey,
+        surface: met.surface,
         place: met.origin.to_string(),
         what: met.key.clone(),
         asks: met.asks,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use kata_config::deprecation::Policy;
 use kata_config::paths;
 
 use super::root::Root;
@@ -105,9 +106,11 @@ fn owner_options(args: &RunArgs) -> OwnerOptions {
     let memory = args.memory.map(|memory| format!("hypervisor.qemu.default_memory={}", memory.0));
     let cpus = args.cpus.map(|cpus| format!("hypervisor.qemu.default_vcpus={}", cpus.0));
     let hypervisor = args.hypervisor.as_ref().map(|name| format!("runtime.hypervisor_name={name}"));
+    let deprecated = args.deprecated.map(Policy::assignment);
+    let flags = [memory, cpus, hypervisor, deprecated].into_iter().flatten();
     OwnerOptions {
         config: args.config.as_deref().map(command::absolute),
-        overrides: [memory, cpus, hypervisor].into_iter().flatten().chain(args.set.iter().cloned()).collect(),
+        overrides: flags.chain(args.set.iter().cloned()).collect(),
         rm: args.rm,
     }
 }
