@@ -15,6 +15,8 @@ use thiserror::Error;
 /// Longest path that fits into a socket address (unix(7)), and the longest name of a socket in a pod's directory.
 const SOCKET_PATH_MAX: usize = 107;
 const LONGEST_SOCKET: &str = "kata.hvsock_65535";
+/// What monitors and CSI drivers connect to, see [`crate::management`].
+pub(crate) const MONITOR_SOCKET: &str = "shim-monitor.sock";
 /// File with the namespace of containerd that a pod belongs to.
 const NAMESPACE: &str = "namespace";
 
@@ -113,10 +115,18 @@ impl Ground {
         listening.map_err(|source| GroundError::Listen { path, source })
     }
 
-    /// Takes the socket away: nobody is behind it any more.
+    /// Takes the sockets away: nobody is behind them any more.
     pub(crate) fn close(&self) {
-        // It may be gone already, with its directory.
-        let _ = std::fs::remove_file(self.socket());
+        for socket in [self.socket(), self.run_dir.join(MONITOR_SOCKET)] {
+            // It may be gone already, with its directory.
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+
+    /// Where the last starts are kept, of all pods.
+    pub(crate) fn starts(&self) -> PathBuf {
+        let state_dir = self.state_dir.ancestors().nth(2).unwrap_or(&self.state_dir);
+        state_dir.join("starts")
     }
 
     /// Removes everything that the pod has left. Nothing there is fine.

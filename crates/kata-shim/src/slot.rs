@@ -24,6 +24,12 @@ impl Slot {
         Self { sandbox: OnceCell::new(), launcher: Some(launcher) }
     }
 
+    /// One that stays empty.
+    #[cfg(test)]
+    pub(crate) fn empty() -> Self {
+        Self { sandbox: OnceCell::new(), launcher: None }
+    }
+
     pub(crate) fn get(&self) -> Option<&Sandbox> {
         self.sandbox.get()
     }

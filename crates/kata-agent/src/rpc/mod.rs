@@ -5,6 +5,7 @@ mod container;
 mod error;
 mod files;
 mod guest;
+mod metrics;
 mod network;
 mod process;
 mod sandbox;
@@ -33,7 +34,7 @@ const PROTOCOL_VERSION: &str = "0.0.1";
 
 /// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
 /// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
-const SERVED: [&str; 32] = [
+const SERVED: [&str; 33] = [
     "CreateContainer",
     "StartContainer",
     "RemoveContainer",
@@ -55,6 +56,7 @@ const SERVED: [&str; 32] = [
     "ListRoutes",
     "AddARPNeighbors",
     "GetMetrics",
+    "GetVolumeStats",
     "CreateSandbox",
     "DestroySandbox",
     "OnlineCPUMem",
@@ -235,8 +237,15 @@ impl AgentService for Handlers {
     }
 
     async fn get_metrics(&self, _: &TtrpcContext, _: wire::GetMetricsRequest) -> Answer<wire::Metrics> {
-        let metrics = guest::metrics();
-        answer("GetMetrics", metrics.map(|metrics| wire::Metrics { metrics, ..Default::default() }))
+        Ok(wire::Metrics { metrics: metrics::text(), ..Default::default() })
+    }
+
+    async fn get_volume_stats(
+        &self,
+        _: &TtrpcContext,
+        req: wire::VolumeStatsRequest,
+    ) -> Answer<kata_api::csi::VolumeStatsResponse> {
+        answer("GetVolumeStats", guest::volume_stats(&req.volume_guest_path))
     }
 
     async fn create_sandbox(&self, _: &TtrpcContext, req: wire::CreateSandboxRequest) -> Answer<wire::Empty> {

@@ -14,10 +14,10 @@ use oci_spec::runtime::{Hook, Spec};
 use protobuf::Message;
 use tokio::sync::{broadcast, mpsc};
 
-use crate::fault;
 use crate::ground::Ground;
 use crate::plan::{Plan, PlanError};
 use crate::trace::Level;
+use crate::{fault, starts};
 
 /// The options that are ours to read; other runtimes' may reach us when a client asks for the wrong one.
 const OPTIONS: &str = "runtimeoptions.v1.Options";
@@ -82,6 +82,7 @@ impl Launcher {
         };
         let sandbox =
             Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;
+        starts::keep(&sandbox, self.ground.starts());
         if self.launched.send((sandbox.clone(), sandbox.events())).is_err() {
             // Nobody would ever take it down.
             sandbox.shutdown().await.map_err(|error| fault::from_sandbox("create", &error))?;
