@@ -59,6 +59,8 @@ pub(crate) const KEYS: &[Key] = keys! {
     runtime.log_level = word;
     runtime.disable_guest_seccomp = boolean;
     runtime.enable_debug = boolean;
+    runtime.enable_tracing = boolean;
+    runtime.otlp_endpoint = word;
 };
 
 /// Upstream's keys and tables that this version does not carry: section, then names in it.
@@ -111,7 +113,6 @@ const NOT_SUPPORTED: &[(&str, &[&str])] = &[
             "disable_new_netns",
             "emptydir_mode",
             "enable_pprof",
-            "enable_tracing",
             "enable_vcpus_pinning",
             "experimental",
             "internetworking_model",

@@ -9,6 +9,7 @@
 //! refusal of upstream's keys that are not carried all work off it.
 
 pub mod artefacts;
+mod endpoint;
 mod error;
 mod keys;
 mod layers;
@@ -17,6 +18,7 @@ mod settings;
 mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
+pub use endpoint::OtlpEndpoint;
 pub use error::{ConfigError, ConfigErrors, Fault, Origin};
 pub use layers::Sources;
 pub use settings::{

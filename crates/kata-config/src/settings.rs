@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::endpoint::OtlpEndpoint;
 use crate::text::keywords;
 
 /// The whole configuration of a pod. Serialises to TOML that loads back to the same value.
@@ -178,6 +179,10 @@ pub struct Runtime {
     pub disable_guest_seccomp: bool,
     /// Raises the owner's log to `debug` whatever `log_level` says.
     pub enable_debug: bool,
+    /// Sends spans of the pod's start and of calls to `otlp_endpoint`.
+    pub enable_tracing: bool,
+    /// Collector of those spans, OTLP over HTTP. Ours; default `http://127.0.0.1:4318`.
+    pub otlp_endpoint: OtlpEndpoint,
 }
 
 impl Default for Runtime {
@@ -189,6 +194,8 @@ impl Default for Runtime {
             log_level: LogLevel::Info,
             disable_guest_seccomp: false,
             enable_debug: false,
+            enable_tracing: false,
+            otlp_endpoint: OtlpEndpoint::default(),
         }
     }
 }

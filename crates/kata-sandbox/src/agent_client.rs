@@ -76,7 +76,17 @@ impl AgentError {
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
             RpcError::RpcStatus(status) => {
-                Self::Refused { code: status.code(), message: guest_text(&status.message) }
+                let message = match status.code() {
+                    // Servers say nothing but the method's name.
+                    Code::UNIMPLEMENTED => {
+                        format!(
+                            "this guest's agent does not support {call} ({})",
+                            guest_text(&status.message)
+                        )
+                    }
+                    _ => guest_text(&status.message),
+                };
+                Self::Refused { code: status.code(), message }
             }
             other => Self::Lost { call, reason: other.to_string() },
         }

@@ -1,5 +1,6 @@
 //! The ground a pod stands on: its directories, and the socket that it is reached by.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 use rustix::process::umask;
+use serde_json::json;
 use thiserror::Error;
 
 /// Longest path that fits into a socket address (unix(7)), and the longest name of a socket in a pod's directory.
@@ -19,6 +21,8 @@ const LONGEST_SOCKET: &str = "kata.hvsock_65535";
 pub(crate) const MONITOR_SOCKET: &str = "shim-monitor.sock";
 /// File with the namespace of containerd that a pod belongs to.
 const NAMESPACE: &str = "namespace";
+/// File with what Kubernetes calls the pod.
+const KUBERNETES: &str = "kubernetes.json";
 
 /// The directories of one pod.
 #[derive(Clone, Debug)]
@@ -85,6 +89,21 @@ impl Ground {
     pub(crate) fn belong_to(&self, namespace: &str) -> Result<(), GroundError> {
         let path = self.run_dir.join(NAMESPACE);
         std::fs::write(&path, namespace).map_err(|source| GroundError::Create { path, source })
+    }
+
+    /// Notes what Kubernetes calls the pod, if it is one of its, for those who look on.
+    pub(crate) fn note_kubernetes(&self, annotations: &HashMap<String, String>) {
+        let first = |keys: [&str; 2]| keys.iter().find_map(|key| annotations.get(*key));
+        let names = json!({
+            "cri_uid": first(["io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"]),
+            "cri_name": first(["io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"]),
+            "cri_namespace": first(["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"]),
+        });
+        let told = names.as_object().is_some_and(|names| names.values().all(|name| !name.is_null()));
+        let path = self.run_dir.join(KUBERNETES);
+        if told && let Err(error) = std::fs::write(&path, names.to_string()) {
+            tracing::warn!(path = %path.display(), %error, "the pod's names in Kubernetes are not kept");
+        }
     }
 
     /// Whether the pod was made for this namespace of containerd.

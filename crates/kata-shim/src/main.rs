@@ -29,6 +29,7 @@ mod plan;
 mod reins;
 mod services;
 mod slot;
+mod spans;
 mod starts;
 mod task;
 mod trace;

@@ -18,7 +18,7 @@ use crate::ground::{Ground, GroundError};
 use crate::life::{Life, LifeError, Watch, WatchError};
 use crate::plan::{Plan, PlanError};
 use crate::slot::Slot;
-use crate::{management, services, starts, trace};
+use crate::{management, services, spans, starts, trace};
 
 #[derive(Debug, Error)]
 pub(crate) enum OwnerError {
@@ -128,8 +128,12 @@ impl Pod {
         let listener = tokio::net::UnixListener::from_std(listener).map_err(serve)?;
         // Last of what can fail before there is something to undo.
         let watch = Watch::new(self.client).map_err(OwnerError::Watch)?;
+        if spec.config.runtime.enable_tracing {
+            spans::begin(&spec.id, &spec.config.runtime.otlp_endpoint, None);
+        }
+        let zero = spec.started;
         let sandbox = Sandbox::launch(spec, vm).await.map_err(OwnerError::Launch)?;
-        starts::keep(&sandbox, self.ground.starts());
+        starts::keep(&sandbox, self.ground.starts(), zero);
         let (listener, connections) = counted(listener);
         let slot = Arc::new(Slot::taken(sandbox.clone()));
         management::serve(&self.ground.run_dir, slot.clone());

@@ -14,6 +14,7 @@ use crate::control::ControlService;
 use crate::management::figures::CALLS;
 use crate::reins::Reins;
 use crate::slot::Slot;
+use crate::spans;
 use crate::task::TaskService;
 
 /// The name that containerd before 2.0 calls the Task service by. Messages and methods are those of v3.
@@ -53,8 +54,14 @@ struct Timed {
 impl MethodHandler for Timed {
     async fn handler(&self, context: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
         let start = Instant::now();
+        let tracer = spans::tracer();
+        let parent = tracer.and_then(|_| context.metadata.get("traceparent")?.first().cloned());
         let answer = self.handler.handler(context, request).await;
         CALLS.record(&self.name, start.elapsed());
+        if let Some(tracer) = tracer {
+            let failed = answer.as_ref().map_or(true, |answer| answer.status().code() != ttrpc::Code::OK);
+            tracer.call(&self.name, parent.as_deref(), start, failed);
+        }
         answer
     }
 }

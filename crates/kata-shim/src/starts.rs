@@ -8,11 +8,14 @@ use std::fs::{DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use kata_sandbox::{Event, Inspection, Sandbox, Stage};
 use serde::Serialize;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+
+use crate::spans;
 
 /// Starts that are kept.
 const KEPT: usize = 64;
@@ -31,14 +34,18 @@ struct Start<'a> {
     fault: Option<&'a str>,
 }
 
-/// Keeps the start of `pod` in `dir`, once it is over. A pod lives without that, too.
-pub(crate) fn keep(pod: &Sandbox, dir: PathBuf) {
+/// Keeps the start of `pod` in `dir`, once it is over, and tells the tracer where there is one. `zero` is the timeline's. A
+/// pod lives without that, too.
+pub(crate) fn keep(pod: &Sandbox, dir: PathBuf, zero: Instant) {
     let (pod, events) = (pod.clone(), pod.events());
     tokio::spawn(async move {
         until_started(events).await;
         let pod = pod.inspect().await;
         if let Err(error) = write(&pod, &dir) {
             tracing::warn!(dir = %dir.display(), %error, "the pod's start is not kept");
+        }
+        if let Some(tracer) = spans::tracer() {
+            tracer.start(&pod, zero);
         }
     });
 }

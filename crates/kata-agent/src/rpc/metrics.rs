@@ -1,12 +1,16 @@
 //! `GetMetrics`: the guest and the agent in figures, in Prometheus' text format, read from /proc when they are asked for.
 //!
-//! Families and items have upstream's names. Units are those of proc(5), but for `kata_guest_meminfo`, which is in bytes.
+//! Families and items have upstream's names and units: those of proc(5), but for `kata_guest_meminfo` and `kata_agent_total_*`
+//! in bytes, `kata_guest_cpu_time` in milliseconds and `kata_agent_total_time` in seconds.
 //! What a kernel does not tell has no figure.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kata_api::metrics::{Exposition, Kind, colon_lines, process};
+
+/// Clock ticks in a second, as the kernel's interface has them on every machine that we know (USER_HZ).
+const TICKS: u16 = 100;
 
 /// Times that the figures were asked for.
 static SCRAPES: AtomicU64 = AtomicU64::new(0);
@@ -77,6 +81,7 @@ fn write(proc: &Path) -> String {
     out.family("kata_agent_scrape_count", Kind::Counter, "Times that the agent was asked for its figures.")
         .sample(&[], SCRAPES.fetch_add(1, Ordering::Relaxed) + 1);
     process(&mut out, "kata_agent", "the agent", &[proc.join("self")]);
+    totals(&mut out, &read("self/stat"), &read("self/status"));
     load(&mut out, &read("loadavg"));
     memory(&mut out, &read("meminfo"));
     processors(&mut out, &read("stat"));
@@ -118,6 +123,26 @@ fn number(family: &mut kata_api::metrics::Family<'_>, labels: &[(&str, &str)], t
     }
 }
 
+/// Processor time and size of the agent in whole units.
+fn totals(out: &mut Exposition, stat: &str, status: &str) {
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    // Fields 14 and 15 of proc(5), of which two are before the parenthesis.
+    let ticks = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u32>().ok());
+    if let (Some(user), Some(system)) = (ticks(14), ticks(15)) {
+        let seconds = (f64::from(user) + f64::from(system)) / f64::from(TICKS);
+        out.family("kata_agent_total_time", Kind::Gauge, "Processor time of the agent in seconds.")
+            .sample(&[], seconds);
+    }
+    for (name, item, help) in [
+        ("kata_agent_total_vm", "vmsize", "Virtual memory of the agent in bytes."),
+        ("kata_agent_total_rss", "vmrss", "Resident memory of the agent in bytes."),
+    ] {
+        if let Some((_, kib)) = colon_lines(status).find(|(known, _)| known == item) {
+            out.family(name, Kind::Gauge, help).sample(&[], kib.saturating_mul(1024));
+        }
+    }
+}
+
 /// `0.12 0.08 0.05 1/63 128`: the load, and tasks that run of those that there are.
 fn load(out: &mut Exposition, loadavg: &str) {
     let mut words = loadavg.split_whitespace();
@@ -147,7 +172,8 @@ fn memory(out: &mut Exposition, meminfo: &str) {
 
 /// `MemAvailable` as `mem_available`, `SReclaimable` as `s_reclaimable`, `Active(anon)` as `active_anon`.
 fn snake(name: &str) -> String {
-    let name = name.replace("HugePages", "Hugepages").replace('(', "_").replace(')', "");
+    let name =
+        name.replace("HugePages", "Hugepages").replace("Percpu", "PerCpu").replace('(', "_").replace(')', "");
     let mut text = String::with_capacity(name.len() + 4);
     let mut before = '_';
     let mut chars = name.chars().peekable();
@@ -158,7 +184,8 @@ fn snake(name: &str) -> String {
         if begins || (c.is_ascii_digit() && before.is_ascii_lowercase()) {
             text.push('_');
         }
-        text.push(c.to_ascii_lowercase());
+        // A unit behind a number stays as it is: 4k, 2M.
+        text.push(if before.is_ascii_digit() { c } else { c.to_ascii_lowercase() });
         before = c;
     }
     text
@@ -168,14 +195,16 @@ fn processors(out: &mut Exposition, stat: &str) {
     let mut family = out.family(
         "kata_guest_cpu_time",
         Kind::Gauge,
-        "Time of the guest's processors in clock ticks, from /proc/stat.",
+        "Time of the guest's processors in milliseconds, from /proc/stat.",
     );
     for line in stat.lines() {
         let mut fields = line.split_whitespace();
         let Some(cpu) = fields.next().and_then(|word| word.strip_prefix("cpu")) else { continue };
         let cpu = if cpu.is_empty() { "total" } else { cpu };
-        for (item, value) in CPU.iter().zip(fields) {
-            number(&mut family, &[("cpu", cpu), ("item", item)], value);
+        for (item, ticks) in CPU.iter().zip(fields) {
+            if let Ok(ticks) = ticks.parse::<u64>() {
+                family.sample(&[("cpu", cpu), ("item", item)], ticks.saturating_mul(1000 / u64::from(TICKS)));
+            }
         }
     }
 }
@@ -192,6 +221,8 @@ mod tests {
         for start in [
             "kata_agent_scrape_count ",
             "kata_agent_threads ",
+            "kata_agent_total_time ",
+            "kata_agent_total_rss ",
             "kata_agent_proc_status{item=\"rssanon\"} ",
             "kata_guest_load{item=\"load15\"} ",
             "kata_guest_tasks{item=\"max\"} ",
@@ -211,7 +242,7 @@ mod tests {
         let mut out = Exposition::default();
         memory(
             &mut out,
-            "MemTotal:  3 kB\nActive(anon):   1 kB\nHugePages_Total:   7\nSReclaimable: 2 kB\nDirectMap4k: 1 kB\n",
+            "MemTotal:  3 kB\nActive(anon):   1 kB\nHugePages_Total:   7\nSReclaimable: 2 kB\nDirectMap2M: 1 kB\n",
         );
         let text = out.into_text();
         let samples: Vec<&str> = text.lines().skip(2).collect();
@@ -222,7 +253,7 @@ mod tests {
                 "kata_guest_meminfo{item=\"active_anon\"} 1024",
                 "kata_guest_meminfo{item=\"hugepages_total\"} 7",
                 "kata_guest_meminfo{item=\"s_reclaimable\"} 2048",
-                "kata_guest_meminfo{item=\"direct_map_4k\"} 1024",
+                "kata_guest_meminfo{item=\"direct_map_2M\"} 1024",
             ]
         );
     }

@@ -3,7 +3,7 @@
 //! `kata_shim_*` is this process, `kata_hypervisor_*` the VMM, `kata_vsock_*` its vsock back end, `kata_virtiofsd_*` the file
 //! server with its child. `kata_agent_*` and `kata_guest_*` come from the guest, and nothing else is taken from there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -30,13 +30,17 @@ pub(crate) async fn text(pod: Option<&Sandbox>) -> String {
 }
 
 fn machine(out: &mut Exposition, pod: &Sandbox) {
+    let mut roles: BTreeMap<_, Vec<PathBuf>> = BTreeMap::new();
     for info in pod.processes() {
-        let (prefix, of) = match info.name.as_str() {
+        let role = match info.name.as_str() {
             "vsock" => ("kata_vsock", "the machine's vsock back end"),
             "virtiofsd" => ("kata_virtiofsd", "the file server"),
             _ => ("kata_hypervisor", "the VMM"),
         };
-        process(out, prefix, of, &with_children(info.pid));
+        roles.entry(role).or_default().extend(with_children(info.pid));
+    }
+    for ((prefix, of), processes) in &roles {
+        process(out, prefix, of, processes);
     }
 }
 
