@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -37,6 +38,21 @@ pub enum Command {
     /// Build the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Print a pod's metrics
+    Metrics(MetricsArgs),
+    /// Serve the metrics of all pods, and a status page
+    Monitor(MonitorArgs),
+    /// Tell where the time of a start went
+    Analyze(AnalyzeArgs),
+    /// Read or replace the packet filter of a pod's guest
+    #[command(subcommand)]
+    Iptables(IptablesCommand),
+    /// Set the policy of a pod's agent
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Look at and resize volumes of a running pod
+    #[command(subcommand)]
+    Volume(VolumeCommand),
 }
 
 /// `run`
@@ -215,6 +231,151 @@ pub struct BuildArgs {
     pub cache: Option<PathBuf>,
 }
 
+/// `metrics`
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Name of the pod
+    pub name: String,
+}
+
+/// `monitor`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Paths: / (status page), /metrics[?filter_family=PREFIX], /sandboxes, /agent-url?sandbox=NAME, \
+        /api/sandboxes (JSON).\nRoot alone can read what pods tell: run it as root."
+)]
+pub struct MonitorArgs {
+    /// Where to listen
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8090")]
+    pub listen: SocketAddr,
+}
+
+/// `analyze`
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(
+    override_usage = "kata-ctl analyze [OPTIONS] <POD|FILE|--last>\n       kata-ctl analyze compare [--json] A B"
+)]
+pub struct AnalyzeArgs {
+    /// Compare two starts
+    #[command(subcommand)]
+    pub command: Option<AnalyzeCommand>,
+    /// Print JSON, which can be saved and analysed later
+    #[arg(long)]
+    pub json: bool,
+    /// Draw the start into this file; - is the standard output
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// The last start of this host, of whichever pod
+    #[arg(long, conflicts_with = "pod")]
+    pub last: bool,
+    /// Name of a pod, running or not, or a file with a saved start
+    #[arg(value_name = "POD|FILE", required_unless_present = "last")]
+    pub pod: Option<String>,
+}
+
+/// `analyze …`
+#[derive(Debug, Subcommand)]
+pub enum AnalyzeCommand {
+    /// Tell how two starts differ, stage by stage
+    Compare(CompareArgs),
+}
+
+/// `analyze compare`
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The first: a pod, or a file with a saved start
+    pub a: String,
+    /// The second
+    pub b: String,
+}
+
+/// `iptables`
+#[derive(Debug, Subcommand)]
+pub enum IptablesCommand {
+    /// Print the rules, as iptables-save does
+    Get(IptablesGetArgs),
+    /// Replace the rules, as iptables-restore does
+    Set(IptablesSetArgs),
+}
+
+/// `iptables get`
+#[derive(Debug, Args)]
+pub struct IptablesGetArgs {
+    /// Those for IPv6
+    #[arg(long)]
+    pub v6: bool,
+    /// Name of the pod
+    pub name: String,
+}
+
+/// `iptables set`
+#[derive(Debug, Args)]
+pub struct IptablesSetArgs {
+    /// Those for IPv6
+    #[arg(long)]
+    pub v6: bool,
+    /// Name of the pod
+    pub name: String,
+    /// File with the rules; - is the standard input
+    pub file: PathBuf,
+}
+
+/// `policy`
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Give the agent a policy
+    Set(PolicySetArgs),
+}
+
+/// `policy set`
+#[derive(Debug, Args)]
+pub struct PolicySetArgs {
+    /// Name of the pod
+    pub name: String,
+    /// File with the policy; - is the standard input
+    pub file: PathBuf,
+}
+
+/// `volume`
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Tell how full a volume is
+    Stats(VolumeStatsArgs),
+    /// Have the guest take note of a volume's new size
+    Resize(VolumeResizeArgs),
+}
+
+/// `volume stats`
+#[derive(Debug, Args)]
+pub struct VolumeStatsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Name of the pod
+    pub name: String,
+    /// Where the volume is in the guest
+    pub path: String,
+}
+
+/// `volume resize`
+#[derive(Debug, Args)]
+pub struct VolumeResizeArgs {
+    /// Name of the pod
+    pub name: String,
+    /// Where the volume is in the guest
+    pub path: String,
+    /// Its size
+    #[arg(value_name = "BYTES")]
+    pub size: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,6 +412,18 @@ mod tests {
     fn a_detached_pod_has_no_input() {
         assert!(run("-d -i oci:x").is_err());
         assert!(run("-d -t oci:x").is_ok());
+    }
+
+    #[test]
+    fn one_start_is_analysed_or_two_are_compared() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        for good in ["kata-ctl analyze web", "kata-ctl analyze --last --json", "kata-ctl analyze compare a b"]
+        {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in ["kata-ctl analyze", "kata-ctl analyze web --last", "kata-ctl analyze compare a"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -10,6 +10,9 @@ pub const NOT_EXECUTABLE: u8 = 126;
 /// Exit code for a command that is not there.
 pub const NOT_FOUND: u8 = 127;
 
+/// Exit code of a command that looks for something that is not there.
+pub const NO_SUCH: u8 = 3;
+
 /// An error on its way to the user.
 #[derive(Debug)]
 pub struct Failure {

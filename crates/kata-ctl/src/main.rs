@@ -12,7 +12,9 @@ mod cli;
 mod command;
 mod failure;
 mod image;
+mod monitor;
 mod pod;
+mod start;
 mod table;
 
 use std::process::ExitCode;
@@ -60,6 +62,12 @@ fn execute(command: Command, began: Instant) -> Outcome {
         Command::Exec(args) => on_runtime(command::exec::run(&args)),
         Command::Kill(args) => on_runtime(command::kill::run(&args)),
         Command::Rm(args) => on_runtime(command::rm::run(&args)),
+        Command::Metrics(args) => on_runtime(command::metrics::run(&args)),
+        Command::Monitor(args) => on_runtime(command::monitor::run(&args)),
+        Command::Analyze(args) => on_runtime(command::analyze::run(&args)),
+        Command::Iptables(command) => on_runtime(command::guest::iptables(&command)),
+        Command::Policy(command) => on_runtime(command::guest::policy(&command)),
+        Command::Volume(command) => on_runtime(command::guest::volume(&command)),
     }
 }
 

@@ -6,6 +6,7 @@
 //! ```
 
 mod client;
+pub mod management;
 mod owner;
 mod session;
 mod signals;
