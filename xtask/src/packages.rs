@@ -24,6 +24,7 @@ const TEST: &[&str] = &[
     "e2fsprogs",
     "erofs-utils",
     "bsdutils",
+    "chromium",
 ];
 /// The lab: what makes its Debian, and what runs it.
 const LAB: &[&str] = &["mmdebstrap", "qemu-system-x86", "util-linux", "xz-utils"];

@@ -4,10 +4,11 @@
 //!  kata-ctl ──control + Task over pod.sock──▶ owner ──agent + health over vsock──▶ kata-agent
 //! ```
 //!
-//! The crate holds shapes and numbers only. The agent protocol is wire compatible with Kata Containers 4.1.
+//! The crate holds shapes, numbers and the text format of metrics, which all of them write. The agent protocol is wire compatible with Kata Containers 4.1.
 
 mod boot;
 pub mod guest;
+pub mod metrics;
 pub mod ports;
 mod process;
 mod protocol;

@@ -12,6 +12,7 @@
 pub mod annotations;
 pub mod artefacts;
 pub mod deprecation;
+mod endpoint;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
@@ -22,6 +23,7 @@ mod settings;
 mod text;
 
 pub use artefacts::{ArtefactError, Artefacts};
+pub use endpoint::OtlpEndpoint;
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{

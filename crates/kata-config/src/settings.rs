@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::deprecation::Policy;
+use crate::endpoint::OtlpEndpoint;
 use crate::keys::{Key, Reach, Separator, Value};
 use crate::text::keywords;
 
@@ -219,6 +220,10 @@ settings! {
     deprecated: Policy = Policy::Warn, { .ours() };
     /// Ids of deprecations that are off by default and wanted all the same.
     deprecated_opt_in: Vec<String> = Vec::new(), { .ours() };
+    /// Sends spans of the pod's start and of calls to `otlp_endpoint`.
+    enable_tracing: bool = false;
+    /// Collector of those spans, OTLP over HTTP without TLS: `http://HOST[:PORT][/PATH]`.
+    otlp_endpoint: OtlpEndpoint = OtlpEndpoint::default(), { .ours() };
 }
 
 impl Runtime {

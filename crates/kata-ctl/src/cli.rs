@@ -15,6 +15,7 @@ mod deprecations;
 pub mod help;
 mod host;
 mod look;
+mod observe;
 
 pub use config::{
     ConfigCommand, ConfigDiffArgs, ConfigExplainArgs, ConfigMigrateArgs, ConfigShowArgs, ConfigSources,
@@ -25,6 +26,10 @@ pub use host::{BundleArgs, CheckArgs, CompletionArgs, EnvArgs, ManArgs, Profile,
 pub use look::{
     ConsoleArgs, CpArgs, EventsArgs, InspectArgs, ListArgs, LogsArgs, PsArgs, Refresh, SourceName, StatsArgs,
     TopArgs,
+};
+pub use observe::{
+    AnalyzeArgs, AnalyzeCommand, CompareArgs, IptablesCommand, MetricsArgs, MonitorArgs, PolicyCommand,
+    VolumeCommand,
 };
 
 /// Run containers in virtual machines of their own, and look into them
@@ -92,6 +97,21 @@ pub enum Command {
     /// Build the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Print a pod's metrics
+    Metrics(MetricsArgs),
+    /// Serve the metrics of all pods, and a status page
+    Monitor(MonitorArgs),
+    /// Tell where the time of a start went
+    Analyze(AnalyzeArgs),
+    /// Read or replace the packet filter of a pod's guest
+    #[command(subcommand)]
+    Iptables(IptablesCommand),
+    /// Set the policy of a pod's agent
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Look at and resize volumes of a running pod
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Tell versions
     Version(VersionArgs),
     /// Collect what a bug report needs, without secrets
@@ -320,6 +340,18 @@ mod tests {
     fn a_detached_pod_has_no_input() {
         assert!(run("-d -i oci:x").is_err());
         assert!(run("-d -t oci:x").is_ok());
+    }
+
+    #[test]
+    fn one_start_is_analysed_or_two_are_compared() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        for good in ["kata-ctl analyze web", "kata-ctl analyze --last --json", "kata-ctl analyze compare a b"]
+        {
+            assert!(parse(good).is_ok(), "{good}");
+        }
+        for bad in ["kata-ctl analyze", "kata-ctl analyze web --last", "kata-ctl analyze compare a"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -13,8 +13,10 @@ mod colour;
 mod command;
 mod failure;
 mod image;
+mod monitor;
 mod output;
 mod pod;
+mod start;
 mod table;
 
 use std::process::ExitCode;
@@ -93,6 +95,12 @@ fn execute(cli: Cli, began: Instant) -> Outcome {
         Command::Cp(args) => on_runtime(command::cp::run(&args)),
         Command::Kill(args) => on_runtime(command::kill::run(&args)),
         Command::Rm(args) => on_runtime(command::rm::run(&args)),
+        Command::Metrics(args) => on_runtime(command::metrics::run(&args)),
+        Command::Monitor(args) => on_runtime(command::monitor::run(&args)),
+        Command::Analyze(args) => on_runtime(command::analyze::run(&args)),
+        Command::Iptables(command) => on_runtime(command::guest::iptables(&command)),
+        Command::Policy(command) => on_runtime(command::guest::policy(&command)),
+        Command::Volume(command) => on_runtime(command::guest::volume(&command)),
     }
 }
 

@@ -3,19 +3,22 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kata_api::agent::{
     ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
     CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetDiagnosticDataRequest,
-    GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    ResumeContainerRequest, Routes, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    GetIPTablesRequest, GetMetricsRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest,
+    ReadStreamResponse, RemoveContainerRequest, ResizeVolumeRequest, ResumeContainerRequest, Routes,
+    SetIPTablesRequest, SetPolicyRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
     StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
-    UpdateRoutesRequest, WaitProcessRequest, WriteStreamRequest,
+    UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
+use kata_api::csi::VolumeStatsResponse;
 use kata_api::health::CheckRequest;
 use kata_api::health_ttrpc::HealthClient;
+use kata_api::metrics::Durations;
 use kata_api::oci::LinuxResources;
 use kata_api::types::{ARPNeighbor, Interface, Route};
 use kata_api::{GuestProcess, PROCESSES};
@@ -37,6 +40,9 @@ const REMOVAL: Duration = Duration::from_secs(30);
 
 /// Most bytes of the guest's that become part of a message.
 const TEXT_MAX: usize = 16 * 1024;
+
+/// How long the agent took to answer, by call: of those that are bounded, for the others last as long as what they wait for.
+pub static AGENT_CALLS: Durations = Durations::new();
 
 /// Why a call to the agent failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -71,7 +77,17 @@ impl AgentError {
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
             RpcError::RpcStatus(status) => {
-                Self::Refused { code: status.code(), message: guest_text(&status.message) }
+                let message = match status.code() {
+                    // Servers say nothing but the method's name.
+                    Code::UNIMPLEMENTED => {
+                        format!(
+                            "this guest's agent does not support {call} ({})",
+                            guest_text(&status.message)
+                        )
+                    }
+                    _ => guest_text(&status.message),
+                };
+                Self::Refused { code: status.code(), message }
             }
             other => Self::Lost { call, reason: other.to_string() },
         }
@@ -310,6 +326,46 @@ impl Agent {
         answer.map(|response| response.data).map_err(|error| AgentError::new(call, error))
     }
 
+    /// The guest's figures in Prometheus' text format, as the guest wrote them.
+    pub(crate) async fn metrics(&self, bound: Duration) -> Result<String, AgentError> {
+        let request = GetMetricsRequest::new();
+        let answer = bounded("GetMetrics", bound, self.service.get_metrics(within(bound), &request)).await;
+        answer.map(|metrics| metrics.metrics)
+    }
+
+    /// The guest's packet filter, as `iptables-save` writes it.
+    pub(crate) async fn iptables(&self, ipv6: bool) -> Result<Vec<u8>, AgentError> {
+        let request = GetIPTablesRequest { is_ipv6: ipv6, ..Default::default() };
+        let answer = self.service.get_ip_tables(within(PROMPT), &request);
+        bounded("GetIPTables", PROMPT, answer).await.map(|tables| tables.data)
+    }
+
+    /// Replaces the guest's packet filter. The answer is what the guest says.
+    pub(crate) async fn set_iptables(&self, ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>, AgentError> {
+        let request = SetIPTablesRequest { is_ipv6: ipv6, data, ..Default::default() };
+        let answer = self.service.set_ip_tables(within(PROMPT), &request);
+        bounded("SetIPTables", PROMPT, answer).await.map(|tables| tables.data)
+    }
+
+    /// Space and files of the volume at this path of the guest.
+    pub(crate) async fn volume_stats(&self, path: &str) -> Result<VolumeStatsResponse, AgentError> {
+        let request = VolumeStatsRequest { volume_guest_path: path.to_owned(), ..Default::default() };
+        bounded("GetVolumeStats", PROMPT, self.service.get_volume_stats(within(PROMPT), &request)).await
+    }
+
+    /// Has the guest take note of a volume's new size.
+    pub(crate) async fn resize_volume(&self, path: &str, bytes: u64) -> Result<(), AgentError> {
+        let request =
+            ResizeVolumeRequest { volume_guest_path: path.to_owned(), size: bytes, ..Default::default() };
+        done("ResizeVolume", PROMPT, self.service.resize_volume(within(PROMPT), &request)).await
+    }
+
+    /// Gives the agent the policy that it checks requests by.
+    pub(crate) async fn set_policy(&self, policy: String) -> Result<(), AgentError> {
+        let request = SetPolicyRequest { policy, ..Default::default() };
+        done("SetPolicy", PROMPT, self.service.set_policy(within(PROMPT), &request)).await
+    }
+
     /// Waits as long as it takes for a container to run out of memory. The answer is its id.
     pub(crate) async fn oom_event(&self) -> Result<String, AgentError> {
         let answer = self.service.get_oom_event(Bound::default(), &GetOOMEventRequest::new()).await;
@@ -328,7 +384,10 @@ async fn bounded<T>(
     bound: Duration,
     answer: impl Future<Output = Result<T, RpcError>>,
 ) -> Result<T, AgentError> {
-    match tokio::time::timeout(bound, answer).await {
+    let start = Instant::now();
+    let answer = tokio::time::timeout(bound, answer).await;
+    AGENT_CALLS.record(call, start.elapsed());
+    match answer {
         Ok(answer) => answer.map_err(|error| AgentError::new(call, error)),
         Err(_) => Err(AgentError::NoAnswer { call, bound }),
     }

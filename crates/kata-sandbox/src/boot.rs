@@ -282,6 +282,8 @@ fn share_files(
     let Some(share) = &pod.share else { return Ok((None, None)) };
     let start = Instant::now();
     let (child, socket) = spawn_virtiofsd(pod, share)?;
+    // A pod is booted once.
+    let _ = pod.virtiofsd.set(child.clone());
     timeline.add(Layer::Host, "virtio-fs daemon", start);
     Ok((Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket })))
 }

@@ -101,6 +101,18 @@ pub enum SandboxError {
         /// The bound.
         bound: Duration,
     },
+    /// The guest cannot be asked yet.
+    #[error("the pod still boots; try again once it runs")]
+    Booting,
+    /// The agent refused something about the guest as a whole, or is gone.
+    #[error("the agent cannot {action}")]
+    Guest {
+        /// What was asked.
+        action: &'static str,
+        /// Its answer.
+        #[source]
+        source: Arc<AgentError>,
+    },
     /// The agent refused, or is gone.
     #[error("the agent cannot {action} {process}")]
     Agent {
@@ -188,7 +200,8 @@ impl SandboxError {
                 ErrorKind::FailedPrecondition
             }
             Self::Dead { .. } | Self::Boot(_) | Self::CreateCancelled(_) => ErrorKind::Unavailable,
-            Self::Agent { source, .. } => source.kind(),
+            Self::Booting => ErrorKind::Unavailable,
+            Self::Agent { source, .. } | Self::Guest { source, .. } => source.kind(),
             Self::Storage { source, .. } => source.kind(),
             Self::GuestSpec { source, .. } => source.kind(),
             Self::Stdio { source, .. } => source.kind(),

@@ -18,6 +18,7 @@ mod agent_client;
 mod agent_log;
 mod boot;
 mod error;
+mod guest;
 mod guest_spec;
 mod health;
 mod hooks;
@@ -35,9 +36,12 @@ mod storage;
 mod teardown;
 mod timeline;
 
+pub use agent_client::AGENT_CALLS;
 pub use error::{ErrorKind, SandboxError};
+pub use guest::Guest;
 pub use kata_api::GuestProcess;
 pub use kata_api::agent::StatsContainerResponse;
+pub use kata_api::csi::VolumeStatsResponse;
 pub use pod::{
     ContainerSpec, ContainerView, Event, Exit, Inspection, NetworkSpec, ProcessId, ProcessState, RootfsMount,
     SandboxSpec, Status, Stdio,

@@ -14,8 +14,8 @@ mod requests;
 mod work;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use kata_config::{Artefacts, Config};
@@ -65,6 +65,8 @@ pub(crate) struct Pod {
     pub(crate) share: Option<Share>,
     /// Number of the next disk, for its name.
     pub(crate) next_disk: AtomicU32,
+    /// The virtio-fs daemon, once it was started.
+    pub(crate) virtiofsd: OnceLock<Child>,
     pub(crate) vm: Box<dyn Vm>,
     /// The stages before the boot.
     pub(crate) timeline: Timeline,

@@ -4,21 +4,22 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use kata_api::GuestProcess;
 use kata_api::agent::StatsContainerResponse;
 use kata_config::SharedFs;
-use kata_hypervisor::Vm;
 use kata_hypervisor::process::{Identity, Record};
+use kata_hypervisor::{ProcessInfo, Vm};
 use oci_spec::runtime::{LinuxResources, Process};
 use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::boot;
 use crate::error::SandboxError;
+use crate::guest::Guest;
 use crate::identity;
 use crate::lifecycle::{self, Link, Message, Pod, Reply, Request};
 use crate::network::Network;
@@ -245,6 +246,31 @@ impl Sandbox {
         answer.await.unwrap_or_default()
     }
 
+    /// The guest, to be asked about itself. Does not wait.
+    ///
+    /// # Errors
+    /// [`SandboxError::Booting`], or the pod is over.
+    pub fn guest(&self) -> Result<Guest, SandboxError> {
+        match &*self.link.borrow() {
+            Link::Pending => Err(SandboxError::Booting),
+            Link::Up(agent) => Ok(Guest::new(agent.clone())),
+            Link::Down(error) => Err(error.clone()),
+        }
+    }
+
+    /// How the agent is reached: `hvsock://<socket>:<port>`, a unix socket with the `CONNECT <port>` handshake.
+    pub fn agent_url(&self) -> String {
+        format!("hvsock://{}:{}", self.pod.hybrid.display(), kata_api::ports::AGENT)
+    }
+
+    /// The processes that the pod consists of beside its owner, as far as they live: those of the machine, `virtiofsd`.
+    pub fn host_processes(&self) -> Vec<ProcessInfo> {
+        let mut processes = self.pod.vm.processes();
+        let daemon = self.pod.virtiofsd.get().filter(|child| child.exit().is_none());
+        processes.extend(daemon.map(|child| ProcessInfo { name: child.name().to_owned(), pid: child.pid() }));
+        processes
+    }
+
     /// What happens from now on. A listener that falls 256 events behind loses the oldest.
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
@@ -300,6 +326,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         record,
         share,
         next_disk: AtomicU32::new(0),
+        virtiofsd: OnceLock::new(),
         vm,
         timeline,
         created_at,

@@ -25,7 +25,8 @@ pub(crate) fn counted(listener: UnixListener) -> (Listener, watch::Receiver<usiz
     (Listener::new(futures_util::stream::unfold((listener, count), accept)), open)
 }
 
-async fn accept(listener: &UnixListener) -> UnixStream {
+/// The next client.
+pub(crate) async fn accept(listener: &UnixListener) -> UnixStream {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => return stream,

@@ -1,5 +1,6 @@
 //! The ground a pod stands on: its directories, and the socket that it is reached by.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io;
@@ -10,13 +11,18 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
 use rustix::process::umask;
+use serde_json::json;
 use thiserror::Error;
 
 /// Longest path that fits into a socket address (unix(7)), and the longest name of a socket in a pod's directory.
 const SOCKET_PATH_MAX: usize = 107;
 const LONGEST_SOCKET: &str = "kata.hvsock_65535";
+/// What monitors and CSI drivers connect to, see [`crate::management`].
+pub(crate) const MONITOR_SOCKET: &str = "shim-monitor.sock";
 /// File with the namespace of containerd that a pod belongs to.
 const NAMESPACE: &str = "namespace";
+/// File with what Kubernetes calls the pod.
+const KUBERNETES: &str = "kubernetes.json";
 
 /// The directories of one pod.
 #[derive(Clone, Debug)]
@@ -85,6 +91,21 @@ impl Ground {
         std::fs::write(&path, namespace).map_err(|source| GroundError::Create { path, source })
     }
 
+    /// Notes what Kubernetes calls the pod, if it is one of its, for those who look on.
+    pub(crate) fn note_kubernetes(&self, annotations: &HashMap<String, String>) {
+        let first = |keys: [&str; 2]| keys.iter().find_map(|key| annotations.get(*key));
+        let names = json!({
+            "cri_uid": first(["io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"]),
+            "cri_name": first(["io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"]),
+            "cri_namespace": first(["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"]),
+        });
+        let told = names.as_object().is_some_and(|names| names.values().all(|name| !name.is_null()));
+        let path = self.run_dir.join(KUBERNETES);
+        if told && let Err(error) = std::fs::write(&path, names.to_string()) {
+            tracing::warn!(path = %path.display(), %error, "the pod's names in Kubernetes are not kept");
+        }
+    }
+
     /// Whether the pod was made for this namespace of containerd.
     pub(crate) fn is_of(&self, namespace: &str) -> bool {
         std::fs::read(self.run_dir.join(NAMESPACE)).is_ok_and(|text| text == namespace.as_bytes())
@@ -113,10 +134,18 @@ impl Ground {
         listening.map_err(|source| GroundError::Listen { path, source })
     }
 
-    /// Takes the socket away: nobody is behind it any more.
+    /// Takes the sockets away: nobody is behind them any more.
     pub(crate) fn close(&self) {
-        // It may be gone already, with its directory.
-        let _ = std::fs::remove_file(self.socket());
+        for socket in [self.socket(), self.run_dir.join(MONITOR_SOCKET)] {
+            // It may be gone already, with its directory.
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+
+    /// Where the last starts are kept, of all pods.
+    pub(crate) fn starts(&self) -> PathBuf {
+        let state_dir = self.state_dir.ancestors().nth(2).unwrap_or(&self.state_dir);
+        state_dir.join("starts")
     }
 
     /// Removes everything that the pod has left. Nothing there is fine.

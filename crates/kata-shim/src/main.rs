@@ -4,6 +4,7 @@
 //!   containerd ─┐                    ┌─ task      containerd.task.v2.Task and v3.Task ─┐
 //!               ├─ pod.sock ─ ttrpc ─┤                                                 ├─▶ slot ─▶ kata_sandbox::Sandbox
 //!   kata-ctl ───┘   (connections)    └─ control   kata.control.v1.Control ─────────────┘                  │ events
+//!   monitors ─── shim-monitor.sock ─ HTTP ─▶ management ─▶ slot               │                           │
 //!                                            │ reins                                                      ▼
 //!                                            └───────────────────────▶ life: when the pod ends, and when this process may go
 //! ```
@@ -22,12 +23,15 @@ mod fault;
 mod ground;
 mod host;
 mod life;
+mod management;
 mod metrics;
 mod owner;
 mod plan;
 mod reins;
 mod services;
 mod slot;
+mod spans;
+mod starts;
 mod task;
 mod trace;
 

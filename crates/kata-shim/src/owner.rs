@@ -18,7 +18,7 @@ use crate::ground::{Ground, GroundError};
 use crate::life::{Life, LifeError, Watch, WatchError};
 use crate::plan::{Plan, PlanError};
 use crate::slot::Slot;
-use crate::{services, trace};
+use crate::{management, services, spans, starts, trace};
 
 #[derive(Debug, Error)]
 pub(crate) enum OwnerError {
@@ -128,10 +128,16 @@ impl Pod {
         let listener = tokio::net::UnixListener::from_std(listener).map_err(serve)?;
         // Last of what can fail before there is something to undo.
         let watch = Watch::new(self.client).map_err(OwnerError::Watch)?;
+        if spec.config.runtime.enable_tracing {
+            spans::begin(&spec.id, &spec.config.runtime.otlp_endpoint, None);
+        }
+        let zero = spec.started;
         let sandbox = Sandbox::launch(spec, vm).await.map_err(OwnerError::Launch)?;
+        starts::keep(&sandbox, self.ground.starts(), zero);
         let (listener, connections) = counted(listener);
-        let (life, reins) = Life::new(sandbox.clone(), self.ground, self.rm, watch, connections);
         let slot = Arc::new(Slot::taken(sandbox.clone()));
+        management::serve(&self.ground.run_dir, slot.clone());
+        let (life, reins) = Life::new(sandbox.clone(), self.ground, self.rm, watch, connections);
         let mut server = services::all(slot, &reins).add_listener(listener);
         if let Err(error) = server.start().await {
             sandbox.shutdown().await.map_err(OwnerError::Launch)?;

@@ -28,6 +28,12 @@ impl Slot {
         Self { sandbox: OnceCell::new(), launcher: Some(launcher), chronicle: Chronicle::new() }
     }
 
+    /// One that stays empty.
+    #[cfg(test)]
+    pub(crate) fn empty() -> Self {
+        Self { sandbox: OnceCell::new(), launcher: None, chronicle: Chronicle::new() }
+    }
+
     pub(crate) fn get(&self) -> Option<&Sandbox> {
         self.sandbox.get()
     }

@@ -27,6 +27,9 @@ pub enum RpcError {
         /// The exec id.
         process: String,
     },
+    /// Nothing at this path of the guest.
+    #[error("volume {0:?} does not exist in the guest")]
+    NoVolume(String),
     /// The id is taken.
     #[error("{0} exists already")]
     Exists(String),
@@ -103,7 +106,7 @@ impl RpcError {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::NoContainer(_) | Self::NoProcess { .. } => Code::NOT_FOUND,
+            Self::NoContainer(_) | Self::NoProcess { .. } | Self::NoVolume(_) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::State(_) => Code::FAILED_PRECONDITION,

@@ -1,11 +1,12 @@
-//! Requests about the guest's machine: details, clock, entropy, processors and memory, metrics.
+//! Requests about the guest's machine: details, clock, entropy, processors and memory, volumes.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use kata_api::agent::{
     AgentDetails, GuestDetailsRequest, GuestDetailsResponse, OnlineCPUMemRequest, SetGuestDateTimeRequest,
 };
+use kata_api::csi::{VolumeStatsResponse, VolumeUsage, volume_usage};
+use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::error::RpcError;
@@ -106,38 +107,34 @@ fn offline(directory: &Path, prefix: &str) -> Result<Vec<PathBuf>, RpcError> {
     Ok(files.into_iter().map(|(_, file)| file).collect())
 }
 
-/// Load, memory and the agent's own size, in the text format of Prometheus.
+/// Space and files of the file system that is mounted at `path`.
 ///
 /// # Errors
-/// A file of /proc that cannot be read.
-pub fn metrics() -> Result<String, RpcError> {
-    let mut text = String::new();
-    let load = read(Path::new("/proc/loadavg"))?;
-    text.push_str("# TYPE kata_guest_load gauge\n");
-    for (item, value) in ["load1", "load5", "load15"].iter().zip(load.split_whitespace()) {
-        let _ = writeln!(text, "kata_guest_load{{item=\"{item}\"}} {value}");
+/// A path that is none of the guest's, or what the system says.
+pub fn volume_stats(path: &str) -> Result<VolumeStatsResponse, RpcError> {
+    if !Path::new(path).is_absolute() {
+        return Err(RpcError::Invalid(format!("volume {path:?} is not an absolute path")));
     }
-    text.push_str("# TYPE kata_guest_meminfo gauge\n");
-    for (name, value) in colon_lines(&read(Path::new("/proc/meminfo"))?) {
-        let name = name.to_lowercase().replace('(', "_").replace(')', "");
-        let _ = writeln!(text, "kata_guest_meminfo{{item=\"{name}\"}} {value}");
-    }
-    text.push_str("# TYPE kata_agent_proc_status gauge\n");
-    for (name, value) in colon_lines(&read(Path::new("/proc/self/status"))?) {
-        if name.starts_with("Vm") || name.starts_with("Rss") || name == "Threads" {
-            let _ = writeln!(text, "kata_agent_proc_status{{item=\"{}\"}} {value}", name.to_lowercase());
-        }
-    }
-    Ok(text)
-}
-
-/// `Name:   number …` lines, as /proc writes them.
-fn colon_lines(text: &str) -> Vec<(String, u64)> {
-    let line = |line: &str| {
-        let (name, rest) = line.split_once(':')?;
-        Some((name.to_owned(), rest.split_whitespace().next()?.parse().ok()?))
+    let fs = match rustix::fs::statvfs(path) {
+        Ok(fs) => fs,
+        Err(Errno::NOENT) => return Err(RpcError::NoVolume(path.to_owned())),
+        Err(error) => return Err(RpcError::system(format!("reading the statistics of {path:?}"))(error)),
     };
-    text.lines().filter_map(line).collect()
+    let usage = |unit: volume_usage::Unit, total: u64, free: u64, available: u64| VolumeUsage {
+        unit: unit.into(),
+        total,
+        used: total.saturating_sub(free),
+        available,
+        ..Default::default()
+    };
+    let bytes = |blocks: u64| blocks.saturating_mul(fs.f_frsize);
+    Ok(VolumeStatsResponse {
+        usage: vec![
+            usage(volume_usage::Unit::BYTES, bytes(fs.f_blocks), bytes(fs.f_bfree), bytes(fs.f_bavail)),
+            usage(volume_usage::Unit::INODES, fs.f_files, fs.f_ffree, fs.f_favail),
+        ],
+        ..Default::default()
+    })
 }
 
 fn read(path: &Path) -> Result<String, RpcError> {
@@ -161,11 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn metrics_tell_load_memory_and_the_agents_own_size() {
-        let text = metrics().unwrap();
-        for item in ["kata_guest_load{item=\"load1\"}", "{item=\"memavailable\"}", "{item=\"rssanon\"}"] {
-            assert!(text.contains(item), "{item} is not in {text}");
-        }
+    fn a_volume_has_space_and_files() {
+        let stats = volume_stats("/").unwrap();
+        let units: Vec<_> = stats.usage.iter().map(|usage| usage.unit.enum_value_or_default()).collect();
+        assert_eq!(units, [volume_usage::Unit::BYTES, volume_usage::Unit::INODES]);
+        assert!(stats.usage[0].total >= stats.usage[0].used && stats.usage[0].total > 0);
+        assert!(matches!(volume_stats("/no/such"), Err(RpcError::NoVolume(_))));
+        assert!(matches!(volume_stats("relative"), Err(RpcError::Invalid(_))));
     }
 
     #[test]

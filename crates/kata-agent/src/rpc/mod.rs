@@ -5,6 +5,7 @@ mod container;
 mod error;
 mod files;
 mod guest;
+mod metrics;
 mod network;
 mod process;
 mod processes;
@@ -34,7 +35,7 @@ const PROTOCOL_VERSION: &str = "0.0.1";
 
 /// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
 /// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
-const SERVED: [&str; 33] = [
+const SERVED: [&str; 34] = [
     "CreateContainer",
     "StartContainer",
     "RemoveContainer",
@@ -57,6 +58,7 @@ const SERVED: [&str; 33] = [
     "AddARPNeighbors",
     "GetMetrics",
     "GetDiagnosticData",
+    "GetVolumeStats",
     "CreateSandbox",
     "DestroySandbox",
     "OnlineCPUMem",
@@ -237,8 +239,15 @@ impl AgentService for Handlers {
     }
 
     async fn get_metrics(&self, _: &TtrpcContext, _: wire::GetMetricsRequest) -> Answer<wire::Metrics> {
-        let metrics = guest::metrics();
-        answer("GetMetrics", metrics.map(|metrics| wire::Metrics { metrics, ..Default::default() }))
+        Ok(wire::Metrics { metrics: metrics::text(), ..Default::default() })
+    }
+
+    async fn get_volume_stats(
+        &self,
+        _: &TtrpcContext,
+        req: wire::VolumeStatsRequest,
+    ) -> Answer<kata_api::csi::VolumeStatsResponse> {
+        answer("GetVolumeStats", guest::volume_stats(&req.volume_guest_path))
     }
 
     async fn get_diagnostic_data(

@@ -72,7 +72,6 @@ pub(super) const KEYS: &[Key] = &[
     key("shared_mounts", List, "[]", "Mounts of one container that others of the pod see.")
         .rust()
         .annotated(),
-    key("enable_tracing", Boolean, "false", "Spans of the runtime, exported by OTLP."),
     key("jaeger_endpoint", Text, "\"\"", "Collector of those spans."),
     key("jaeger_user", Text, "\"\"", "User at the collector."),
     key("jaeger_password", Text, "\"\"", "Password at the collector."),

@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+pub mod analyze;
 pub mod build;
 pub mod bundle;
 pub mod check;
@@ -9,11 +10,14 @@ pub mod deprecations;
 pub mod env;
 pub mod events;
 pub mod exec;
+pub mod guest;
 pub mod inspect;
 pub mod kill;
 pub mod list;
 pub mod logs;
 pub mod manual;
+pub mod metrics;
+pub mod monitor;
 pub mod ps;
 mod refresh;
 pub mod rm;
@@ -25,10 +29,19 @@ pub mod version;
 
 use std::path::{Path, PathBuf};
 
-use crate::failure::Failure;
+use crate::failure::{self, Failure};
+use crate::pod::{NameError, PodDir};
 
 /// Exit code of the command, or why there is none.
 pub type Outcome = Result<u8, Failure>;
+
+/// The pod called `name`, which has to be alive as far as its directory tells.
+fn named(name: &str) -> Result<PodDir, Failure> {
+    PodDir::alive(name).map_err(|error| match error {
+        NameError::Unknown(_) => Failure::with_code(failure::NO_SUCH, error),
+        other => other.into(),
+    })
+}
 
 /// The exit code that a process's wait status (0 to 255, 128 + signal) is as this process's own.
 fn exit_code(status: u32) -> u8 {

@@ -8,6 +8,7 @@
 mod client;
 mod container;
 mod debug_console;
+pub mod management;
 mod owner;
 mod session;
 mod signals;

@@ -15,10 +15,10 @@ use oci_spec::runtime::{Hook, Spec};
 use protobuf::Message;
 use tokio::sync::{broadcast, mpsc};
 
-use crate::fault;
 use crate::ground::Ground;
 use crate::plan::{Plan, PlanError};
 use crate::trace::Level;
+use crate::{fault, spans, starts};
 
 /// The options that are ours to read; other runtimes' may reach us when a client asks for the wrong one.
 const OPTIONS: &str = "runtimeoptions.v1.Options";
@@ -68,7 +68,13 @@ impl Launcher {
                 PlanError::Artefacts(_) | PlanError::Host(_) => fault::precondition("create", words),
             }
         })?;
+        if let Some(annotations) = spec.annotations() {
+            self.ground.note_kubernetes(annotations);
+        }
         self.level.set(plan.config.runtime.effective_log_level());
+        if plan.config.runtime.enable_tracing {
+            spans::begin(&self.id, &plan.config.runtime.otlp_endpoint, self.runtime_netns.clone());
+        }
         let spec = SandboxSpec {
             id: self.id.clone(),
             config: plan.config,
@@ -84,6 +90,7 @@ impl Launcher {
         };
         let sandbox =
             Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;
+        starts::keep(&sandbox, self.ground.starts(), self.started);
         if self.launched.send((sandbox.clone(), sandbox.events())).is_err() {
             // Nobody would ever take it down.
             sandbox.shutdown().await.map_err(|error| fault::from_sandbox("create", &error))?;

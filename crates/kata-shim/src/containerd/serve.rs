@@ -23,7 +23,7 @@ use crate::ground::Ground;
 use crate::life::{LifeError, Watch, WatchError};
 use crate::reins::Reins;
 use crate::slot::Slot;
-use crate::{services, trace};
+use crate::{management, services, trace};
 
 #[derive(Debug, Error)]
 pub(crate) enum ServeError {
@@ -109,7 +109,9 @@ impl Owner<'_> {
             runtime_netns: self.runtime_netns,
             prepare: self.prepare,
         };
-        let mut server = services::all(Arc::new(Slot::waiting(launcher)), &reins).add_listener(listener);
+        let slot = Arc::new(Slot::waiting(launcher));
+        management::serve(&self.ground.run_dir, slot.clone());
+        let mut server = services::all(slot, &reins).add_listener(listener);
         server.start().await.map_err(|error| failed(io::Error::other(error)))?;
         let life = Life {
             ground: self.ground,

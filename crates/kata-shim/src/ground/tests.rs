@@ -83,3 +83,19 @@ fn nothing_is_removed_through_a_mount() {
     assert!(theirs.join("precious").exists());
     ground.clear().unwrap();
 }
+
+#[test]
+fn names_in_kubernetes_are_noted_where_there_are_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let ground = Ground { run_dir: dir.path().to_owned(), state_dir: dir.path().to_owned() };
+    let mut annotations: HashMap<String, String> =
+        [("io.kubernetes.cri.sandbox-uid", "u"), ("io.kubernetes.cri.sandbox-name", "n")]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into();
+    ground.note_kubernetes(&annotations);
+    assert!(!dir.path().join("kubernetes.json").exists());
+    annotations.insert("io.kubernetes.cri.sandbox-namespace".to_owned(), "s".to_owned());
+    ground.note_kubernetes(&annotations);
+    let text = std::fs::read_to_string(dir.path().join("kubernetes.json")).unwrap();
+    assert_eq!(text, r#"{"cri_name":"n","cri_namespace":"s","cri_uid":"u"}"#);
+}
