@@ -90,7 +90,7 @@ fn a_policy_that_there_is_not_is_refused_whoever_asks_for_it() {
     let told = "KATA_DEPRECATED: runtime.deprecated: \"never\" is not one of warn, reject, off";
     assert!(stderr(&output).contains(told), "{}", stderr(&output));
     // The command line wins over the environment.
-    let words = ["--deprecated", "reject"].iter().chain(&run);
+    let words = ["run", "--rm", "--deprecated", "reject", &image, "true"];
     let output = host.ctl(words).env("KATA_DEPRECATED", "warn").output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     host.configure("[runtime]\ndeprecated_opt_in = [\"D9999\"]\n");
