@@ -22,7 +22,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
 /// Prints a document, indented.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn document(value: &impl Serialize) -> Result<(), Failure> {
     print(&format!("{:#}\n", serde_json::to_value(value)?))
 }
@@ -30,7 +30,7 @@ pub fn document(value: &impl Serialize) -> Result<(), Failure> {
 /// Prints a document on one line, for streams of them.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn line(value: &impl Serialize) -> Result<(), Failure> {
     print(&(serde_json::to_string(value)? + "\n"))
 }

@@ -207,9 +207,11 @@ fn parameter(request: &Request<Incoming>, name: &str) -> Result<String, Refusal>
 /// A volume's new size. The second names are those of upstream's first runtime.
 #[derive(Deserialize)]
 struct Resize {
+    // stays: CSI drivers for that runtime send it
     #[serde(alias = "VolumePath")]
     volume_guest_path: String,
     /// In bytes.
+    // stays: likewise
     #[serde(alias = "Size")]
     size: u64,
 }

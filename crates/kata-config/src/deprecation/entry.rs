@@ -137,8 +137,8 @@ impl Date {
     pub fn of_unix_seconds(seconds: u64) -> Self {
         let days = seconds / 86_400 + 719_468;
         let (era, day_of_era) = (days / 146_097, days % 146_097);
-        let leaps = day_of_era / 36_524 - day_of_era / 1460 - day_of_era / 146_096;
-        let year_of_era = (day_of_era + leaps) / 365;
+        let leap_days = day_of_era / 1460 + day_of_era / 146_096 - day_of_era / 36_524;
+        let year_of_era = (day_of_era - leap_days) / 365;
         let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
         let shifted = (5 * day_of_year + 2) / 153;
         let day = day_of_year - (153 * shifted + 2) / 5 + 1;

@@ -21,6 +21,7 @@ pub struct InspectArgs {
     /// Name of the pod
     pub pod: String,
     /// Accepted: the answer is JSON in any case
+    // stays: every verb that prints data has it
     #[arg(long, hide = true)]
     pub json: bool,
 }
@@ -125,6 +126,7 @@ pub struct LogsArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SourceName {
     /// The pod's owner, containerd's shim
+    // stays: containerd's users know the owner by this name
     #[value(alias = "shim")]
     Owner,
     /// The virtual machine monitor and its helpers
