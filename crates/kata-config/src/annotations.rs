@@ -120,7 +120,7 @@ pub(crate) fn bad_patterns(qemu: &Qemu) -> Vec<(&'static str, String)> {
     bad
 }
 
-/// What to write into [`ENABLE`] for this annotation.
+/// What to write into `enable_annotations` for this annotation.
 pub fn listing(name: &str) -> &str {
     let group = name.strip_prefix(PREFIX).unwrap_or(name);
     group.strip_prefix("hypervisor.").unwrap_or(group)
