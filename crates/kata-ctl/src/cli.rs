@@ -94,7 +94,7 @@ pub enum Command {
     Deprecations(DeprecationsCommand),
     /// Tell what this host, its programs and its configuration are
     Env(EnvArgs),
-    /// Build the guest image that pods boot
+    /// Build, describe and verify the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
     /// Print a pod's metrics
@@ -280,6 +280,20 @@ pub struct RmArgs {
 pub enum ImageCommand {
     /// Build the guest image from a kernel and the agent
     Build(BuildArgs),
+    /// Tell what an image is made of and can do
+    Inspect(ImageArgs),
+    /// Compare an image's files with the digests of its manifest
+    Verify(ImageArgs),
+}
+
+/// `image inspect`, `image verify`
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Directory of the image [default: the one that pods boot]
+    pub dir: Option<PathBuf>,
 }
 
 /// `image build`

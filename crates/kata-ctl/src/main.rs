@@ -26,7 +26,7 @@ use clap::FromArgMatches;
 use kata_config::deprecation::Policy;
 use tracing_subscriber::EnvFilter;
 
-use cli::{Cli, Command, ImageCommand};
+use cli::{Cli, Command};
 use command::Outcome;
 use failure::{Failure, chain};
 
@@ -69,7 +69,7 @@ fn execute(cli: Cli, began: Instant) -> Outcome {
     match command {
         Command::Logs(args) => command::logs::run(&args),
         Command::Console(args) => command::logs::console(&args),
-        Command::Image(ImageCommand::Build(args)) => command::build::run(args),
+        Command::Image(command) => command::image::run(command),
         Command::Check(mut args) => {
             args.set.extend(policy);
             command::check::run(&args)

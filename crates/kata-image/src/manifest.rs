@@ -120,6 +120,17 @@ pub struct DiskImage {
     pub fstype: String,
 }
 
+/// A file of an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// What it is, the key's prefix in the manifest: `kernel`, `initrd`, `image`.
+    pub name: &'static str,
+    /// Path in the image directory.
+    pub path: &'a Path,
+    /// SHA-256 as the manifest has it.
+    pub sha256: &'a str,
+}
+
 /// How an initrd is packed. The kernel finds out by itself; this is for people and for tools.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -287,22 +298,25 @@ impl Manifest {
 
     /// Reads every file of the image and compares its digest with the manifest.
     pub fn verify(&self) -> Result<(), ManifestError> {
-        for (_, file, wanted) in self.files() {
-            let path = self.dir.join(file);
-            let found =
-                sha256_of(&path).map_err(|source| ManifestError::Read { path: path.clone(), source })?;
-            if found != wanted {
-                return Err(ManifestError::Digest { path, wanted: wanted.to_owned(), found });
-            }
-        }
-        Ok(())
+        self.parts().try_for_each(|part| self.verify_part(&part))
     }
 
-    /// Key prefix, path and digest of each file.
-    fn files(&self) -> impl Iterator<Item = (&'static str, &Path, &str)> {
-        let kernel = Some(("kernel", self.kernel.path.as_path(), self.kernel.sha256.as_str()));
-        let initrd = self.initrd.as_ref().map(|f| ("initrd", f.path.as_path(), f.sha256.as_str()));
-        let image = self.image.as_ref().map(|f| ("image", f.path.as_path(), f.sha256.as_str()));
+    /// The same with one file.
+    pub fn verify_part(&self, part: &Part<'_>) -> Result<(), ManifestError> {
+        let path = self.dir.join(part.path);
+        let found = sha256_of(&path).map_err(|source| ManifestError::Read { path: path.clone(), source })?;
+        if found == part.sha256 {
+            Ok(())
+        } else {
+            Err(ManifestError::Digest { path, wanted: part.sha256.to_owned(), found })
+        }
+    }
+
+    /// The files.
+    pub fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        let kernel = Some(Part { name: "kernel", path: &self.kernel.path, sha256: &self.kernel.sha256 });
+        let initrd = self.initrd.as_ref().map(|f| Part { name: "initrd", path: &f.path, sha256: &f.sha256 });
+        let image = self.image.as_ref().map(|f| Part { name: "image", path: &f.path, sha256: &f.sha256 });
         [kernel, initrd, image].into_iter().flatten()
     }
 
@@ -318,7 +332,7 @@ impl Manifest {
             path.canonicalize().map_err(|source| ManifestError::Read { path: path.to_path_buf(), source })
         };
         let root = canonical(&self.dir)?;
-        for (key, file, digest) in self.files() {
+        for Part { name: key, path: file, sha256: digest } in self.parts() {
             if file.as_os_str().is_empty() || !file.components().all(|c| matches!(c, Component::Normal(_))) {
                 let reason = format!("path {file:?} is not one of a file below the image directory");
                 return Err(invalid(key, reason));

@@ -182,7 +182,9 @@ fn logs_of_all_parts_come_in_the_order_of_time() {
     assert!(done(&host.output(["logs", "--source", "shim,guest", "web"])).contains("console  INFO"));
     let console = done(&host.output(["console", "web"]));
     assert!(console.contains("Linux version"), "{console}");
-    assert_eq!(done(&host.output(["logs", "web"])), "from the container\n");
+    host.wait_for("the container's words", || {
+        (done(&host.output(["logs", "web"])) == "from the container\n").then_some(())
+    });
 
     let follower = host.ctl(["logs", "-f", "-s", "owner", "web"]).stdout(Stdio::piped()).spawn().unwrap();
     assert!(host.output(["kill", "web"]).status.success());
@@ -504,4 +506,26 @@ fn pods_of_containerd_are_looked_into_like_any_other() {
     let refused = host.output(["logs", "abab"]);
     assert!(stderr(&refused).contains("--source"), "{}", stderr(&refused));
     rig.remove(&id);
+}
+
+#[test]
+fn image_is_described_and_a_changed_file_of_it_is_found() {
+    let Some(host) = Host::new() else { return };
+    let told = json(&host.output(["image", "inspect", "--json"]));
+    let dir = PathBuf::from(told["directory"].as_str().unwrap());
+    assert!(done(&host.output(["image", "inspect"])).contains(told["kernel"]["release"].as_str().unwrap()));
+    let verified = json(&host.output(["image", "verify", "--json"]));
+    assert_eq!((&verified["sound"], &verified["files"][0]["fault"]), (&true.into(), &Value::Null));
+
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(&dir).unwrap().flatten().filter(|entry| entry.path().is_file()) {
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    let kernel = copy.path().join(told["kernel"]["path"].as_str().unwrap());
+    std::fs::OpenOptions::new().append(true).open(&kernel).unwrap().write_all(b"x").unwrap();
+    let output = host.output(["image", "verify", copy.path().to_str().unwrap()]);
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(text.contains("CHANGED") && text.contains(kernel.to_str().unwrap()), "{text}");
+    assert_eq!(text.lines().filter(|line| line.contains("  ok")).count(), 1, "{text}");
 }

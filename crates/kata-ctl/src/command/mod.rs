@@ -1,7 +1,6 @@
 //! The commands, one module each.
 
 pub mod analyze;
-pub mod build;
 pub mod bundle;
 pub mod check;
 pub mod config;
@@ -11,6 +10,7 @@ pub mod env;
 pub mod events;
 pub mod exec;
 pub mod guest;
+pub mod image;
 pub mod inspect;
 pub mod kill;
 pub mod list;
