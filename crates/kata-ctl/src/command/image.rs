@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use kata_config::{Artefacts, Config, Sources, paths};
 use kata_image::build::ImageBuilder;
-use kata_image::manifest::{Manifest, Part};
+use kata_image::manifest::{Manifest, ManifestError, Part};
 use serde_json::{Value, json};
 
 use super::Outcome;
@@ -56,10 +56,11 @@ fn verify(args: &ImageArgs) -> Outcome {
     let checked: Vec<_> = manifest.parts().map(|part| (manifest.verify_part(&part), part)).collect();
     let sound = checked.iter().all(|(outcome, _)| outcome.is_ok());
     if args.json {
-        let files: Vec<Value> = checked.iter().map(|(outcome, part)| {
+        let file = |(outcome, part): &(Result<(), ManifestError>, Part<'_>)| {
             let fault = outcome.as_ref().err().map(|error| chain(error));
             json!({ "part": part.name, "path": manifest.dir().join(part.path), "sha256": part.sha256, "fault": fault })
-        });
+        };
+        let files: Vec<Value> = checked.iter().map(file).collect();
         output::document(&json!({ "directory": manifest.dir(), "sound": sound, "files": files }))?;
     } else {
         let lines: Vec<[String; 3]> = checked
