@@ -131,6 +131,8 @@ impl Fault {
 pub enum Remark {
     /// A key that this version does not act on, with a value that asks for nothing.
     Idle,
+    /// Upstream's own part, which works otherwise than this version's: that is used.
+    Foreign,
     /// A key that is gone, with a value that asks for nothing.
     Removed(&'static Deprecation),
     /// The section of a driver that this version does not have.
@@ -143,6 +145,9 @@ pub enum Remark {
 impl fmt::Display for Remark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Foreign => {
+                f.write_str("upstream's virtio-fs daemon is started in another way; kata-virtiofsd is used")
+            }
             Self::Idle => f.write_str("not acted on by this version; the value asks for nothing"),
             Self::Removed(item) => {
                 write!(f, "removed [{} {}]; the value asks for nothing", item.id, item.title)

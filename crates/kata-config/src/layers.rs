@@ -375,6 +375,7 @@ impl Layers {
             return Ok(Standing::Unread);
         }
         match key.apply() {
+            Some(_) if key.is_foreign(value) => Ok(Standing::Noted(Remark::Foreign)),
             Some(apply) => apply(&mut self.config, value).map(|()| Standing::Effective),
             None if key.asks_for_nothing(value) => Ok(Standing::Noted(Remark::Idle)),
             None => Ok(Standing::Unmet(Fault::Planned { default: key.neutral() })),

@@ -79,6 +79,16 @@ macro_rules! settings {
     };
 }
 
+/// Where upstream and distributions install the daemon that upstream starts.
+const UPSTREAMS_DAEMON: &[&str] = &[
+    "\"/opt/kata/libexec/virtiofsd\"",
+    "\"/usr/libexec/virtiofsd\"",
+    "\"/usr/libexec/kata-qemu/virtiofsd\"",
+    "\"/usr/lib/qemu/virtiofsd\"",
+];
+/// What it is given there by default.
+const UPSTREAMS_ARGUMENTS: &str = "[\"--thread-pool-size=1\", \"-o\", \"announce_submounts\"]";
+
 settings! {
     /// `[hypervisor.qemu]`
     pub struct Qemu in "hypervisor.*": |config| config.hypervisor.qemu;
@@ -112,15 +122,16 @@ settings! {
     /// How host files reach the guest.
     shared_fs: SharedFs = SharedFs::VirtioFs,
         { .annotated().planned_words(&["virtio-fs-nydus", "inline-virtio-fs"]) };
-    /// The virtio-fs daemon.
+    /// The virtio-fs daemon. It is started as `PROGRAM --listen-fd N --shared-dir DIR --cache MODE` and the extra arguments,
+    /// which upstream's virtiofsd does not take: where that is named, `kata-virtiofsd` is used.
     #[serde(skip_serializing_if = "Option::is_none")]
     virtio_fs_daemon: Option<PathBuf> = None,
-        { .unset("`kata-virtiofsd`").annotated().reach(Reach::Program("valid_virtio_fs_daemon_paths")) };
+        { .unset("`kata-virtiofsd`").harmless(UPSTREAMS_DAEMON).annotated().reach(Reach::Program("valid_virtio_fs_daemon_paths")) };
     /// Caching in the guest of shared files.
     virtio_fs_cache: VirtioFsCache = VirtioFsCache::Auto, { .annotated() };
-    /// Further arguments of the virtio-fs daemon.
+    /// Further arguments of the virtio-fs daemon, as `kata-virtiofsd --help` lists them.
     virtio_fs_extra_args: Vec<String> = Vec::new(),
-        { .upstream("[\"--thread-pool-size=1\", \"-o\", \"announce_submounts\"]") .annotated().separator(Separator::Json).reach(Reach::Arguments) };
+        { .upstream(UPSTREAMS_ARGUMENTS).harmless(&[UPSTREAMS_ARGUMENTS]).annotated().separator(Separator::Json).reach(Reach::Arguments) };
     /// Verbose guest kernel and machine monitor; the console is in the owner's log at `debug`.
     enable_debug: bool = false;
     /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. The default is the strictest set that

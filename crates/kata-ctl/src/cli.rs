@@ -248,10 +248,10 @@ pub struct KillArgs {
     #[arg(long, conflicts_with_all = ["name", "signal", "container"])]
     pub reap_orphans: bool,
     /// Only tell what would be reaped
-    #[arg(long, requires = "reap_orphans")]
+    #[arg(long, requires = "reap_orphans", conflicts_with_all = ["name", "signal", "container"])]
     pub dry_run: bool,
     /// Print JSON
-    #[arg(long, requires = "reap_orphans")]
+    #[arg(long, requires = "reap_orphans", conflicts_with_all = ["name", "signal", "container"])]
     pub json: bool,
     /// Container of the pod [default: its only one]
     #[arg(short, long, value_name = "ID")]
@@ -342,6 +342,15 @@ mod tests {
         assert!(args.rm && args.interactive && args.tty && !args.detach);
         assert_eq!(args.words, ["oci:x", "sh", "-c", "-e", "--rm"]);
         assert_eq!(args.env, ["A=1", "B"]);
+    }
+
+    #[test]
+    fn what_is_only_to_be_told_never_kills_a_pod() {
+        for line in ["kill --dry-run web", "kill --json web", "kill web --reap-orphans", "kill --dry-run"] {
+            let words = std::iter::once("kata-ctl").chain(line.split_whitespace());
+            assert!(Cli::try_parse_from(words).is_err(), "{line}");
+        }
+        assert!(Cli::try_parse_from(["kata-ctl", "kill", "--reap-orphans", "--dry-run"]).is_ok());
     }
 
     #[test]

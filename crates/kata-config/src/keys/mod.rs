@@ -111,7 +111,8 @@ pub struct Key {
     upstream_default: Option<&'static str>,
     /// What holds where nothing is written, in words.
     unset: Option<&'static str>,
-    /// Further values that ask for nothing this version does not do anyway, as TOML.
+    /// Further values that ask for nothing this version does not do anyway, as TOML; of a supported key, those that name a
+    /// part of upstream's which this version has its own of.
     harmless: &'static [&'static str],
     /// Every value asks for nothing: there is nothing yet that the key would restrict or tune.
     inert: bool,
@@ -230,7 +231,7 @@ impl Key {
         Self { unset: Some(words), ..self }
     }
 
-    const fn harmless(self, values: &'static [&'static str]) -> Self {
+    pub(crate) const fn harmless(self, values: &'static [&'static str]) -> Self {
         Self { harmless: values, ..self }
     }
 
@@ -334,11 +335,15 @@ impl Key {
 
     /// Whether `value` asks for nothing that this version would have to do.
     pub(crate) fn asks_for_nothing(&self, value: &DeValue<'_>) -> bool {
-        let same = |text: &str| DeValue::parse(text).is_ok_and(|other| equal(other.get_ref(), value));
         // `false` may well ask for something, of a key that switches a thing off.
         let off = !value.is_bool() && is_off(value);
-        let listed = self.upstream_default.iter().chain(self.harmless).any(|text| same(text));
+        let listed = self.upstream_default.iter().chain(self.harmless).any(|text| same(text, value));
         self.inert || off || listed
+    }
+
+    /// Whether `value` names a part of upstream's that this version has its own of.
+    pub(crate) fn is_foreign(&self, value: &DeValue<'_>) -> bool {
+        self.is_supported() && self.harmless.iter().any(|text| same(text, value))
     }
 
     /// A value that asks for nothing.
@@ -352,6 +357,10 @@ impl Key {
             Status::Planned => None,
         }
     }
+}
+
+fn same(text: &str, value: &DeValue<'_>) -> bool {
+    DeValue::parse(text).is_ok_and(|other| equal(other.get_ref(), value))
 }
 
 impl fmt::Debug for Key {

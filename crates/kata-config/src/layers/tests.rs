@@ -46,3 +46,16 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn upstreams_file_server_is_noted_and_the_own_one_is_used() {
+    let text = "[hypervisor.qemu]\nvirtio_fs_daemon = \"/opt/kata/libexec/virtiofsd\"\n\
+        virtio_fs_extra_args = [\"--thread-pool-size=1\", \"-o\", \"announce_submounts\"]\n";
+    let reading = Reading::of_text(Path::new("upstream.toml"), text).unwrap();
+    assert_eq!(reading.config, Config::default());
+    assert_eq!(reading.notes.len(), 2);
+    assert!(reading.notes[0].to_string().contains("kata-virtiofsd is used"), "{}", reading.notes[0]);
+    let other = text.replace("/opt/kata/libexec/virtiofsd", "/srv/virtiofsd");
+    let reading = Reading::of_text(Path::new("own.toml"), &other).unwrap();
+    assert_eq!(reading.config.hypervisor.qemu.virtio_fs_daemon, Some("/srv/virtiofsd".into()));
+}

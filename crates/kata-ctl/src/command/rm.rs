@@ -2,7 +2,7 @@
 
 use super::Outcome;
 use crate::cli::RmArgs;
-use crate::failure::{Failure, chain};
+use crate::failure::{Failure, NO_SUCH, chain};
 use crate::pod::{Client, PodDir, PodState, delete};
 
 /// Removes each pod; one that cannot be removed does not keep the others.
@@ -12,7 +12,8 @@ pub async fn run(args: &RmArgs) -> Outcome {
         match remove(name, args.force).await {
             Ok(()) => println!("{name}"),
             Err(failure) => {
-                code = 1;
+                let unknown = failure.error.as_ref().is_some_and(|error| crate::pod::is_unknown(&**error));
+                code = code.max(if unknown { NO_SUCH } else { 1 });
                 if let Some(error) = failure.error {
                     eprintln!("kata-ctl: {}", chain(&*error));
                 }

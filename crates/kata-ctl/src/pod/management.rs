@@ -19,7 +19,7 @@ const ANSWER_MAX: usize = 8 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ManagementError {
     /// Nobody listens.
-    #[error("cannot reach the pod's owner at {}; see `kata-ctl ps -a`", path.display())]
+    #[error("cannot reach the pod's owner at {}; see `kata-ctl list -a`", path.display())]
     Connect {
         /// The socket.
         path: PathBuf,

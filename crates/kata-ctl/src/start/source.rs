@@ -16,7 +16,7 @@ const FILE_MAX: u64 = 16 << 20;
 pub enum SourceError {
     /// Nothing of that name.
     #[error(
-        "there is no pod, kept start or file named {0}; see `kata-ctl ps -a`, or take the last start with --last"
+        "there is no pod, kept start or file named {0}; see `kata-ctl list -a`, or take the last start with --last"
     )]
     Unknown(String),
     /// No pod was started yet.

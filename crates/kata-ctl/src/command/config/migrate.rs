@@ -1,7 +1,7 @@
 //! `config migrate`: a file of upstream's as one of ours, comments kept, and an account of what became of the rest.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kata_config::{ConfigErrors, Reading, Remark};
 use serde_json::json;
@@ -36,9 +36,13 @@ const MOVES: &[(&str, &str, Convert)] = &[
     ("hypervisor.qemu.seccompsandbox", "hypervisor.qemu.seccomp_sandbox", unchanged),
 ];
 
-/// Upstream's virtio-fs daemon takes other arguments than ours, so neither it nor what is meant for it can stay.
+/// Upstream's virtio-fs daemon takes other arguments than ours: what is meant for it cannot stay either.
 const DAEMON: &str = "hypervisor.qemu.virtio_fs_daemon";
 const DAEMON_ARGUMENTS: &str = "hypervisor.qemu.virtio_fs_extra_args";
+/// Where upstream and distributions install the guest that upstream boots, which knows neither our root nor our agent.
+const UPSTREAMS_GUEST: [&str; 2] = ["/opt/kata/share/kata-containers", "/usr/share/kata-containers"];
+/// Upstream's default, which is too short for an emulated guest.
+const UPSTREAMS_PATIENCE: u64 = 3000;
 
 /// What became of a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +51,8 @@ enum Fate {
     Dropped,
     /// It has another name.
     Moved,
+    /// It is in the file, and is upstream's default where this version's is stricter.
+    Kept,
     /// It asked for what this version does not do.
     Lost,
 }
@@ -56,6 +62,7 @@ impl Fate {
         match self {
             Self::Dropped => "dropped",
             Self::Moved => "moved",
+            Self::Kept => "kept",
             Self::Lost => "lost",
         }
     }
@@ -117,13 +124,24 @@ fn migrate(file: &Path, text: &str) -> Result<(String, Vec<Account>), Failure> {
     for error in &reading.unmet {
         let value = take(document.as_table_mut(), &error.key);
         let moved = value.as_ref().and_then(|value| moved(document.as_table_mut(), &error.key, value));
-        accounts.push(match moved {
-            Some(to) => Account { fate: Fate::Moved, key: error.key.clone(), why: format!("now {to}") },
-            None => Account { fate: Fate::Lost, key: error.key.clone(), why: error.fault.to_string() },
-        });
+        let (fate, why) = match moved {
+            Some((to, true)) => (Fate::Moved, format!("now {to}")),
+            Some((to, false)) => (Fate::Dropped, format!("{to} is set already, and counts")),
+            None => (Fate::Lost, error.fault.to_string()),
+        };
+        accounts.push(Account { fate, key: error.key.clone(), why });
     }
-    accounts.extend(upstreams_daemon(document.as_table_mut(), &reading));
-    accounts.sort_by_key(|account| account.fate == Fate::Lost);
+    for (key, why) in upstreams_own(&reading) {
+        if take(document.as_table_mut(), key).is_some() {
+            accounts.push(Account { fate: Fate::Dropped, key: key.to_owned(), why: why.to_owned() });
+        }
+    }
+    accounts.extend(weaker(&reading));
+    accounts.sort_by_key(|account| match account.fate {
+        Fate::Dropped | Fate::Moved => 0,
+        Fate::Kept => 1,
+        Fate::Lost => 2,
+    });
     prune(document.as_table_mut());
     let result = document.to_string();
     check(file, &result).map_err(|faults| MigrateError::Result { path: name, faults })?;
@@ -145,15 +163,47 @@ fn check(file: &Path, result: &str) -> Result<(), String> {
     if text.is_empty() { Ok(()) } else { Err(text.trim_end().to_owned()) }
 }
 
-fn upstreams_daemon(document: &mut Table, reading: &Reading) -> Vec<Account> {
+/// Settings that name parts of upstream's, with what holds without them.
+fn upstreams_own(reading: &Reading) -> Vec<(&'static str, &'static str)> {
+    const GUEST: &str = "upstream's guest; this version's own is booted";
     let qemu = &reading.config.hypervisor.qemu;
-    let upstreams = qemu.virtio_fs_daemon.as_ref().is_some_and(|path| path.ends_with("virtiofsd"));
-    let why = "upstream's daemon is started in another way; kata-virtiofsd is used";
+    let theirs = |path: &Option<PathBuf>| {
+        path.as_ref().is_some_and(|path| UPSTREAMS_GUEST.iter().any(|dir| path.starts_with(dir)))
+    };
+    let daemon = reading.notes.iter().any(|note| note.key == DAEMON);
+    let mut own = vec![
+        (theirs(&qemu.kernel), "hypervisor.qemu.kernel", GUEST),
+        (theirs(&qemu.image), "hypervisor.qemu.image", GUEST),
+        (theirs(&qemu.initrd), "hypervisor.qemu.initrd", GUEST),
+        (daemon, DAEMON_ARGUMENTS, "meant for upstream's virtio-fs daemon"),
+    ];
+    let absent = qemu.path.as_ref().is_some_and(|path| path.starts_with("/opt/kata") && !path.exists());
+    own.push((absent, "hypervisor.qemu.path", "not on this host; QEMU is taken from PATH"));
+    let hasty = reading.config.agent.kata.reconnect_timeout_ms == UPSTREAMS_PATIENCE;
+    own.push((hasty, "agent.kata.reconnect_timeout_ms", "upstream's default; here it is 60000"));
+    own.into_iter().filter(|(drop, ..)| *drop).map(|(_, key, why)| (key, why)).collect()
+}
+
+/// Settings that stay, and that are less strict than what this version does without them.
+fn weaker(reading: &Reading) -> Vec<Account> {
+    let config = &reading.config;
+    let kept = |key: &str, why: &str| Account { fate: Fate::Kept, key: key.to_owned(), why: why.to_owned() };
     let mut accounts = Vec::new();
-    for key in [DAEMON, DAEMON_ARGUMENTS].into_iter().filter(|_| upstreams) {
-        if take(document, key).is_some() {
-            accounts.push(Account { fate: Fate::Dropped, key: key.to_owned(), why: why.to_owned() });
-        }
+    if reading.written.contains_key("hypervisor.qemu.seccomp_sandbox")
+        && config.hypervisor.qemu.seccomp_sandbox.is_empty()
+    {
+        accounts.push(kept(
+            "hypervisor.qemu.seccomp_sandbox",
+            "QEMU runs without its filter; without this line it has one",
+        ));
+    }
+    if config.runtime.disable_guest_seccomp {
+        let why = "seccomp profiles are not applied; without this line they are";
+        accounts.push(kept("runtime.disable_guest_seccomp", why));
+    }
+    if !config.hypervisor.qemu.enable_annotations.is_empty() {
+        let why = "pods may change these settings; without this line they change none";
+        accounts.push(kept("hypervisor.qemu.enable_annotations", why));
     }
     accounts
 }
@@ -168,8 +218,8 @@ fn take(document: &mut Table, path: &str) -> Option<Item> {
     table.remove(name)
 }
 
-/// Puts a value where it belongs here, unless that place is taken already; where that is.
-fn moved(document: &mut Table, path: &str, value: &Item) -> Option<&'static str> {
+/// Puts a value where it belongs here, unless that place is taken already; where that is, and whether it is there now.
+fn moved(document: &mut Table, path: &str, value: &Item) -> Option<(&'static str, bool)> {
     let (_, to, convert) = MOVES.iter().find(|(from, ..)| *from == path)?;
     let value = convert(value.as_value()?)?;
     let (section, name) = to.rsplit_once('.')?;
@@ -182,8 +232,9 @@ fn moved(document: &mut Table, path: &str, value: &Item) -> Option<&'static str>
         };
         table = table.entry(part).or_insert_with(implicit).as_table_mut()?;
     }
+    let free = !table.contains_key(name);
     table.entry(name).or_insert(Item::Value(value));
-    Some(to)
+    Some((to, free))
 }
 
 fn unchanged(value: &Value) -> Option<Value> {

@@ -75,3 +75,33 @@ fn every_file_of_upstreams_can_be_migrated() {
     }
     assert_eq!(count, 29);
 }
+
+#[test]
+fn a_value_whose_new_place_is_taken_is_dropped_and_said_to_be() {
+    let (result, fates) =
+        migrated("[agent.kata]\nreconnect_timeout_ms = 100\ndial_timeout = 60\n");
+    assert_eq!(result, "[agent.kata]\nreconnect_timeout_ms = 100\n");
+    assert_eq!(fates, [(Fate::Dropped, "agent.kata.dial_timeout".to_owned())]);
+}
+
+#[test]
+fn what_stays_less_strict_than_the_defaults_is_named() {
+    let text = "[hypervisor.qemu]\nseccomp_sandbox = \"\"\nenable_annotations = [\"kernel_params\"]\n";
+    let (result, fates) = migrated(text);
+    assert_eq!(result, text);
+    assert_eq!(
+        fates,
+        [
+            (Fate::Kept, "hypervisor.qemu.seccomp_sandbox".to_owned()),
+            (Fate::Kept, "hypervisor.qemu.enable_annotations".to_owned()),
+        ]
+    );
+}
+
+#[test]
+fn upstreams_guest_gives_way_to_the_own_one_and_anybody_elses_stays() {
+    let (result, _) = migrated(
+        "[hypervisor.qemu]\nkernel = \"/opt/kata/share/kata-containers/vmlinux.container\"\nimage = \"/srv/my.img\"\n",
+    );
+    assert_eq!(result, "[hypervisor.qemu]\nimage = \"/srv/my.img\"\n");
+}
