@@ -241,6 +241,9 @@ fn cpu_ticks(stat: &str) -> Vec<(String, u64)> {
         .collect()
 }
 
+/// Labels that a figure may have; those that there are have six.
+const LABELS_MAX: usize = 32;
+
 /// One line with a figure, taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample<'a> {
@@ -287,7 +290,13 @@ fn labels(mut rest: &str) -> Option<(Vec<(&str, &str)>, &str)> {
         let (name, after) = rest.split_once("=\"")?;
         let end = closing_quote(after)?;
         let (value, after) = after.split_at_checked(end)?;
-        if !is_name(name, false) || labels.iter().any(|(known, _)| *known == name) {
+        // What begins like that is the scraper's own: it takes `__name__` for the name of the family.
+        let reserved = name.starts_with("__");
+        if labels.len() == LABELS_MAX
+            || reserved
+            || !is_name(name, false)
+            || labels.iter().any(|(known, _)| *known == name)
+        {
             return None;
         }
         labels.push((name, value));
@@ -324,6 +333,21 @@ fn is_name(text: &str, colons: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_that_are_the_scrapers_own_or_without_end_are_refused() {
+        assert_eq!(Sample::parse("a{__name__=\"b c\"} 1"), None);
+        let with = |count: usize| {
+            let labels: Vec<String> = (0..count).map(|number| format!("l{number}=\"\"")).collect();
+            format!("a{{{}}} 1", labels.join(","))
+        };
+        assert!(Sample::parse(&with(LABELS_MAX)).is_some());
+        assert_eq!(Sample::parse(&with(LABELS_MAX + 1)), None);
+        // Not in the square of their number.
+        let begin = std::time::Instant::now();
+        assert_eq!(Sample::parse(&with(300_000)), None);
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    }
 
     #[test]
     fn a_family_is_written_with_its_samples() {

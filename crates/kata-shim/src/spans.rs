@@ -12,6 +12,7 @@
 //! Off, it costs one look at a flag for each call: no task, no thread, no memory. On, one task sends what has come together
 //! each second. A collector that is slow or gone loses spans, and nothing else.
 
+use std::net::ToSocketAddrs;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -248,17 +249,29 @@ impl Collector {
 /// A connection that is made in the network namespace `from`: the owner of a pod is in the pod's. Only a thread of its own
 /// can go there and take nobody else along.
 async fn connected(authority: String, from: Option<Arc<OwnedFd>>) -> std::io::Result<tokio::net::TcpStream> {
-    let connect = move || {
-        let Some(from) = from else { return std::net::TcpStream::connect(&authority) };
+    let work = move || {
+        let Some(from) = from else { return connect(&authority) };
         let there = std::thread::spawn(move || {
             move_into_link_name_space(std::os::fd::AsFd::as_fd(&*from), Some(LinkNameSpaceType::Network))?;
-            std::net::TcpStream::connect(&authority)
+            connect(&authority)
         });
         there.join().unwrap_or_else(|_| Err(std::io::Error::other("the connecting thread panicked")))
     };
-    let stream = tokio::task::spawn_blocking(connect).await.map_err(std::io::Error::other)??;
+    let stream = tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)??;
     stream.set_nonblocking(true)?;
     tokio::net::TcpStream::from_std(stream)
+}
+
+/// A collector that swallows packets holds the thread no longer than it holds a delivery.
+fn connect(authority: &str) -> std::io::Result<std::net::TcpStream> {
+    let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
+    for address in authority.to_socket_addrs()? {
+        match std::net::TcpStream::connect_timeout(&address, DELIVERY) {
+            Err(error) => last = error,
+            connected => return connected,
+        }
+    }
+    Err(last)
 }
 
 /// The request's body: `ExportTraceServiceRequest` in OTLP's JSON.

@@ -111,7 +111,13 @@ fn offline(directory: &Path, prefix: &str) -> Result<Vec<PathBuf>, RpcError> {
 ///
 /// # Errors
 /// A path that is none of the guest's, or what the system says.
-pub fn volume_stats(path: &str) -> Result<VolumeStatsResponse, RpcError> {
+pub async fn volume_stats(path: String) -> Result<VolumeStatsResponse, RpcError> {
+    // A file system whose server is away keeps whoever asks.
+    let asked = tokio::task::spawn_blocking(move || file_system(&path)).await;
+    asked.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+}
+
+fn file_system(path: &str) -> Result<VolumeStatsResponse, RpcError> {
     if !Path::new(path).is_absolute() {
         return Err(RpcError::Invalid(format!("volume {path:?} is not an absolute path")));
     }
@@ -159,12 +165,12 @@ mod tests {
 
     #[test]
     fn a_volume_has_space_and_files() {
-        let stats = volume_stats("/").unwrap();
+        let stats = file_system("/").unwrap();
         let units: Vec<_> = stats.usage.iter().map(|usage| usage.unit.enum_value_or_default()).collect();
         assert_eq!(units, [volume_usage::Unit::BYTES, volume_usage::Unit::INODES]);
         assert!(stats.usage[0].total >= stats.usage[0].used && stats.usage[0].total > 0);
-        assert!(matches!(volume_stats("/no/such"), Err(RpcError::NoVolume(_))));
-        assert!(matches!(volume_stats("relative"), Err(RpcError::Invalid(_))));
+        assert!(matches!(file_system("/no/such"), Err(RpcError::NoVolume(_))));
+        assert!(matches!(file_system("relative"), Err(RpcError::Invalid(_))));
     }
 
     #[test]

@@ -247,7 +247,7 @@ impl AgentService for Handlers {
         _: &TtrpcContext,
         req: wire::VolumeStatsRequest,
     ) -> Answer<kata_api::csi::VolumeStatsResponse> {
-        answer("GetVolumeStats", guest::volume_stats(&req.volume_guest_path))
+        answer("GetVolumeStats", guest::volume_stats(req.volume_guest_path).await)
     }
 
     async fn get_diagnostic_data(

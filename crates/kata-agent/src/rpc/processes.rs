@@ -1,6 +1,7 @@
 //! `GetDiagnosticData`: the processes of the guest, for those who look into a pod.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::path::Path;
 
 use kata_api::agent::GetDiagnosticDataRequest;
@@ -13,7 +14,7 @@ use super::error::RpcError;
 /// Most processes that are told of.
 const MOST: usize = 4096;
 /// Most bytes of a command line that are told.
-const COMMAND_MAX: usize = 1024;
+const COMMAND_MAX: u64 = 1024;
 
 /// Answers for the one kind of data that there is.
 ///
@@ -25,7 +26,10 @@ pub async fn diagnostic(agent: &Agent, request: &GetDiagnosticDataRequest) -> Re
     }
     let wanted = Some(request.container_id.as_str()).filter(|id| !id.is_empty());
     let owners = owners(agent, wanted).await?;
-    let found = list(Path::new("/proc"), &owners, wanted.is_some());
+    let owned_only = wanted.is_some();
+    // Reading another's command line may wait for its memory: not on the thread that serves everybody else.
+    let list = tokio::task::spawn_blocking(move || list(Path::new("/proc"), &owners, owned_only));
+    let found = list.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?;
     serde_json::to_string(&found).map_err(|error| RpcError::State(error.to_string()))
 }
 
@@ -97,12 +101,21 @@ fn read(dir: &Path, pid: u32, container: String, uptime_us: u64) -> Option<Guest
         cpu_time_us: (number(14)? + number(15)?) * ticks_us,
         rss_bytes: number(24)? * u64::try_from(page_size()).unwrap_or(4096),
         age_us: uptime_us.saturating_sub(number(22)? * ticks_us),
-        command: command(&std::fs::read(dir.join("cmdline")).unwrap_or_default(), name),
+        command: command(&command_line(dir), name),
     })
 }
 
+/// Its beginning; the whole may be as long as a process has memory.
+fn command_line(dir: &Path) -> Vec<u8> {
+    let mut line = Vec::new();
+    if let Ok(file) = std::fs::File::open(dir.join("cmdline")) {
+        // What was read until an error is what there is.
+        let _ = file.take(COMMAND_MAX).read_to_end(&mut line);
+    }
+    line
+}
+
 fn command(line: &[u8], name: &str) -> Vec<String> {
-    let line = line.get(..COMMAND_MAX).unwrap_or(line);
     let words: Vec<String> = line
         .strip_suffix(b"\0")
         .unwrap_or(line)

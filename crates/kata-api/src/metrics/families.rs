@@ -41,7 +41,9 @@ impl Families {
                 if !rest.chars().any(char::is_control) {
                     of_text.entry(name).or_default().1 = rest;
                 }
-            } else if let Some(sample) = Sample::parse(line).filter(|_| left > 0) {
+            } else if left == 0 {
+                break;
+            } else if let Some(sample) = Sample::parse(line) {
                 let family = family_of(sample.name, &of_text);
                 if wanted(family) {
                     left -= 1;

@@ -77,9 +77,9 @@ pub async fn run(args: &BundleArgs) -> Outcome {
     Ok(0)
 }
 
-/// For its owner's eyes alone, whatever the redaction has missed.
+/// For its owner's eyes alone, whatever the redaction has missed: a file that is there already may be somebody else's.
 fn create(path: &Path) -> Result<std::fs::File, Failure> {
-    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     opened.map_err(|error| Failure::text(format!("cannot write {}: {error}", path.display())))
 }
 

@@ -1,5 +1,8 @@
 //! `kill`: a signal to a container's first process; or the end of what dead owners have left.
 
+use std::path::Path;
+use std::time::Duration;
+
 use kata_config::paths;
 use serde::Serialize;
 
@@ -45,8 +48,14 @@ struct Stray {
 async fn reap(args: &KillArgs) -> Outcome {
     let mut orphans = Vec::new();
     for pod in PodDir::all()? {
-        if is_orphan(&pod).await? {
-            orphans.push(reaped(&pod, args.dry_run).await);
+        match is_orphan(&pod).await {
+            Ok(true) => orphans.push(reaped(&pod, args.dry_run).await),
+            Ok(false) => {}
+            // One that cannot be judged is left alone, and keeps no other.
+            Err(failure) => {
+                let error = failure.error.map(|error| chain(&*error));
+                orphans.push(Orphan { pod: pod.name.clone(), recorded: 0, reaped: false, error });
+            }
         }
     }
     let strays = strays();
@@ -63,9 +72,16 @@ async fn reap(args: &KillArgs) -> Outcome {
 async fn is_orphan(pod: &PodDir) -> Result<bool, Failure> {
     Ok(match PodState::load(&pod.run_dir)? {
         Some(state) => !state.is_stopped() && !state.owner_lives(),
-        // One that is about to write its state answers.
-        None => Client::connect(pod).await.is_err(),
+        // One that is about to write its state answers; and one that is about to answer was made just now.
+        None => !is_young(&pod.run_dir) && Client::connect(pod).await.is_err(),
     })
+}
+
+/// Whether a pod's directory is younger than any owner takes to listen. One whose age nobody knows counts as such.
+fn is_young(run_dir: &Path) -> bool {
+    let age =
+        std::fs::metadata(run_dir).and_then(|dir| dir.modified()).ok().and_then(|made| made.elapsed().ok());
+    age.is_none_or(|age| age < YOUTH)
 }
 
 async fn reaped(pod: &PodDir, dry_run: bool) -> Orphan {
@@ -74,6 +90,9 @@ async fn reaped(pod: &PodDir, dry_run: bool) -> Orphan {
     let error = result.err().map(|error| chain(&error));
     Orphan { pod: pod.name.clone(), recorded, reaped: !dry_run && error.is_none(), error }
 }
+
+/// See [`is_young`].
+const YOUTH: Duration = Duration::from_secs(60);
 
 /// Programs that serve a pod.
 const PROGRAMS: [&str; 4] = ["kata-vmm", "kata-virtiofsd", "containerd-shim-kata-v2", "qemu-system-"];

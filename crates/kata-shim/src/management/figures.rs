@@ -68,10 +68,16 @@ async fn start(out: &mut Exposition, pod: &Sandbox) {
     }
 }
 
+/// Most of a guest's text that is looked at; a guest has some 60 kB.
+const GUEST_TEXT_MAX: usize = 1 << 20;
+
 /// What the guest says of itself, if it says anything in time.
 async fn guest(out: &mut Exposition, pod: &Sandbox) {
     let Ok(guest) = pod.guest() else { return };
     match guest.metrics().await {
+        Ok(text) if text.len() > GUEST_TEXT_MAX => {
+            tracing::warn!(bytes = text.len(), "the guest tells too much: its figures are left out");
+        }
         Ok(text) => {
             let mut families = Families::default();
             let own = |name: &str| name.starts_with("kata_agent_") || name.starts_with("kata_guest_");

@@ -29,17 +29,22 @@ const NAMES: &str = "pass(?:word|wd|phrase)?|secret|token|credential|api[-_.]?ke
 
 /// The patterns, compiled once; that they can be is tested.
 static SHAPES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
-    let named =
-        format!(r#"(?i)((?:[\w.\-]*(?:{NAMES})[\w.\-]*)["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;}}\]]+)"#);
-    let shapes: [(&str, &str); 7] = [
+    let named = format!(
+        r#"(?i)((?:[\w.\-]*(?:{NAMES})[\w.\-]*)["']?\s*[=:]\s*)("(?:\\.|[^"\\])*"|'[^']*'|[^\s,;}}\]]+)"#
+    );
+    // In a text of a command: in a list of words it is the next one.
+    let flag = format!(r#"(?i)((?:^|[\s"'])--?[\w\-]*(?:{NAMES})[\w\-]*)\s+[^\s"']+"#);
+    let shapes: [(&str, &str); 9] = [
         (r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\z)", REDACTED),
-        // scheme://user:password@host
-        (r"([a-zA-Z][a-zA-Z0-9+.\-]*://)[^/\s@]+@", "${1}[redacted]@"),
+        // scheme://user:password@host; a password may have any of the characters that end an address.
+        (r#"([a-zA-Z][a-zA-Z0-9+.\-]*://)[^\s"'<>]+@"#, "${1}[redacted]@"),
+        (r#"(?i)(\bauthorization["']?\s*[=:]\s*["']?)[^"'\r\n]+"#, "${1}[redacted]"),
         (r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/=._~\-]{6,}", "${1} [redacted]"),
         // JSON web tokens, and the well-known prefixes of cloud and registry tokens.
         (r"\beyJ[A-Za-z0-9_\-]{6,}(?:\.[A-Za-z0-9_\-]*)*", REDACTED),
         (r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b", REDACTED),
         (r"\b(?:gh[pousr]_|github_pat_|glpat-|dckr_pat_|xox[abprs]-)[A-Za-z0-9_\-]{8,}", REDACTED),
+        (&flag, "${1} [redacted]"),
         (&named, "${1}[redacted]"),
     ];
     shapes.iter().filter_map(|(pattern, with)| Some((Regex::new(pattern).ok()?, *with))).collect()
@@ -47,7 +52,7 @@ static SHAPES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
 static SECRET_NAME: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(&format!("(?i)(?:{NAMES})")).ok());
 /// Number of patterns that there have to be.
 #[cfg(test)]
-const SHAPE_COUNT: usize = 7;
+const SHAPE_COUNT: usize = 9;
 
 /// What is taken out.
 #[derive(Default)]
@@ -182,6 +187,11 @@ mod tests {
             "https://user:hunter22x@registry.example/v2/",
             "-----BEGIN RSA PRIVATE KEY-----\nhunter22x\n-----END RSA PRIVATE KEY-----",
             "sent Bearer hunter22x.abc",
+            "Authorization: ApiKey hunter22x",
+            "sh -c 'app --token hunter22x --level 3'",
+            "postgres://user:pa/hunter22x@db",
+            "postgres://user:p@hunter22x@db",
+            r#"password: "a\"hunter22x""#,
         ] {
             let redacted = redaction(&[]).text(text);
             assert!(

@@ -40,8 +40,8 @@ pub enum ArchiveError {
         #[source]
         source: io::Error,
     },
-    /// A directory is in the way.
-    #[error("{} exists: remove it, or copy to another name", .0.display())]
+    /// A directory or a device is in the way.
+    #[error("{} is there already and no plain file: remove it, or copy to another name", .0.display())]
     Exists(PathBuf),
 }
 
@@ -58,6 +58,8 @@ pub fn pack(from: &Path, name: &str, stream: Option<FifoWriter>) -> Result<(), A
     let Some(stream) = stream else { return Ok(()) };
     let mut builder = Builder::new(BufWriter::with_capacity(64 << 10, stream));
     builder.follow_symlinks(false);
+    // Not every tar knows how to read holes.
+    builder.sparse(false);
     let metadata = std::fs::symlink_metadata(from).map_err(file("read", from))?;
     let packed = if metadata.is_dir() {
         builder.append_dir_all(name, from)
@@ -81,7 +83,8 @@ pub fn unpack(stream: Option<FifoReader>, name: &str, to: &Path) -> Result<(), A
 }
 
 fn receive(stream: &mut impl Read, name: &str, to: &Path) -> Result<(), ArchiveError> {
-    if to.is_dir() {
+    // What is a device or leads to one, as /dev/stdout does, is not there to be replaced by a file.
+    if std::fs::metadata(to).is_ok_and(|there| !there.is_file()) {
         return Err(ArchiveError::Exists(to.to_owned()));
     }
     let beside = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
@@ -236,6 +239,16 @@ mod tests {
     const DIR: EntryType = EntryType::Directory;
     const FILE: EntryType = EntryType::Regular;
     const LINK: EntryType = EntryType::Symlink;
+
+    #[test]
+    fn what_is_or_leads_to_a_device_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("stdout");
+        std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+        let result = receive(&mut stream(&[("d", FILE, "text")]).as_slice(), "d", &link);
+        assert!(matches!(result, Err(ArchiveError::Exists(_))), "{result:?}");
+        assert!(link.is_symlink());
+    }
 
     #[test]
     fn a_tree_arrives_under_its_new_name_without_set_id_bits() {

@@ -116,6 +116,9 @@ fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
+/// Bytes that an exit code may have, with what the terminal adds.
+const CODE_MAX: usize = 64;
+
 /// Finds the command's output between the marks.
 struct Answer {
     begin: Vec<u8>,
@@ -137,11 +140,20 @@ impl Answer {
     fn take(&mut self, new: &[u8]) -> (Vec<u8>, Option<u32>) {
         self.held.extend_from_slice(new);
         if !self.begun {
-            let Some(at) = find(&self.held, &self.begin) else { return (Vec::new(), None) };
+            let Some(at) = find(&self.held, &self.begin) else {
+                // The shell's greetings; what may be the beginning of the mark is kept.
+                let keep = self.begin.len().min(self.held.len());
+                self.held.drain(..self.held.len() - keep);
+                return (Vec::new(), None);
+            };
             let rest = at + self.begin.len();
             let Some(line) =
                 self.held.get(rest..).and_then(|rest| rest.iter().position(|byte| *byte == b'\n'))
             else {
+                if self.held.len() - rest > CODE_MAX {
+                    // Not the mark: that ends its line.
+                    self.held.drain(..rest);
+                }
                 return (Vec::new(), None);
             };
             self.translated = line == 1;
@@ -154,8 +166,13 @@ impl Answer {
             let output = self.held.drain(..self.held.len() - keep).collect();
             return (self.plain(output), None);
         };
-        let code = self.held.get(at + self.end.len()..).and_then(parse_code);
-        match code {
+        let after = self.held.get(at + self.end.len()..).unwrap_or_default();
+        match parse_code(after) {
+            // No code is as long: a guest that goes on says nothing that is of use.
+            None if after.len() > CODE_MAX => {
+                let output = self.held.drain(..).collect();
+                (self.plain(output), Some(u32::from(u8::MAX)))
+            }
             Some(code) => {
                 let output = self.held.drain(..at).collect();
                 (self.plain(output), Some(code))
@@ -213,6 +230,18 @@ mod tests {
                 (output, code)
             })
             .into()
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_and_on_is_not_kept() {
+        let mut answer = Answer::new("77");
+        for _ in 0..100 {
+            assert_eq!(answer.take(&[b'x'; 1000]), (Vec::new(), None));
+        }
+        assert!(answer.held.len() < 100, "{}", answer.held.len());
+        assert_eq!(answer.take(b"\x1eB77\nout"), (Vec::new(), None));
+        let (_, code) = answer.take(&[b"\x1eE77:".as_slice(), &[b'9'; 100]].concat());
+        assert_eq!(code, Some(255));
     }
 
     #[test]

@@ -78,8 +78,7 @@ fn every_file_of_upstreams_can_be_migrated() {
 
 #[test]
 fn a_value_whose_new_place_is_taken_is_dropped_and_said_to_be() {
-    let (result, fates) =
-        migrated("[agent.kata]\nreconnect_timeout_ms = 100\ndial_timeout = 60\n");
+    let (result, fates) = migrated("[agent.kata]\nreconnect_timeout_ms = 100\ndial_timeout = 60\n");
     assert_eq!(result, "[agent.kata]\nreconnect_timeout_ms = 100\n");
     assert_eq!(fates, [(Fate::Dropped, "agent.kata.dial_timeout".to_owned())]);
 }
