@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use kata_api::agent::{
     ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
     CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetDiagnosticDataRequest,
-    GetIPTablesRequest, GetMetricsRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest,
-    ReadStreamResponse, RemoveContainerRequest, ResizeVolumeRequest, ResumeContainerRequest, Routes,
-    SetIPTablesRequest, SetPolicyRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
-    UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
+    GetIPTablesRequest, GetMetricsRequest, GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest,
+    PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
+    ResizeVolumeRequest, ResumeContainerRequest, Routes, SetIPTablesRequest, SetPolicyRequest,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::csi::VolumeStatsResponse;
@@ -281,6 +282,19 @@ impl Agent {
         let mut request = UpdateContainerRequest { container_id: container.to_owned(), ..Default::default() };
         request.resources = Some(resources).into();
         done("UpdateContainer", PROMPT, self.service.update_container(within(PROMPT), &request)).await
+    }
+
+    /// Size of the blocks that memory can be added to the guest in, in bytes; 0 where its kernel does not tell.
+    pub(crate) async fn memory_block(&self) -> Result<u64, AgentError> {
+        let request = GuestDetailsRequest { mem_block_size: true, ..Default::default() };
+        let answer = self.service.get_guest_details(within(PROMPT), &request);
+        bounded("GetGuestDetails", PROMPT, answer).await.map(|details| details.mem_block_size_bytes)
+    }
+
+    /// Has the guest bring to use what was added to its machine: so many CPUs and, unless `cpu_only`, all memory.
+    pub(crate) async fn online(&self, cpus: u32, cpu_only: bool) -> Result<(), AgentError> {
+        let request = OnlineCPUMemRequest { wait: true, nb_cpus: cpus, cpu_only, ..Default::default() };
+        done("OnlineCPUMem", PROMPT, self.service.online_cpu_mem(within(PROMPT), &request)).await
     }
 
     pub(crate) async fn resize(

@@ -20,7 +20,7 @@ use std::time::SystemTime;
 
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::host::Choice;
-use kata_hypervisor::process::{Child, Identity, Record};
+use kata_hypervisor::process::{self, Child, Identity, Record};
 use kata_hypervisor::{Vm, VmExit};
 use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, watch};
@@ -39,6 +39,7 @@ use crate::health;
 use crate::network::Network;
 use crate::pod::{Event, Exit, Inspection};
 use crate::process_table::{ProcessTable, millis};
+use crate::resources::Resources;
 use crate::state::{State, owner};
 use crate::storage::Share;
 use crate::teardown;
@@ -63,6 +64,7 @@ pub(crate) struct Pod {
     pub(crate) record: Record,
     /// `None` where no files are shared.
     pub(crate) share: Option<Share>,
+    pub(crate) resources: Resources,
     /// Number of the next disk, for its name.
     pub(crate) next_disk: AtomicU32,
     /// The virtio-fs daemon, once it was started.
@@ -425,7 +427,8 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
         exit = pod.vm.exited() => return machine_ended(pod, &exit),
         exit = daemon => {
             let output = virtiofsd.as_ref().map(Child::output_tail).unwrap_or_default();
-            format!("the virtio-fs daemon {exit}{}", Excerpt::output(&output))
+            let oom = oom_of(pod, exit == process::Exit::Signal(9));
+            format!("the virtio-fs daemon {exit}{oom}{}", Excerpt::output(&output))
         }
         () = agent.lost() => {
             format!("the agent closed its connection{}", Excerpt::console(&pod.vm.console_tail()))
@@ -441,5 +444,11 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
 }
 
 fn machine_ended(pod: &Pod, exit: &VmExit) -> String {
-    format!("{exit}{}", boot::last_words(pod, exit))
+    format!("{exit}{}{}", oom_of(pod, *exit == VmExit::Signal(9)), boot::last_words(pod, exit))
+}
+
+/// Of a process that was `killed`: that it was the host's kernel, and for want of what.
+pub(crate) fn oom_of(pod: &Pod, killed: bool) -> String {
+    let oom = killed.then(|| pod.resources.oom()).flatten();
+    oom.map(|why| format!("; {why}")).unwrap_or_default()
 }

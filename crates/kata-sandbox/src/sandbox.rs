@@ -27,6 +27,7 @@ use crate::pod::{
     ContainerSpec, Event, Exit, Inspection, ProcessId, ProcessState, SandboxSpec, Status, Stdio,
 };
 use crate::process_table::check_id;
+use crate::resources::Resources;
 use crate::storage::Share;
 use crate::teardown::{self, RECORD};
 use crate::timeline::{Layer, Timeline};
@@ -297,12 +298,15 @@ impl Sandbox {
 
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
-    let SandboxSpec { id, config, artefacts, run_dir, started, choice, network } = spec;
+    let SandboxSpec { id, config, artefacts, run_dir, started, choice, network, resources } = spec;
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);
     let start = std::time::Instant::now();
     let record = Record::open(run_dir.join(RECORD))
         .map_err(|error| run_dir_error(&run_dir, io::Error::other(error)))?;
+    // First of all: whatever is started from here on is born in the pod's cgroup.
+    let resources = Resources::prepare(&id, &resources, &config, &record)
+        .map_err(|error| SandboxError::Resources(Arc::new(error)))?;
     let identity = take_identity(&run_dir, &id, &config, &record)?;
     let share = match config.hypervisor.qemu.shared_fs {
         SharedFs::None => None,
@@ -325,6 +329,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         identity,
         record,
         share,
+        resources,
         next_disk: AtomicU32::new(0),
         virtiofsd: OnceLock::new(),
         vm,

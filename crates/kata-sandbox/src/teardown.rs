@@ -67,6 +67,7 @@ impl Teardown {
             Some(network) => network.release().await,
             None => Ok(()),
         };
+        self.pod.resources.leave();
         let run_dir = self.pod.run_dir.clone();
         let released = tokio::task::spawn_blocking(move || release(&run_dir)).await;
         let failed =

@@ -128,6 +128,10 @@ impl Vm for Slotted {
         self.vm.remove_device(id).await
     }
 
+    async fn resize(&self, size: kata_hypervisor::Size) -> Result<kata_hypervisor::Layout, HypervisorError> {
+        self.vm.resize(size).await
+    }
+
     async fn stop(&self) -> Result<(), HypervisorError> {
         self.vm.stop().await
     }

@@ -36,23 +36,6 @@ pub(super) const KEYS: &[Key] = &[
     )
     .inert(),
     key(
-        "sandbox_cgroup_only",
-        Boolean,
-        "true",
-        "All of a pod's processes on the host in the pod's own cgroup.",
-    )
-    .harmless(&["false"])
-    .annotated(),
-    key(
-        "static_sandbox_resource_mgmt",
-        Boolean,
-        "true",
-        "Sizes the machine once, before it boots, as this version always does.",
-    )
-    .harmless(&["false"]),
-    key("enable_vcpus_pinning", Boolean, "false", "Keeps each virtual processor on one of the host's.")
-        .annotated(),
-    key(
         "vfio_mode",
         Word(&["guest-kernel", "vfio"]),
         "\"guest-kernel\"",

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kata_api::agent::{CreateContainerRequest, ExecProcessRequest};
+use oci_spec::runtime::LinuxResources;
 use tokio::sync::{Notify, watch};
 
 use super::files::{self, ContainerFiles};
@@ -16,6 +17,7 @@ use crate::guest_spec::{self, GuestSpecError};
 use crate::hooks::Hooks;
 use crate::pod::{ContainerSpec, Exit, ProcessId, RootfsMount, Stdio};
 use crate::process_table::Pending;
+use crate::resources::{self, ResourceError};
 use crate::spec;
 use crate::stdio::{Connected, StdioError, Streams};
 use crate::storage::SharedRoot;
@@ -58,6 +60,7 @@ pub(super) async fn create(
         hooks = hooks.created();
     }
     let hooks = Arc::new(hooks);
+    let share = resources::own_share(&spec);
     let prepared = prepare(pod, link, &id, bundle, spec, rootfs, &mut cancel).await;
     let Prepared { files, mut request, timeline } = match prepared {
         Ok(prepared) => prepared,
@@ -76,6 +79,11 @@ pub(super) async fn create(
     let make = async {
         let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
         hooks.create().await.map_err(failed)?;
+        if let Some(limits) = &share {
+            let agent = Link::agent(link).await?;
+            let admitted = pod.resources.admit(&name, limits.as_ref(), &*pod.vm, &agent).await;
+            admitted.map_err(|error| resource_error("create", &id, error, link))?;
+        }
         ask(pod, link, &id, request, &stdio, close_stdin, &mut created).await
     };
     let asked = tokio::select! {
@@ -176,6 +184,7 @@ async fn ask(
 pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
     let Created { files, hooks, streams, .. } = created;
     drop(streams);
+    pod.resources.dismiss(&id.container).await;
     let up = match &*link.borrow() {
         Link::Up(agent) => Some(agent.clone()),
         Link::Pending | Link::Down(_) => None,
@@ -292,6 +301,38 @@ pub(super) async fn freeze(
     result.map_err(|error| agent_error(to.as_str(), &ProcessId::init(container), error, link))
 }
 
+/// Changes a container's limits: room is made before the guest hears of them, and given back after it has.
+pub(super) async fn update(
+    pod: &Pod,
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+    limits: LinuxResources,
+) -> Result<(), SandboxError> {
+    let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
+    let in_guest = spec::resources(&guest_spec::guest_resources(limits.clone()).map_err(refused)?);
+    let agent = Link::agent(link).await?;
+    let changed = pod.resources.change(&id.container, &limits, &*pod.vm, &agent).await;
+    let before = changed.map_err(|error| resource_error("update", id, error, link))?;
+    if let Err(error) = agent.update(&id.container, in_guest).await {
+        pod.resources.restore(before).await;
+        return Err(agent_error("update", id, error, link));
+    }
+    pod.resources.shrink(&*pod.vm).await;
+    Ok(())
+}
+
+fn resource_error(
+    action: &'static str,
+    process: &ProcessId,
+    error: ResourceError,
+    link: &watch::Receiver<Link>,
+) -> SandboxError {
+    match error {
+        ResourceError::Guest(error) => agent_error(action, process, error, link),
+        error => SandboxError::Limits { action, process: process.clone(), source: Arc::new(error) },
+    }
+}
+
 /// What the host has of a process that is to be removed.
 pub(super) struct Remains {
     pub(super) streams: Vec<Streams>,
@@ -324,6 +365,9 @@ pub(super) async fn delete(
     }
     if let Some(files) = files {
         files.release(pod, link).await;
+    }
+    if id.exec.is_none() {
+        pod.resources.dismiss(&id.container).await;
     }
     if let Some(hooks) = hooks {
         hooks.poststop().await;

@@ -10,7 +10,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use kata_api::runtime_options::Options;
 use kata_config::Sources;
 use kata_hypervisor::Vm;
-use kata_sandbox::{Event, NetworkSpec, Sandbox, SandboxSpec};
+use kata_sandbox::{Event, NetworkSpec, ResourceSpec, Sandbox, SandboxSpec};
 use oci_spec::runtime::{Hook, Spec};
 use protobuf::Message;
 use tokio::sync::{broadcast, mpsc};
@@ -75,6 +75,7 @@ impl Launcher {
         if plan.config.runtime.enable_tracing {
             spans::begin(&self.id, &plan.config.runtime.otlp_endpoint, self.runtime_netns.clone());
         }
+        let resources = ResourceSpec::of(spec).map_err(|error| fault::invalid(fault::chain(&error)))?;
         let spec = SandboxSpec {
             id: self.id.clone(),
             config: plan.config,
@@ -87,6 +88,7 @@ impl Launcher {
                 bundle: PathBuf::from(&request.bundle),
                 runtime_netns: self.runtime_netns.clone(),
             }),
+            resources,
         };
         let sandbox =
             Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;
