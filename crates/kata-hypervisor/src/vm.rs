@@ -414,6 +414,16 @@ pub enum HypervisorError {
         /// The bound that has passed.
         bound: Duration,
     },
+    /// The guest was given a CPU or memory, and did not take it.
+    #[error(
+        "the guest does not take the {what} that was added to its machine: {reason}; see whether its kernel can, and its console"
+    )]
+    NotTaken {
+        /// `virtual CPU`, `memory`.
+        what: &'static str,
+        /// Its answer, or that there was none.
+        reason: String,
+    },
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),

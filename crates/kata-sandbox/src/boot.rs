@@ -84,8 +84,14 @@ pub enum BootError {
         output: Excerpt,
     },
     /// The VMM cannot be started.
-    #[error("the virtual machine cannot be started")]
-    Vmm(#[from] HypervisorError),
+    #[error("the virtual machine cannot be started{oom}")]
+    Vmm {
+        /// Why.
+        #[source]
+        source: HypervisorError,
+        /// Whether the host's kernel did it, as the end of a sentence.
+        oom: String,
+    },
     /// The machine cannot be put where it belongs.
     #[error("the virtual machine cannot be put into the pod's cgroup")]
     Resources(#[from] ResourceError),
@@ -200,7 +206,10 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
     let announces = guest.announces;
     if let Err(error) = pod.vm.boot(guest.vm_spec(pod, shared_fs, nics), &pod.record).await {
         // A VMM that cannot reach the daemon says so in its own words; the daemon's are better.
-        return Err(daemon_failure(virtiofsd.as_ref()).await.unwrap_or_else(|| error.into()));
+        let killed = matches!(&error, HypervisorError::Refused { exit: Exit::Signal(9), .. });
+        let oom = lifecycle::oom_of(pod, killed);
+        let failure = daemon_failure(virtiofsd.as_ref()).await.filter(|_| oom.is_empty());
+        return Err(failure.unwrap_or_else(|| BootError::Vmm { source: error, oom }));
     }
     timeline.add(Layer::Vmm, "start", start);
     pod.resources.settle(&*pod.vm).await?;

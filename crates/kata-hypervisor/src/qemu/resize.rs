@@ -1,21 +1,29 @@
 //! Processors and memory of a machine that runs.
 //!
 //! ```text
-//!   more CPUs     query-hotpluggable-cpus ─▶ device_add                       the guest brings them up
-//!   fewer         device_del ─▶ the guest lets go ─▶ DEVICE_DELETED           what was added last goes first
-//!   more memory   object-add memory-backend-memfd ─▶ device_add pc-dimm       QEMU tells its vhost-user back ends itself
+//!   more CPUs     query-hotpluggable-cpus ─▶ device_add ─▶ ACPI_DEVICE_OST                 the guest has taken it
+//!   fewer         device_del ─▶ the guest lets go ─▶ DEVICE_DELETED                        what was added last goes first
+//!   more memory   object-add memory-backend-memfd ─▶ device_add pc-dimm ─▶ ACPI_DEVICE_OST
+//!                 QEMU tells its vhost-user back ends itself
 //! ```
 //!
 //! The machine has to be started with room: `-smp …,maxcpus=` and `-m …,slots=,maxmem=`. Memory is not taken away again: a guest
 //! kernel that has once used a block hardly ever empties it. Seen to work under TCG with QEMU 7.2 and a distribution's kernel 6.1.
 
+use std::time::Duration;
+
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
 
 use super::COMMAND_BOUND;
 use super::hotplug::{REMOVAL_BOUND, give_back};
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Event, Qmp, QmpError};
 use crate::vm::{Backing, Growth, HypervisorError, Layout, Size, VmSpec};
+
+/// For the guest to take what was added. It takes 0.1 s, and seconds on a busy host.
+const TAKING_BOUND: Duration = Duration::from_secs(15);
 
 /// What is known of the size of a machine.
 #[derive(Debug, Default)]
@@ -149,8 +157,10 @@ impl Resizer {
             let mut device = socket.props;
             device.insert("driver".to_owned(), json!(socket.driver));
             device.insert("id".to_owned(), json!(name));
+            let mut events = qmp.subscribe();
             qmp.execute("device_add", Value::Object(device), COMMAND_BOUND).await?;
-            self.cpus.push(name);
+            self.cpus.push(name.clone());
+            taken(&mut events, "virtual CPU", &name).await?;
         }
         Ok(())
     }
@@ -183,6 +193,7 @@ impl Resizer {
         });
         qmp.execute("object-add", object, COMMAND_BOUND).await?;
         let device = json!({ "driver": "pc-dimm", "id": module, "memdev": backend });
+        let mut events = qmp.subscribe();
         if let Err(error) = qmp.execute("device_add", device, COMMAND_BOUND).await {
             if let Err(undo) = qmp.execute("object-del", json!({ "id": backend }), COMMAND_BOUND).await {
                 tracing::warn!(backend, error = %undo, "memory that could not be added stays with QEMU");
@@ -190,8 +201,28 @@ impl Resizer {
             return Err(error.into());
         }
         self.modules.push(mib);
-        Ok(())
+        taken(&mut events, "memory", &module).await
     }
+}
+
+/// Waits until the guest has taken what was added: only then is there something to bring to use.
+async fn taken(events: &mut Receiver<Event>, what: &'static str, name: &str) -> Result<(), HypervisorError> {
+    let told = async {
+        loop {
+            match events.recv().await {
+                Ok(Event::Taken { device, status }) if device == name => return Some(status),
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return None,
+            }
+        }
+    };
+    let reason = match tokio::time::timeout(TAKING_BOUND, told).await {
+        Ok(Some(0)) => return Ok(()),
+        Ok(Some(status)) => format!("it refused with ACPI status {status:#x}"),
+        Ok(None) => return Err(QmpError::Closed { command: "device_add".to_owned() }.into()),
+        Err(_) => format!("it has not answered within {TAKING_BOUND:?}"),
+    };
+    Err(HypervisorError::NotTaken { what, reason })
 }
 
 async fn cpus(qmp: &Qmp) -> Result<Vec<Cpu>, HypervisorError> {

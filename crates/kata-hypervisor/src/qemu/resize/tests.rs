@@ -16,6 +16,11 @@ async fn reply(peer: &mut Peer, value: Value) -> Value {
     json!({ heard["execute"].as_str().unwrap(): heard["arguments"] })
 }
 
+async fn say_taken(peer: &mut Peer, device: &str, status: u32) {
+    let info = json!({ "device": device, "slot": "0", "slot-type": "DIMM", "source": 1, "status": status });
+    peer.say(&format!("{}\n", json!({ "event": "ACPI_DEVICE_OST", "data": { "info": info } }))).await;
+}
+
 fn running(count: u32) -> Value {
     // QEMU tells them in no order.
     (0..count)
@@ -40,7 +45,11 @@ async fn processors_are_added_in_the_order_of_their_places_and_memory_as_a_modul
     let play = async {
         let mut heard = vec![reply(&mut peer, running(1)).await, reply(&mut peer, sockets()).await];
         for _ in 0..4 {
-            heard.push(reply(&mut peer, json!({})).await);
+            let command = reply(&mut peer, json!({})).await;
+            if let Some(device) = command["device_add"]["id"].as_str() {
+                say_taken(&mut peer, device, 0).await;
+            }
+            heard.push(command);
         }
         heard.push(reply(&mut peer, running(3)).await);
         heard
@@ -79,6 +88,23 @@ async fn what_there_is_no_room_for_is_refused_by_the_key_before_anything_is_done
         let text = refused.unwrap_err().to_string();
         assert!(text.contains(key), "{text}");
     }
+}
+
+#[tokio::test]
+async fn what_the_guest_refuses_is_told_and_not_counted_twice() {
+    let (qmp, _events, mut peer) = pair().await;
+    let mut resizer = resizer(Some(GROWTH));
+    let play = async {
+        reply(&mut peer, running(1)).await;
+        reply(&mut peer, json!({})).await;
+        let module = reply(&mut peer, json!({})).await;
+        say_taken(&mut peer, module["device_add"]["id"].as_str().unwrap(), 1).await;
+    };
+    let (refused, ()) = tokio::join!(resizer.resize(&qmp, Size { vcpus: 1, memory_mib: 512 }), play);
+    let text = refused.unwrap_err().to_string();
+    assert!(text.contains("the memory") && text.contains("0x1"), "{text}");
+    // QEMU has it all the same.
+    assert_eq!(resizer.memory_mib(), 512);
 }
 
 #[tokio::test]
