@@ -158,8 +158,12 @@ impl Resizer {
             device.insert("driver".to_owned(), json!(socket.driver));
             device.insert("id".to_owned(), json!(name));
             let mut events = qmp.subscribe();
-            qmp.execute("device_add", Value::Object(device), COMMAND_BOUND).await?;
+            // Before it is done: a caller that gives up half way must not make it forgotten.
             self.cpus.push(name.clone());
+            if let Err(error) = qmp.execute("device_add", Value::Object(device), COMMAND_BOUND).await {
+                self.cpus.pop();
+                return Err(error.into());
+            }
             taken(&mut events, "virtual CPU", &name).await?;
         }
         Ok(())
@@ -194,13 +198,14 @@ impl Resizer {
         qmp.execute("object-add", object, COMMAND_BOUND).await?;
         let device = json!({ "driver": "pc-dimm", "id": module, "memdev": backend });
         let mut events = qmp.subscribe();
+        self.modules.push(mib);
         if let Err(error) = qmp.execute("device_add", device, COMMAND_BOUND).await {
+            self.modules.pop();
             if let Err(undo) = qmp.execute("object-del", json!({ "id": backend }), COMMAND_BOUND).await {
                 tracing::warn!(backend, error = %undo, "memory that could not be added stays with QEMU");
             }
             return Err(error.into());
         }
-        self.modules.push(mib);
         taken(&mut events, "memory", &module).await
     }
 }

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 
 use super::files::{self, ContainerFiles};
 use super::message::{Created, Launched};
+use super::pids::{self, Pids};
 use super::{Link, Pod};
 use crate::agent_client::{Agent, AgentError};
 use crate::error::{ErrorKind, SandboxError};
@@ -47,7 +48,7 @@ pub(super) fn agent_error(
 pub(super) async fn create(
     pod: &Arc<Pod>,
     link: &watch::Receiver<Link>,
-    container: ContainerSpec,
+    (container, pids): (ContainerSpec, Pids),
     close_stdin: Arc<Notify>,
     mut cancel: watch::Receiver<Option<u32>>,
 ) -> Result<Created, SandboxError> {
@@ -75,6 +76,7 @@ pub(super) async fn create(
     if let Some(process) = request.oci.as_mut().and_then(|oci| oci.process.as_mut()) {
         process.terminal = stdio.terminal;
     }
+    request.sandbox_pidns = pids == Pids::Pod;
     let mut created = Created { files, hooks: hooks.clone(), streams: Streams::default(), timeline };
     let make = async {
         let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
@@ -83,6 +85,10 @@ pub(super) async fn create(
             let agent = Link::agent(link).await?;
             let admitted = pod.resources.admit(&name, limits.as_ref(), &*pod.vm, &agent).await;
             admitted.map_err(|error| resource_error("create", &id, error, link))?;
+        }
+        if let Pids::Of(other) = &pids {
+            let joined = pids::join(&Link::agent(link).await?, other, &mut request).await;
+            joined.map_err(|error| agent_error("find the processes for", &id, error, link))?;
         }
         ask(pod, link, &id, request, &stdio, close_stdin, &mut created).await
     };
