@@ -27,7 +27,7 @@ use crate::pod::{
     ContainerSpec, Event, Exit, Inspection, ProcessId, ProcessState, SandboxSpec, Status, Stdio,
 };
 use crate::process_table::check_id;
-use crate::storage::Share;
+use crate::storage::{PodDisks, Share};
 use crate::teardown::{self, RECORD};
 use crate::timeline::{Layer, Timeline};
 
@@ -325,6 +325,8 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         identity,
         record,
         share,
+        disks: PodDisks::default(),
+        changes: OnceLock::new(),
         next_disk: AtomicU32::new(0),
         virtiofsd: OnceLock::new(),
         vm,
