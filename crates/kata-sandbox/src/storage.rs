@@ -21,6 +21,7 @@
 //! `shared` itself is read-only, whatever is mounted below it. A guest that could write there would put a symbolic link
 //! where the next container's mount point is made, and have root follow it anywhere on the host.
 
+pub(crate) mod block_device;
 mod copy;
 pub(crate) mod direct;
 mod disk;
@@ -101,6 +102,12 @@ pub enum StorageError {
     /// A disk that somebody else uses.
     #[error("{path} is in use on the host: unmount it, or end what holds it", path = .0.display())]
     Busy(PathBuf),
+    /// A device that is in the machine, and not to be written there.
+    #[error(
+        "{path} cannot be written: another container of the pod has it read-only, and the machine has it once",
+        path = .0.display()
+    )]
+    ReadOnly(PathBuf),
     /// The machine did not take a disk.
     #[error("cannot attach {path} to the virtual machine", path = .path.display())]
     Attach {
@@ -171,7 +178,7 @@ impl StorageError {
             | Self::HugePages(_)
             | Self::DirectVolume { .. } => ErrorKind::InvalidArgument,
             Self::Device(_) | Self::NoShare(_) => ErrorKind::Unimplemented,
-            Self::Busy(_) => ErrorKind::FailedPrecondition,
+            Self::Busy(_) | Self::ReadOnly(_) => ErrorKind::FailedPrecondition,
             Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {
                 ErrorKind::Unimplemented
             }

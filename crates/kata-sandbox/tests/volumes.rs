@@ -319,3 +319,64 @@ async fn direct_volume_is_a_disk_of_the_machine_while_somebody_uses_it() {
     pod.shutdown().await.unwrap();
     rig.assert_clean().await;
 }
+
+/// A device of this machine, for as long as it is kept.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(rig: &Rig) -> Option<Self> {
+        let image = rig.dir.path().join("raw");
+        std::fs::write(&image, [0; 4096]).unwrap();
+        let made = std::process::Command::new("losetup").args(["--find", "--show"]).arg(image).output();
+        let name = made.map(|made| String::from_utf8(made.stdout).unwrap().trim().to_owned());
+        let name = name.unwrap_or_default();
+        if name.is_empty() {
+            kata_testkit::skip("this machine has no loop devices");
+        }
+        (!name.is_empty()).then(|| Self(name.into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn raw_block_volume_is_plugged_in_and_the_agent_is_told_where() {
+    let Some(rig) = Rig::new().await else { return };
+    let Some(device) = Loop::new(&rig) else { return };
+    let numbers = std::fs::metadata(&device.0).unwrap().rdev();
+    let (major, minor) = (rustix::fs::major(numbers), rustix::fs::minor(numbers));
+    let asking = |name: &str, access: &str| {
+        let mut container = container(&rig, name, &[]);
+        let mut spec = serde_json::to_value(&container.spec).unwrap();
+        let numbers = serde_json::json!({"type": "b", "major": major, "minor": minor});
+        let with = |more: serde_json::Value| {
+            let mut all = numbers.clone();
+            all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            all
+        };
+        spec["linux"]["devices"] = serde_json::json!([with(serde_json::json!({"path": "/dev/raw"}))]);
+        let rule = with(serde_json::json!({"allow": true, "access": access}));
+        spec["linux"]["resources"] = serde_json::json!({"devices": [rule]});
+        container.spec = serde_json::from_value(spec).unwrap();
+        container
+    };
+    let pod = rig.pod().await;
+    pod.create_container(asking("a", "rm")).await.unwrap();
+    let disks = rig.vm.disks();
+    assert_eq!((disks.len(), &disks[0].path, disks[0].readonly), (1, &device.0, true));
+    let device = rig.agent.created().remove(0).devices.remove(0);
+    assert_eq!((&*device.type_, &*device.id, &*device.container_path), ("blk", "10/01", "/dev/raw"));
+    let error = pod.create_container(asking("b", "rwm")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    remove(&pod, "a").await;
+    pod.create_container(asking("b", "rwm")).await.unwrap();
+    assert!(!rig.vm.disks()[0].readonly);
+    remove(&pod, "b").await;
+    assert_eq!(rig.vm.disks(), []);
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}

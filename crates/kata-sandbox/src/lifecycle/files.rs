@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kata_api::agent::Storage;
+use kata_api::agent::{Device, Storage};
 use kata_api::guest;
 use kata_config::direct_volume::Entry;
 use kata_hypervisor::{Disk, PciPath};
@@ -23,7 +23,7 @@ use crate::agent_client::Agent;
 use crate::error::{SandboxError, chain};
 use crate::guest_spec::{self, GuestSpec, ROOTFS, Volume};
 use crate::pod::ProcessId;
-use crate::storage::direct::DirectVolume;
+use crate::storage::block_device::{self, BlockDevice};
 use crate::storage::rootfs::{self, Block, Rootfs};
 use crate::storage::volume::{self, Ground, Way};
 use crate::storage::{self, Mirror, SharedFiles, SharedRoot, SharedVolume, StorageError};
@@ -39,8 +39,8 @@ pub(crate) struct ContainerFiles {
     shared: Option<SharedFiles>,
     /// Names of its disks among the machine's devices.
     disks: Vec<String>,
-    /// Its direct volumes: device, and what the host says of it.
-    direct: Vec<(PathBuf, Entry)>,
+    /// Devices of its direct and raw volumes, with what the host says of the former.
+    devices: Vec<(PathBuf, Option<Entry>)>,
     mirrors: Vec<Mirror>,
     /// Where the guest has its copies.
     copies: Option<String>,
@@ -50,6 +50,14 @@ pub(crate) struct ContainerFiles {
 pub(super) struct Ways {
     root: Rootfs,
     volumes: Vec<(Volume, Way)>,
+    devices: Vec<BlockDevice>,
+}
+
+/// What the agent is asked for, for a container's files.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    pub(super) storages: Vec<Storage>,
+    pub(super) devices: Vec<Device>,
 }
 
 /// Chooses the ways of the root and of the volumes.
@@ -61,13 +69,15 @@ pub(super) async fn choose(
 ) -> Result<Ways, SandboxError> {
     let (mounts, readonly) = (root.mounts.clone(), guest.root_readonly());
     let (volumes, ground) = (guest.volumes.clone(), Ground::new(&pod.config, &guest.spec));
+    let spec = guest.spec.clone();
     let choose = move || -> Result<Ways, StorageError> {
         let root = Rootfs::classify(&mounts, readonly, rootfs::find)?;
         let ways = volumes.into_iter().map(|volume| {
             let way = volume::choose(&volume, &ground)?;
             Ok((volume, way))
         });
-        Ok(Ways { root, volumes: ways.collect::<Result<_, StorageError>>()? })
+        let volumes = ways.collect::<Result<_, StorageError>>()?;
+        Ok(Ways { root, volumes, devices: block_device::asked(&spec)? })
     };
     // A look at a file of a dead server takes long.
     let chosen = tokio::task::spawn_blocking(choose).await;
@@ -77,7 +87,9 @@ pub(super) async fn choose(
 /// Whether the files cannot be prepared before the guest is up.
 pub(super) fn need_guest(ways: &Ways) -> bool {
     let waits = |way: &Way| !matches!(way, Way::Share { .. } | Way::Guest { .. });
-    matches!(ways.root, Rootfs::Block(_)) || ways.volumes.iter().any(|(_, way)| waits(way))
+    matches!(ways.root, Rootfs::Block(_))
+        || !ways.devices.is_empty()
+        || ways.volumes.iter().any(|(_, way)| waits(way))
 }
 
 /// Prepares a container's files, and says what the agent has to mount. What was made before a failure is undone.
@@ -87,10 +99,10 @@ pub(super) async fn add(
     id: &ProcessId,
     files: (Ways, SharedRoot),
     guest: &mut GuestSpec,
-) -> Result<(ContainerFiles, Vec<Storage>), SandboxError> {
+) -> Result<(ContainerFiles, Wanted), SandboxError> {
     let mut own = ContainerFiles::default();
     match own.fill(pod, link, id, files, guest).await {
-        Ok(storages) => Ok((own, storages)),
+        Ok(wanted) => Ok((own, wanted)),
         Err(error) => {
             own.release(pod, link).await;
             Err(match &*link.borrow() {
@@ -104,7 +116,7 @@ pub(super) async fn add(
 impl ContainerFiles {
     /// Whether some of them are on disks of the machine.
     pub(super) fn has_disks(&self) -> bool {
-        !self.disks.is_empty() || !self.direct.is_empty()
+        !self.disks.is_empty() || !self.devices.is_empty()
     }
 
     async fn fill(
@@ -114,7 +126,7 @@ impl ContainerFiles {
         id: &ProcessId,
         (ways, root): (Ways, SharedRoot),
         guest: &mut GuestSpec,
-    ) -> Result<Vec<Storage>, SandboxError> {
+    ) -> Result<Wanted, SandboxError> {
         let name = &id.container;
         let failed = |source| storage_error(id, source);
         let mut storages: Vec<Storage> = guest.shm.as_deref().map(pod_shm).into_iter().collect();
@@ -136,7 +148,9 @@ impl ContainerFiles {
                     self.copy(pod, &agent, name, number, &volume, follows).await.map_err(failed)?
                 }
                 Way::Direct(direct) => {
-                    self.direct(pod, &direct, &mut storages).await.map_err(failed)?;
+                    let (device, entry) = (direct.device.clone(), direct.entry.clone());
+                    let at = self.device(pod, device, direct.readonly, Some(entry)).await.map_err(failed)?;
+                    storages.push(direct.storage(at));
                     direct.in_guest()
                 }
                 Way::EmptyDisk { volume, part } => {
@@ -149,8 +163,13 @@ impl ContainerFiles {
             };
             guest.place(&volume, path);
         }
+        let mut devices = Vec::with_capacity(ways.devices.len());
+        for device in ways.devices {
+            let at = self.device(pod, device.path.clone(), device.readonly, None).await.map_err(failed)?;
+            devices.push(device.device(at));
+        }
         self.share(pod, name, shared, through_share, guest).await.map_err(failed)?;
-        Ok(storages)
+        Ok(Wanted { storages, devices })
     }
 
     /// Brings the root on its way; what comes back has to be shared.
@@ -223,20 +242,21 @@ impl ContainerFiles {
         Ok(target)
     }
 
-    async fn direct(
+    /// Has the machine take a device that others of the pod may use too.
+    async fn device(
         &mut self,
         pod: &Pod,
-        volume: &DirectVolume,
-        storages: &mut Vec<Storage>,
-    ) -> Result<(), StorageError> {
-        let disk = Disk { id: disk_id(pod), path: volume.device.clone(), readonly: volume.readonly };
+        path: PathBuf,
+        readonly: bool,
+        entry: Option<Entry>,
+    ) -> Result<PciPath, StorageError> {
+        let disk = Disk { id: disk_id(pod), path: path.clone(), readonly };
         let at = pod.disks.attach(&*pod.vm, disk).await?;
-        self.direct.push((volume.device.clone(), volume.entry.clone()));
-        if let Err(error) = volume.entry.claim(&pod.id) {
-            tracing::warn!(volume = %volume.entry.dir().display(), %error, "the volume does not name its pod: kata-ctl volume will not find it");
+        if let Some(Err(error)) = entry.as_ref().map(|entry| entry.claim(&pod.id)) {
+            tracing::warn!(device = %path.display(), %error, "the direct volume does not name its pod");
         }
-        storages.push(volume.storage(at));
-        Ok(())
+        self.devices.push((path, entry));
+        Ok(at)
     }
 
     async fn share(
@@ -288,13 +308,15 @@ impl ContainerFiles {
                 kept(disk, error);
             }
         }
-        for (device, entry) in self.direct.iter().rev() {
+        for (device, entry) in self.devices.iter().rev() {
             if !over()
                 && let Err(error) = pod.disks.detach(&*pod.vm, device).await
             {
                 kept(&device.display(), error);
             }
-            entry.release(&pod.id);
+            if let Some(entry) = entry {
+                entry.release(&pod.id);
+            }
         }
         if let Some(mut shared) = self.shared {
             // It can only fail by a panic, and what is left then is in the leak record.

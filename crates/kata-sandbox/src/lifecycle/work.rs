@@ -132,13 +132,14 @@ async fn prepare(
     }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
-    let (files, storages) = files::add(pod, link, id, (ways, root), &mut guest).await?;
+    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest).await?;
     timeline.add(Layer::Host, format!("files of {name}"), start);
 
     let request = CreateContainerRequest {
         container_id: name.clone(),
         oci: Some(spec::spec(&guest.spec)).into(),
-        storages,
+        storages: wanted.storages,
+        devices: wanted.devices,
         ..Default::default()
     };
     Ok(Prepared { files, request, timeline })

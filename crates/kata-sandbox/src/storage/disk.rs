@@ -53,6 +53,7 @@ pub(crate) struct PodDisks(Mutex<HashMap<PathBuf, Attached>>);
 struct Attached {
     id: String,
     at: PciPath,
+    readonly: bool,
     users: usize,
 }
 
@@ -61,12 +62,15 @@ impl PodDisks {
     pub(crate) async fn attach(&self, vm: &dyn Vm, disk: Disk) -> Result<PciPath, StorageError> {
         let mut disks = self.0.lock().await;
         if let Some(attached) = disks.get_mut(&disk.path) {
+            if attached.readonly && !disk.readonly {
+                return Err(StorageError::ReadOnly(disk.path));
+            }
             attached.users += 1;
             return Ok(attached.at.clone());
         }
-        let (id, path) = (disk.id.clone(), disk.path.clone());
+        let (id, path, readonly) = (disk.id.clone(), disk.path.clone(), disk.readonly);
         let at = plug(vm, disk).await?;
-        disks.insert(path, Attached { id, at: at.clone(), users: 1 });
+        disks.insert(path, Attached { id, at: at.clone(), readonly, users: 1 });
         Ok(at)
     }
 
@@ -99,7 +103,7 @@ impl PodDisks {
         record.file(&path)?;
         make_file_system(volume, &path).await?;
         let at = plug(vm, Disk { id: id.clone(), path: path.clone(), readonly: false }).await?;
-        disks.insert(path, Attached { id, at: at.clone(), users: 1 });
+        disks.insert(path, Attached { id, at: at.clone(), readonly: false, users: 1 });
         Ok(at)
     }
 }
