@@ -253,6 +253,9 @@ settings! {
     enable_vcpus_pinning: bool = false, { .annotated() };
     /// Drops seccomp profiles instead of applying them in the guest. By default a profile that was asked for is applied.
     disable_guest_seccomp: bool = false, { .upstream("true").annotated() };
+    /// What an emptyDir on disk is made of: a directory of the host that is shared, or a file system of its own on a sparse
+    /// file in that directory, which is plugged in as a disk.
+    emptydir_mode: EmptyDirMode = EmptyDirMode::SharedFs, { .rust().planned_words(&["block-encrypted"]) };
     /// Raises the owner's log to `debug` whatever `log_level` says.
     enable_debug: bool = false;
     /// What becomes of a use of something deprecated. `KATA_DEPRECATED` and `--deprecated` win over it.
@@ -311,6 +314,10 @@ keywords! {
 keywords! {
     /// `shared_fs`: how host files reach the guest.
     SharedFs { VirtioFs = "virtio-fs", None = "none" }
+}
+keywords! {
+    /// `emptydir_mode`: what an emptyDir on disk is made of.
+    EmptyDirMode { SharedFs = "shared-fs", BlockPlain = "block-plain" }
 }
 keywords! {
     /// `virtio_fs_cache`: caching in the guest of shared files.

@@ -17,6 +17,8 @@ use kata_api::agent::{
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::csi::VolumeStatsResponse;
+use kata_api::files::RemoveRequest;
+use kata_api::files_ttrpc::FilesClient;
 use kata_api::health::CheckRequest;
 use kata_api::health_ttrpc::HealthClient;
 use kata_api::metrics::Durations;
@@ -129,6 +131,7 @@ pub(crate) enum Output {
 pub(crate) struct Agent {
     service: AgentServiceClient,
     health: HealthClient,
+    files: FilesClient,
     lost: watch::Receiver<bool>,
 }
 
@@ -143,7 +146,12 @@ impl Agent {
     pub(crate) fn new(stream: UnixStream) -> Self {
         let (tx, lost) = watch::channel(false);
         let client = ttrpc::asynchronous::Client::new(Socket::new(Wire { stream, lost: tx }));
-        Self { service: AgentServiceClient::new(client.clone()), health: HealthClient::new(client), lost }
+        Self {
+            service: AgentServiceClient::new(client.clone()),
+            health: HealthClient::new(client.clone()),
+            files: FilesClient::new(client),
+            lost,
+        }
     }
 
     /// Resolves when the agent has closed the connection.
@@ -212,6 +220,12 @@ impl Agent {
 
     pub(crate) async fn copy_file(&self, request: &CopyFileRequest) -> Result<(), AgentError> {
         done("CopyFile", PROMPT, self.service.copy_file(within(PROMPT), request)).await
+    }
+
+    /// Removes what was copied to `path`. Agents other than ours have no such call.
+    pub(crate) async fn remove_file(&self, path: &str) -> Result<(), AgentError> {
+        let request = RemoveRequest { path: path.to_owned(), ..Default::default() };
+        bounded("Remove", PROMPT, self.files.remove(within(PROMPT), &request)).await.map(drop)
     }
 
     pub(crate) async fn start_container(&self, container: &str, bound: Duration) -> Result<(), AgentError> {

@@ -3,7 +3,7 @@
 //! | in the specification | in the guest |
 //! |---|---|
 //! | `root.path` | the container's directory in the share, or where its disks are mounted |
-//! | bind mounts of host paths | the same file or directory through the share, see [`crate::storage`] |
+//! | bind mounts of host paths, `directvol` mounts | volumes, each by its own way, see [`crate::storage::volume`] |
 //! | a bind mount at `/dev/shm` | one tmpfs of the guest for the pod: shared memory cannot span kernels |
 //! | bind mounts of `/dev`, `/proc`, `/sys` and below | left alone: they mean the guest's own |
 //! | network namespace | dropped: the machine's network is the pod's |
@@ -82,8 +82,8 @@ impl GuestSpecError {
 pub(crate) struct Volume {
     /// Where it is on the host.
     pub(crate) source: PathBuf,
-    /// Its name below the container's directory in the share.
-    pub(crate) name: PathBuf,
+    /// Its place among the specification's mounts.
+    pub(crate) mount: usize,
     pub(crate) readonly: bool,
     /// Whether mounts made on the host later shall appear.
     pub(crate) follows_host: bool,
@@ -94,7 +94,7 @@ pub(crate) struct Volume {
 pub(crate) struct GuestSpec {
     /// For the agent.
     pub(crate) spec: Spec,
-    /// For the host to put into the share.
+    /// For the host to bring into the guest, and then to be [placed](Self::place).
     pub(crate) volumes: Vec<Volume>,
     /// The host's directory behind the pod's shared memory, where the container takes part in it.
     pub(crate) shm: Option<PathBuf>,
@@ -104,6 +104,14 @@ impl GuestSpec {
     /// Whether the container may not write its root.
     pub(crate) fn root_readonly(&self) -> bool {
         self.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false)
+    }
+
+    /// Says where in the guest a volume is.
+    pub(crate) fn place(&mut self, volume: &Volume, path: PathBuf) {
+        let mounts = self.spec.mounts_mut().as_mut();
+        if let Some(mount) = mounts.and_then(|mounts| mounts.get_mut(volume.mount)) {
+            mount.set_typ(Some("bind".to_owned())).set_source(Some(path));
+        }
     }
 
     /// Puts the root elsewhere in the guest.
@@ -153,12 +161,12 @@ pub(crate) fn translate(
     spec.set_hooks(None);
     let (mut volumes, mut shm) = (Vec::new(), None);
     if let Some(mounts) = spec.mounts_mut() {
-        for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
+        for (number, mount) in mounts.iter_mut().enumerate().filter(|(_, mount)| is_bind(mount)) {
             if mount.destination() == Path::new("/dev/shm") {
                 shm = mount.source().clone();
                 mount.set_typ(Some("bind".to_owned())).set_source(Some(pod_shm()));
             } else {
-                translate_bind(mount, &in_guest, &mut volumes)?;
+                volumes.extend(volume(number, mount)?);
             }
         }
     }
@@ -297,29 +305,32 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
     mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
 }
 
+/// What upstream's runtimes call a mount of a direct volume.
+const DIRECT_VOLUME: &str = "directvol";
+
 fn is_bind(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+    matches!(mount.typ().as_deref(), Some("bind" | DIRECT_VOLUME)) || has_option(mount, &["bind", "rbind"])
 }
 
-fn translate_bind(
-    mount: &mut Mount,
-    in_guest: &Path,
-    volumes: &mut Vec<Volume>,
-) -> Result<(), GuestSpecError> {
+/// The volume that a bind mount asks for; `None` where it means the guest's own.
+fn volume(number: usize, mount: &Mount) -> Result<Option<Volume>, GuestSpecError> {
     let source = mount.source().clone().ok_or(GuestSpecError::Missing("source of a bind mount"))?;
     if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
-        return Ok(());
+        return Ok(None);
     }
-    // The guest sees the volume as one directory: what is mounted below it on the host comes along in the share.
-    let name = Path::new("mounts").join(volumes.len().to_string());
-    mount.set_typ(Some("bind".to_owned())).set_source(Some(in_guest.join(&name)));
-    volumes.push(Volume {
+    if has_option(mount, &["shared", "rshared"]) {
+        return Err(GuestSpecError::Unsupported {
+            field: "mounts[].options: shared",
+            reason: "mounts that a container makes exist in the guest's kernel and cannot appear on the host \
+                     (Kubernetes: mountPropagation Bidirectional); use HostToContainer or None",
+        });
+    }
+    Ok(Some(Volume {
         source,
-        name,
+        mount: number,
         readonly: has_option(mount, &["ro", "rro"]),
-        follows_host: has_option(mount, &["slave", "rslave", "shared", "rshared"]),
-    });
-    Ok(())
+        follows_host: has_option(mount, &["slave", "rslave"]),
+    }))
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ use crate::pod::{Event, Exit, Inspection};
 use crate::process_table::{ProcessTable, millis};
 use crate::resources::Resources;
 use crate::state::{State, owner};
-use crate::storage::Share;
+use crate::storage::{Changes, PodDisks, Share};
 use crate::teardown;
 use crate::timeline::Timeline;
 
@@ -66,6 +66,10 @@ pub(crate) struct Pod {
     /// `None` where no files are shared.
     pub(crate) share: Option<Share>,
     pub(crate) resources: Resources,
+    /// Disks that several containers use.
+    pub(crate) disks: PodDisks,
+    /// What tells of changes in volumes, once one needs it; `None` where the host has none to give.
+    pub(crate) changes: OnceLock<Option<Arc<Changes>>>,
     /// Number of the next disk, for its name.
     pub(crate) next_disk: AtomicU32,
     /// The virtio-fs daemon, once it was started.
@@ -74,6 +78,20 @@ pub(crate) struct Pod {
     /// The stages before the boot.
     pub(crate) timeline: Timeline,
     pub(crate) created_at: SystemTime,
+}
+
+impl Pod {
+    /// What tells of changes in volumes: one for the pod, since a host has few of them.
+    pub(crate) fn changes(&self) -> Option<Arc<Changes>> {
+        let make = || {
+            let made = Changes::new().map(Arc::new);
+            made.inspect_err(|error| {
+                tracing::warn!(pod = %self.id, %error, "the host tells of no changes in volumes (fs.inotify.max_user_instances): they are looked at every 2 s");
+            })
+            .ok()
+        };
+        self.changes.get_or_init(make).clone()
+    }
 }
 
 /// The way to the agent, for those who wait for it.

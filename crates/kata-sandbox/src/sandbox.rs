@@ -28,7 +28,7 @@ use crate::pod::{
 };
 use crate::process_table::check_id;
 use crate::resources::Resources;
-use crate::storage::Share;
+use crate::storage::{PodDisks, Share};
 use crate::teardown::{self, RECORD};
 use crate::timeline::{Layer, Timeline};
 
@@ -330,6 +330,8 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         record,
         share,
         resources,
+        disks: PodDisks::default(),
+        changes: OnceLock::new(),
         next_disk: AtomicU32::new(0),
         virtiofsd: OnceLock::new(),
         vm,

@@ -33,6 +33,8 @@ use kata_api::agent::{
     WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
+use kata_api::files::{RemoveRequest, RemoveResponse};
+use kata_api::files_ttrpc::{Files, create_files};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
 use kata_api::health_ttrpc::{Health, create_health};
 use kata_api::types::{ARPNeighbor, Interface, Route};
@@ -67,6 +69,7 @@ struct State {
     calls: Mutex<Vec<String>>,
     created: Mutex<Vec<CreateContainerRequest>>,
     copied: Mutex<Vec<CopyFileRequest>>,
+    removed: Mutex<Vec<String>>,
     sandbox: Mutex<Option<CreateSandboxRequest>>,
     network: Mutex<Network>,
     streams: Mutex<HashMap<u32, UnixStream>>,
@@ -115,6 +118,7 @@ impl FakeAgent {
             calls: Mutex::default(),
             created: Mutex::default(),
             copied: Mutex::default(),
+            removed: Mutex::default(),
             sandbox: Mutex::default(),
             network: Mutex::default(),
             streams: Mutex::default(),
@@ -128,7 +132,8 @@ impl FakeAgent {
             .bind(&format!("unix://{}", agent.socket().display()))
             .unwrap()
             .register_service(create_agent_service(Arc::new(Service(Arc::downgrade(&agent.0)))))
-            .register_service(create_health(Arc::new(Service(Arc::downgrade(&agent.0)))));
+            .register_service(create_health(Arc::new(Service(Arc::downgrade(&agent.0)))))
+            .register_service(create_files(Arc::new(Service(Arc::downgrade(&agent.0)))));
         server.start().await.unwrap();
         *agent.0.server.lock().unwrap() = Some(server);
         agent
@@ -179,6 +184,11 @@ impl FakeAgent {
     /// The chunks of files copied so far.
     pub fn copied(&self) -> Vec<CopyFileRequest> {
         self.0.copied.lock().unwrap().clone()
+    }
+
+    /// The copies removed so far.
+    pub fn removed(&self) -> Vec<String> {
+        self.0.removed.lock().unwrap().clone()
     }
 
     /// The sandbox asked for.
@@ -371,6 +381,14 @@ impl Service {
         let state = self.0.upgrade().ok_or(Error::LocalClosed)?;
         state.enter(call)?;
         Ok(state)
+    }
+}
+
+#[async_trait]
+impl Files for Service {
+    async fn remove(&self, _: &TtrpcContext, request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
+        self.enter("Remove")?.removed.lock().unwrap().push(request.path);
+        Ok(RemoveResponse::new())
     }
 }
 

@@ -14,6 +14,7 @@ use crate::container::{Engine, PodNamespaces};
 use crate::device::Disks;
 use crate::modules::Modules;
 use crate::mount::Storages;
+use crate::mount::share::Held;
 use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
 use crate::stdio::Attached;
 use crate::stream::Streams;
@@ -175,6 +176,8 @@ pub struct Agent {
     pub streams: Streams,
     /// Mounts.
     pub storages: Storages,
+    /// Mounts of the pod's share.
+    pub shared: Arc<Held>,
     /// Kernel modules for later.
     pub modules: Arc<Modules>,
     /// What the agent was told at boot.
@@ -197,6 +200,7 @@ impl Agent {
             reaper,
             streams: Streams::default(),
             storages: Storages::new(modules.clone(), disks),
+            shared: Arc::default(),
             modules,
             settings,
             done: Notify::new(),

@@ -16,7 +16,6 @@ use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
 use crate::container::Spawned;
-use crate::mount::share;
 use crate::stdio::{self, Ports};
 
 /// Makes a container; its init waits for [`start`].
@@ -86,7 +85,7 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     let joins_pids = joins_pids(&spec);
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
-    let (spec, shared) = hold_shared(spec).await?;
+    let (spec, shared) = hold_shared(agent, spec).await?;
     let made = make_init(agent, &request.container_id, &spec, ports).await;
     match made {
         Ok(init) => {
@@ -99,7 +98,7 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
             Ok(Container::new(init, mounts, shared))
         }
         Err(error) => {
-            release_shared(shared).await;
+            release_shared(agent, shared).await;
             if let Err(undo) = agent.storages.remove(mounts).await {
                 tracing::warn!(error = crate::chain(&undo), "undoing the storages of a container");
             }
@@ -128,19 +127,21 @@ fn end_all_with(agent: &Arc<Agent>, id: &str, init: &Process) {
 }
 
 /// Both may wait for the host: not on the thread that serves everybody else.
-async fn hold_shared(spec: Spec) -> Result<(Spec, Vec<PathBuf>), RpcError> {
+async fn hold_shared(agent: &Agent, spec: Spec) -> Result<(Spec, Vec<PathBuf>), RpcError> {
+    let shared = agent.shared.clone();
     let hold = move || {
-        let held = share::hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
+        let held = shared.hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
         (spec, held)
     };
     let held = tokio::task::spawn_blocking(hold).await;
     held.map_err(|_| RpcError::State("the agent is ending".to_owned()))
 }
 
-async fn release_shared(held: Vec<PathBuf>) {
+async fn release_shared(agent: &Agent, held: Vec<PathBuf>) {
     if !held.is_empty() {
+        let shared = agent.shared.clone();
         // It can only fail with the agent itself.
-        let _ = tokio::task::spawn_blocking(move || share::release(&held)).await;
+        let _ = tokio::task::spawn_blocking(move || shared.release(&held)).await;
     }
 }
 
@@ -201,7 +202,7 @@ pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(
             |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
         tokio::time::timeout(limit, delete).await.map_err(late)??;
     }
-    release_shared(container.shared.clone()).await;
+    release_shared(agent, container.shared.clone()).await;
     agent.forget(id);
     agent.storages.remove(container.mounts.clone()).await?;
     tracing::info!(container = id, "container removed");

@@ -149,7 +149,9 @@ fn of_storage(error: &StorageError) -> Code {
     match error {
         StorageError::Unsupported { .. } | StorageError::NoFileSystem { .. } => Code::UNIMPLEMENTED,
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
-        StorageError::Disk { source: DiskError::Source(_), .. } => Code::INVALID_ARGUMENT,
+        StorageError::Disk { source: DiskError::Source(_) | DiskError::Address(_), .. } => {
+            Code::INVALID_ARGUMENT
+        }
         StorageError::Disk { source: DiskError::Absent { .. }, .. } => Code::DEADLINE_EXCEEDED,
         StorageError::Module { .. }
         | StorageError::Disk { .. }

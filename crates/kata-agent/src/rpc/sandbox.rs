@@ -102,6 +102,7 @@ pub async fn destroy(agent: &Arc<Agent>) -> Result<(), RpcError> {
         let unmounted = agent.storages.remove(mounts).await.map_err(RpcError::from);
         result = result.and(unmounted);
     }
+    result = result.and(agent.storages.remove_kept().await.map_err(RpcError::from));
     // May take as long as the host's disks do.
     let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
     agent.done.notify_one();

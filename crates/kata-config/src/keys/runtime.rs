@@ -43,13 +43,6 @@ pub(super) const KEYS: &[Key] = &[
     )
     .harmless(&["\"vfio\""])
     .annotated(),
-    key(
-        "emptydir_mode",
-        Word(&["shared-fs", "block-plain", "block-encrypted"]),
-        "\"shared-fs\"",
-        "What an emptyDir volume is made of.",
-    )
-    .rust(),
     key("sandbox_bind_mounts", List, "[]", "Paths of the host that every pod's shared directory holds.")
         .annotated(),
     key("shared_mounts", List, "[]", "Mounts of one container that others of the pod see.")

@@ -136,8 +136,8 @@ async fn prepare(
     let root = SharedRoot { path: root, mounts: rootfs };
     let mut guest =
         guest_spec::translate(name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
-    let way = files::choose(id, &root, &guest).await?;
-    if files::need_guest(pod, &way, &guest) {
+    let ways = files::choose(pod, id, &root, &guest).await?;
+    if files::need_guest(&ways) {
         tokio::select! {
             biased;
             _ = cancel.wait_for(Option::is_some) => return Err(SandboxError::CreateCancelled(id.clone())),
@@ -146,13 +146,14 @@ async fn prepare(
     }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
-    let (files, storages) = files::add(pod, link, id, (way, root), &mut guest).await?;
+    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest).await?;
     timeline.add(Layer::Host, format!("files of {name}"), start);
 
     let request = CreateContainerRequest {
         container_id: name.clone(),
         oci: Some(spec::spec(&guest.spec)).into(),
-        storages,
+        storages: wanted.storages,
+        devices: wanted.devices,
         ..Default::default()
     };
     Ok(Prepared { files, request, timeline })
