@@ -74,6 +74,11 @@ pub enum AgentError {
 }
 
 impl AgentError {
+    /// What is known not to be understood, and so not asked.
+    pub(crate) fn unsupported(reason: impl std::fmt::Display) -> Self {
+        Self::Refused { code: Code::UNIMPLEMENTED, message: reason.to_string() }
+    }
+
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
             RpcError::RpcStatus(status) => {
@@ -129,6 +134,7 @@ pub(crate) struct Agent {
     service: AgentServiceClient,
     health: HealthClient,
     lost: watch::Receiver<bool>,
+    ours: bool,
 }
 
 impl std::fmt::Debug for Agent {
@@ -142,7 +148,22 @@ impl Agent {
     pub(crate) fn new(stream: UnixStream) -> Self {
         let (tx, lost) = watch::channel(false);
         let client = ttrpc::asynchronous::Client::new(Socket::new(Wire { stream, lost: tx }));
-        Self { service: AgentServiceClient::new(client.clone()), health: HealthClient::new(client), lost }
+        Self {
+            service: AgentServiceClient::new(client.clone()),
+            health: HealthClient::new(client),
+            lost,
+            ours: false,
+        }
+    }
+
+    /// The same, of an agent that announced itself: only this project's do.
+    pub(crate) fn announced(self) -> Self {
+        Self { ours: true, ..self }
+    }
+
+    /// Whether it is known to be this project's, which understands the protocol's extensions.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.ours
     }
 
     /// Resolves when the agent has closed the connection.

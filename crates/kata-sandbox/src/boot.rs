@@ -419,7 +419,7 @@ async fn reach_agent(
     let start = Instant::now();
     let open = hybrid::connect(&pod.hybrid, ports::AGENT).await?;
     timeline.add(Layer::Agent, "connect", start);
-    Ok((Agent::new(open.stream), Some(announcement)))
+    Ok((Agent::new(open.stream).announced(), Some(announcement)))
 }
 
 /// The agent's announcement: one line of JSON.

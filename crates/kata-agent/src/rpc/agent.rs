@@ -11,7 +11,7 @@ use tokio::sync::{Notify, mpsc};
 use super::error::RpcError;
 use crate::cmdline::Settings;
 use crate::container::{Engine, PodNamespaces};
-use crate::device::Disks;
+use crate::device::{Disks, Passing};
 use crate::modules::Modules;
 use crate::mount::Storages;
 use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
@@ -173,6 +173,8 @@ pub struct Agent {
     pub streams: Streams,
     /// Mounts.
     pub storages: Storages,
+    /// Devices for containers.
+    pub devices: Passing,
     /// Kernel modules for later.
     pub modules: Arc<Modules>,
     /// What the agent was told at boot.
@@ -190,11 +192,13 @@ impl Agent {
     pub fn new(engine: Arc<dyn Engine>, reaper: Reaper, modules: Arc<Modules>, settings: Settings) -> Self {
         let (sender, receiver) = mpsc::channel(OOM_KILLS);
         let disks = Disks::new(modules.clone(), settings.hotplug_timeout);
+        let devices = Passing::new(modules.clone(), settings.hotplug_timeout);
         Self {
             engine,
             reaper,
             streams: Streams::default(),
             storages: Storages::new(modules.clone(), disks),
+            devices,
             modules,
             settings,
             done: Notify::new(),

@@ -56,9 +56,6 @@ fn check_id(id: &str) -> Result<(), RpcError> {
 }
 
 fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError> {
-    if !request.devices.is_empty() {
-        return Err(RpcError::Unsupported("passing devices to a container"));
-    }
     if !request.shared_mounts.is_empty() {
         return Err(RpcError::Unsupported("sharing mounts between containers"));
     }
@@ -80,6 +77,7 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     if let Some(namespaces) = &namespaces {
         namespaces.share_with(&mut spec);
     }
+    agent.devices.find(&request.devices).await?.update(&mut spec)?;
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let (spec, shared) = hold_shared(spec).await?;

@@ -430,8 +430,10 @@ impl Actor {
         let known = self.table.process(&id).map(drop);
         match guest_spec::guest_resources(resources) {
             Ok(resources) => {
-                let resources = spec::resources(&resources);
+                let mut resources = spec::resources(&resources);
                 self.ask_agent("update", id, known, reply, |agent, id| async move {
+                    work::understood(&agent, "", None, Some(&mut resources))
+                        .map_err(AgentError::unsupported)?;
                     agent.update(&id.container, resources).await
                 });
             }
