@@ -3,21 +3,27 @@
 //! ```text
 //!  bare boot ─┐
 //!             ├─ in turn, n times ─▶ ratio ─▶ row ─▶ docs/performance.md
-//!  first pod ─┘
+//!  first pod ─┘                              and a picture
 //! ```
 
 mod boot;
 mod containerd;
+mod cri;
 mod exec;
 mod memory;
+mod plot;
+mod storage;
 mod table;
 mod transfer;
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
+
 use crate::products::{self, Products, Profile};
-use crate::shell::{self, at, tree};
+use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::{Chores, demo, packages, say};
 use table::Row;
 pub use table::commit;
@@ -37,6 +43,8 @@ enum Accelerator {
     Kvm,
 }
 
+/// Beside the page: how starts at once grow with their number.
+const PICTURE: &str = "performance-starts.svg";
 /// The kernel that is compiled here, tuned for pods.
 pub const COMPILED_KERNEL: &str = "source";
 /// Name of the variable with the commit measured, where git is not at hand.
@@ -47,6 +55,19 @@ impl Bench {
         let mut command = Command::new(self.products.program("kata-ctl"));
         command.args(args);
         command
+    }
+
+    /// Runs an example of kata-testkit, which [`prepare`] has built, and reads what it prints.
+    fn example<T: DeserializeOwned>(&self, name: &'static str, args: &[&str]) -> Chores<T> {
+        let program = tree().join("target").join(Profile::Quick.name()).join("examples").join(name);
+        let text = shell::output(
+            Command::new(program)
+                .args(args)
+                .env("KATA_TEST_PROGRAMS", &self.products.dir)
+                .env("KATA_TEST_IMAGE", tree().join("target/images/busybox"))
+                .env("KATA_TEST_CONTAINERD", Path::new("/usr/bin/containerd")),
+        )?;
+        serde_json::from_str(&text).map_err(|source| ChoreError::Json { what: name, source })
     }
 }
 
@@ -59,7 +80,11 @@ pub fn prepare(kernel: &str) -> Chores {
     let products = products::build(Profile::Release, kernel, false)?;
     demo::busybox_image()?;
     boot::prepare(&products)?;
-    containerd::prepare()
+    shell::run(
+        cargo()
+            .args(["build", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
+            .arg("--examples"),
+    )
 }
 
 fn bench(runs: usize, accelerator: Accelerator) -> Chores<Bench> {
@@ -95,6 +120,11 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     rows.extend(memory::measure(&bench)?);
     say("transfer");
     rows.extend(transfer::measure(&bench)?);
+    say("storage, beside runc");
+    rows.extend(storage::measure(&bench)?);
+    say("pods under the CRI, beside runc");
+    let (of_cri, picture) = cri::measure(&bench, &[1, 5, 10, 20])?;
+    rows.extend(of_cri);
 
     let text = table::render(&rows, &bench)?;
     println!("{text}");
@@ -102,6 +132,8 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
         let path = tree().join("docs/performance.md");
         let page = std::fs::read_to_string(&path).map_err(at("read", &path))?;
         std::fs::write(&path, table::insert(&page, &text)?).map_err(at("write", &path))?;
+        let path = path.with_file_name(PICTURE);
+        std::fs::write(&path, picture).map_err(at("write", &path))?;
     }
     Ok(())
 }
