@@ -17,6 +17,6 @@ mod pci;
 mod uevent;
 
 pub use disk::{DiskError, Disks, Missing};
-pub use passed::{DRIVERS, DeviceError, Passed, Passing};
+pub use passed::{DRIVERS, DeviceError, Passed, Passing, check};
 pub use pci::{PciPath, PciPathError};
 pub use uevent::Uevents;

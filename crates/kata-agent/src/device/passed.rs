@@ -102,6 +102,15 @@ pub enum DeviceError {
     },
 }
 
+/// Whether there is a driver for each of `devices`.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for the first that has none.
+pub fn check(devices: &[Device]) -> Result<(), DeviceError> {
+    let served = |device: &&Device| DRIVERS.contains(&device.type_.as_str());
+    devices.iter().find(|device| !served(device)).map_or(Ok(()), |device| Err(unsupported(&device.type_)))
+}
+
 /// What has become of the passed devices in this guest.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Passed {

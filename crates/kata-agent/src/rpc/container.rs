@@ -15,6 +15,7 @@ use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
 use crate::container::Spawned;
+use crate::device;
 use crate::mount::share;
 use crate::stdio::{self, Ports};
 
@@ -56,6 +57,7 @@ fn check_id(id: &str) -> Result<(), RpcError> {
 }
 
 fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError> {
+    device::check(&request.devices)?;
     if !request.shared_mounts.is_empty() {
         return Err(RpcError::Unsupported("sharing mounts between containers"));
     }
