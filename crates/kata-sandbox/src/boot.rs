@@ -469,6 +469,13 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
     CreateSandboxRequest {
         hostname: pod.id.clone(),
         sandbox_id: pod.id.clone(),
+        guest_hook_path: pod
+            .config
+            .hypervisor
+            .qemu
+            .guest_hook_path
+            .as_ref()
+            .map_or_else(String::new, |path| path.display().to_string()),
         storages: if shared { vec![share] } else { Vec::new() },
         kernel_modules: pod.config.agent.kata.kernel_modules.iter().filter_map(module).collect(),
         ..Default::default()

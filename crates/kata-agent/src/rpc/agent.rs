@@ -9,6 +9,7 @@ use rustix::process::Pid;
 use tokio::sync::{Notify, mpsc};
 
 use super::error::RpcError;
+use super::hooks::GuestHooks;
 use crate::cmdline::Settings;
 use crate::container::{Engine, PodNamespaces};
 use crate::device::{Disks, Passing};
@@ -158,6 +159,8 @@ pub struct SandboxParts {
     pub mounts: Vec<PathBuf>,
     /// Host name and System V IPC.
     pub namespaces: Arc<PodNamespaces>,
+    /// Programs of the image that are run for each.
+    pub hooks: Arc<GuestHooks>,
 }
 
 /// Containers by id. `None` is one in the making.
@@ -224,6 +227,13 @@ impl Agent {
             Some(parts) => Ok(Some(parts.namespaces.clone())),
             None => Err(RpcError::State(format!("sandbox {:?} is being created", sandbox.id))),
         }
+    }
+
+    /// The image's hooks for containers; none without a sandbox.
+    pub fn guest_hooks(&self) -> Arc<GuestHooks> {
+        let sandbox = self.sandbox();
+        let parts = sandbox.as_ref().and_then(|sandbox| sandbox.made.as_ref());
+        parts.map(|parts| parts.hooks.clone()).unwrap_or_default()
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {

@@ -120,11 +120,17 @@ async fn make_init(agent: &Agent, id: &str, spec: &Spec, ports: Ports) -> Result
     let Spawned { pid, terminal } = agent.engine.create(id, spec, &bundle, io).await?;
     let exit = agent.reaper.register(pid);
     tracing::info!(container = id, pid = pid.as_raw_nonzero().get(), "container created");
-    match stdio.attach(&exit, terminal) {
+    let hooks = agent.guest_hooks();
+    let attached = match hooks.created(&agent.reaper, id, pid, spec).await {
+        Ok(()) => stdio.attach(&exit, terminal).map_err(RpcError::from),
+        Err(error) => Err(error),
+    };
+    match attached {
         Ok(stdio) => Ok(Process::new(pid, exit, stdio)),
         Err(error) => {
             agent.engine.delete(id).await?;
-            Err(error.into())
+            hooks.removed(&agent.reaper, id).await;
+            Err(error)
         }
     }
 }
@@ -151,7 +157,9 @@ fn watch_oom(agent: &Arc<Agent>, id: &str) {
 /// The engine's.
 pub async fn start(agent: &Agent, id: &str) -> Result<(), RpcError> {
     agent.container(id)?;
-    Ok(agent.engine.start(id).await?)
+    agent.engine.start(id).await?;
+    agent.guest_hooks().started(&agent.reaper, id).await;
+    Ok(())
 }
 
 /// Kills what is left of the container and removes all of it, within the request's time (seconds; zero is no limit).
@@ -172,6 +180,7 @@ pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(
     }
     release_shared(container.shared.clone()).await;
     agent.forget(id);
+    agent.guest_hooks().removed(&agent.reaper, id).await;
     agent.storages.remove(container.mounts.clone()).await?;
     tracing::info!(container = id, "container removed");
     Ok(())

@@ -9,6 +9,7 @@ use kata_api::guest;
 use super::agent::{Agent, Sandbox, SandboxParts};
 use super::container;
 use super::error::RpcError;
+use super::hooks::GuestHooks;
 use crate::container::PodNamespaces;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -22,9 +23,6 @@ const REMOVE_WITHIN: u32 = 10;
 pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result<(), RpcError> {
     if request.sandbox_pidns {
         return Err(RpcError::Unsupported("a pid namespace for the sandbox"));
-    }
-    if !request.guest_hook_path.is_empty() {
-        return Err(RpcError::Unsupported("a directory of guest hooks"));
     }
     {
         let mut sandbox = agent.sandbox();
@@ -71,7 +69,8 @@ async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxP
     std::fs::create_dir_all(shared).map_err(RpcError::file("making directory", shared))?;
     // They begin with the host name that was just set.
     let namespaces = Arc::new(PodNamespaces::new()?);
-    Ok(SandboxParts { mounts: agent.storages.add(request.storages).await?, namespaces })
+    let hooks = Arc::new(GuestHooks::below(&request.guest_hook_path)?);
+    Ok(SandboxParts { mounts: agent.storages.add(request.storages).await?, namespaces, hooks })
 }
 
 /// Lines of a resolv.conf as they are; bare addresses become name servers.

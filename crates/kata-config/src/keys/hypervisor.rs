@@ -50,7 +50,6 @@ pub(super) const KEYS: &[Key] = &[
     key("guest_extension_images", Tables, "[]", "Further images for the guest, each with `name`, `path` and dm-verity parameters.")
         .rust()
         .on(QEMU),
-    key("guest_hook_path", PATH, "\"\"", "Directory in the guest with OCI hooks for every container.").annotated(),
     // How large.
     key("default_maxvcpus", COUNT, "0", "Most processors that a machine can grow to; 0 is the host's number. Machines here do not grow.")
         .annotation("default_max_vcpus")
