@@ -112,6 +112,10 @@ settings! {
     /// The emulated machine. Nothing can be plugged into a `microvm` later.
     machine_type: MachineType = MachineType::Q35,
         { .annotated().planned_words(&["pc", "virt", "pseries", "s390-ccw-virtio"]) };
+    /// Directory of the guest image with hooks for every container of the pod: the executable files in `prestart`, `poststart`
+    /// and `poststop` below it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_hook_path: Option<PathBuf> = None, { .unset("no hooks").annotated() };
     /// Further parameters of the guest kernel, separated by blanks. A quoted part stays one parameter.
     kernel_params: KernelParams = KernelParams::default(), { .annotated() };
     /// Virtual processors of a pod without a limit: 0 is one, negative is all of the host's. Fractions round up, and there are

@@ -77,6 +77,11 @@ pub enum AgentError {
 }
 
 impl AgentError {
+    /// What is known not to be understood, and so not asked.
+    pub(crate) fn unsupported(reason: impl std::fmt::Display) -> Self {
+        Self::Refused { code: Code::UNIMPLEMENTED, message: reason.to_string() }
+    }
+
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
             RpcError::RpcStatus(status) => {
@@ -133,6 +138,7 @@ pub(crate) struct Agent {
     health: HealthClient,
     files: FilesClient,
     lost: watch::Receiver<bool>,
+    ours: bool,
 }
 
 impl std::fmt::Debug for Agent {
@@ -151,7 +157,18 @@ impl Agent {
             health: HealthClient::new(client.clone()),
             files: FilesClient::new(client),
             lost,
+            ours: false,
         }
+    }
+
+    /// The same, of an agent that announced itself: only this project's do.
+    pub(crate) fn announced(self) -> Self {
+        Self { ours: true, ..self }
+    }
+
+    /// Whether it is known to be this project's, which understands the protocol's extensions.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.ours
     }
 
     /// Resolves when the agent has closed the connection.

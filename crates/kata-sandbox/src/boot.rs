@@ -437,7 +437,7 @@ async fn reach_agent(
     let start = Instant::now();
     let open = hybrid::connect(&pod.hybrid, ports::AGENT).await?;
     timeline.add(Layer::Agent, "connect", start);
-    Ok((Agent::new(open.stream), Some(announcement)))
+    Ok((Agent::new(open.stream).announced(), Some(announcement)))
 }
 
 /// The agent's announcement: one line of JSON.
@@ -487,6 +487,13 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
     CreateSandboxRequest {
         hostname: pod.id.clone(),
         sandbox_id: pod.id.clone(),
+        guest_hook_path: pod
+            .config
+            .hypervisor
+            .qemu
+            .guest_hook_path
+            .as_ref()
+            .map_or_else(String::new, |path| path.display().to_string()),
         storages: if shared { vec![share] } else { Vec::new() },
         kernel_modules: pod.config.agent.kata.kernel_modules.iter().filter_map(module).collect(),
         ..Default::default()

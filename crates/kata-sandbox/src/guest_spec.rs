@@ -12,19 +12,27 @@
 //! | no pid or no ipc namespace | refused: the host's cannot be seen from a machine |
 //! | path of a user namespace | refused: the guest has one for all |
 //! | `cgroupsPath` | `/<container id>`: the host's hierarchy does not exist there |
-//! | cpusets, device weights and throttles, network classes, RDT | dropped: they name the host's CPUs, disks and interfaces |
+//! | cpusets | dropped: they name the host's processors |
 //! | `prestart`, `createRuntime`, `poststart`, `poststop` hooks | dropped: they are programs of the host, see [`crate::hooks`] |
-//! | `createContainer`, `startContainer` hooks | dropped, with a warning: the guest does not run them yet |
-//! | AppArmor and SELinux labels | cleared: the profiles are the host's, the guest's kernel has none of them |
+//! | `createContainer`, `startContainer` hooks | kept: the guest runs them |
+//! | AppArmor and SELinux labels | dropped: the profiles are the host's, the guest's kernel has none of them |
 //! | seccomp | kept, unless `runtime.disable_guest_seccomp` |
 //! | device rules and nodes, limits, sysctls, capabilities | kept |
+//!
+//! `FIELDS` in `guest_spec/fields.rs` has every field of the specification with its fate.
 
 use std::path::{Path, PathBuf};
 
 use kata_api::guest;
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
 
 use crate::error::ErrorKind;
+
+#[cfg(test)]
+mod coverage;
+#[cfg(test)]
+mod fields;
+mod refused;
 
 /// Why a specification cannot be carried out in the guest.
 #[derive(Debug, thiserror::Error)]
@@ -142,7 +150,7 @@ pub(crate) fn translate(
     mut spec: Spec,
     disable_seccomp: bool,
 ) -> Result<GuestSpec, GuestSpecError> {
-    refuse_unsupported(&spec)?;
+    refused::spec(&spec)?;
     let in_guest = in_share(id);
 
     let mut root = spec.root().clone().ok_or(GuestSpecError::Missing("root"))?;
@@ -150,15 +158,8 @@ pub(crate) fn translate(
     spec.set_root(Some(root));
     let process = spec.process().clone().ok_or(GuestSpecError::Missing("process"))?;
     spec.set_process(Some(guest_process(process)?));
-    if let Some(hooks) = spec.hooks()
-        && [hooks.create_container(), hooks.start_container()]
-            .into_iter()
-            .flatten()
-            .any(|hooks| !hooks.is_empty())
-    {
-        tracing::warn!(container = id, "createContainer and startContainer hooks are not run");
-    }
-    spec.set_hooks(None);
+    let hooks = spec.hooks().as_ref().and_then(guest_hooks);
+    spec.set_hooks(hooks);
     let (mut volumes, mut shm) = (Vec::new(), None);
     if let Some(mounts) = spec.mounts_mut() {
         for (number, mount) in mounts.iter_mut().enumerate().filter(|(_, mount)| is_bind(mount)) {
@@ -176,83 +177,45 @@ pub(crate) fn translate(
 
 /// A process as it is meant for the guest.
 pub(crate) fn guest_process(mut process: Process) -> Result<Process, GuestSpecError> {
-    refuse(
-        "the guest protocol has no field for it",
-        &[
-            (process.user().umask().is_some(), "process.user.umask"),
-            (process.io_priority().is_some(), "process.ioPriority"),
-            (process.scheduler().is_some(), "process.scheduler"),
-        ],
-    )?;
+    refused::process(&process)?;
+    let dropped = [
+        ("AppArmor profile", process.apparmor_profile().as_deref().filter(|name| *name != "unconfined")),
+        ("SELinux label", process.selinux_label().as_deref()),
+    ];
+    for (kind, name) in dropped {
+        if let Some(name) = name.filter(|name| !name.is_empty()) {
+            tracing::info!(kind, name, "a label of the host's has no meaning in the guest");
+        }
+    }
+    process.user_mut().set_username(None);
     process.set_apparmor_profile(None).set_selinux_label(None);
     Ok(process)
 }
 
 /// Limits as they are meant for the guest.
 pub(crate) fn guest_resources(mut resources: LinuxResources) -> Result<LinuxResources, GuestSpecError> {
-    refuse(
-        "the guest protocol has no field for it",
-        &[
-            (resources.unified().as_ref().is_some_and(|keys| !keys.is_empty()), "linux.resources.unified"),
-            (resources.rdma().as_ref().is_some_and(|keys| !keys.is_empty()), "linux.resources.rdma"),
-        ],
-    )?;
+    refused::resources(&resources)?;
     if let Some(mut cpu) = resources.cpu().clone() {
+        let pinned = [cpu.cpus(), cpu.mems()].into_iter().flatten().any(|list| !list.is_empty());
+        if pinned {
+            tracing::info!(cpus = ?cpu.cpus(), mems = ?cpu.mems(), "a cpuset of the host's has no meaning in the guest");
+        }
         cpu.set_cpus(None).set_mems(None);
         resources.set_cpu(Some(cpu));
     }
-    if let Some(mut block_io) = resources.block_io().clone() {
-        block_io
-            .set_weight_device(None)
-            .set_throttle_read_bps_device(None)
-            .set_throttle_write_bps_device(None)
-            .set_throttle_read_iops_device(None)
-            .set_throttle_write_iops_device(None);
-        resources.set_block_io(Some(block_io));
+    if let Some(mut memory) = resources.memory().clone() {
+        memory.set_use_hierarchy(None);
+        resources.set_memory(Some(memory));
     }
-    resources.set_network(None);
     Ok(resources)
 }
 
-fn refuse(reason: &'static str, fields: &[(bool, &'static str)]) -> Result<(), GuestSpecError> {
-    match fields.iter().find(|(given, _)| *given) {
-        Some((_, field)) => Err(GuestSpecError::Unsupported { field, reason }),
-        None => Ok(()),
-    }
-}
-
-/// Refuses what would change the container's behaviour and cannot be told to the agent.
-fn refuse_unsupported(spec: &Spec) -> Result<(), GuestSpecError> {
-    let no_field = "the guest protocol has no field for it";
-    let idmapped = |mount: &Mount| mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
-    refuse(
-        no_field,
-        &[
-            (spec.domainname().as_ref().is_some_and(|name| !name.is_empty()), "domainname"),
-            (spec.mounts().iter().flatten().any(idmapped), "mounts[].uidMappings"),
-        ],
-    )?;
-    let Some(linux) = spec.linux() else { return Ok(()) };
-    refuse(
-        no_field,
-        &[
-            (linux.personality().is_some(), "linux.personality"),
-            (linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()), "linux.timeOffsets"),
-            (linux.memory_policy().is_some(), "linux.memoryPolicy"),
-        ],
-    )?;
-    let Some(seccomp) = linux.seccomp() else { return Ok(()) };
-    let eperm = u32::try_from(libc::EPERM).unwrap_or_default();
-    refuse(
-        no_field,
-        &[
-            (seccomp.listener_path().is_some(), "linux.seccomp.listenerPath"),
-            (
-                seccomp.default_errno_ret().is_some_and(|errno| errno != eperm),
-                "linux.seccomp.defaultErrnoRet",
-            ),
-        ],
-    )
+/// Hooks that are programs of the guest or of the container.
+fn guest_hooks(given: &Hooks) -> Option<Hooks> {
+    let mut kept = Hooks::default();
+    kept.set_create_container(given.create_container().clone().filter(|hooks| !hooks.is_empty()))
+        .set_start_container(given.start_container().clone().filter(|hooks| !hooks.is_empty()));
+    (kept != Hooks::default()).then_some(kept)
 }
 
 fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(), GuestSpecError> {
@@ -288,8 +251,7 @@ fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(
     linux
         .set_namespaces(Some(namespaces))
         .set_cgroups_path(Some(Path::new("/").join(id)))
-        .set_mount_label(None)
-        .set_intel_rdt(None);
+        .set_mount_label(None);
     spec.set_linux(Some(linux));
     Ok(())
 }

@@ -16,6 +16,7 @@ use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
 use crate::container::Spawned;
+use crate::device;
 use crate::stdio::{self, Ports};
 
 /// Makes a container; its init waits for [`start`].
@@ -56,9 +57,7 @@ fn check_id(id: &str) -> Result<(), RpcError> {
 }
 
 fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError> {
-    if !request.devices.is_empty() {
-        return Err(RpcError::Unsupported("passing devices to a container"));
-    }
+    device::check(&request.devices)?;
     if !request.shared_mounts.is_empty() {
         return Err(RpcError::Unsupported("sharing mounts between containers"));
     }
@@ -83,6 +82,7 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
         return Err(RpcError::State("there is no sandbox whose pid namespace could be joined".to_owned()));
     }
     let joins_pids = joins_pids(&spec);
+    agent.devices.find(&request.devices).await?.update(&mut spec)?;
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let (spec, shared) = hold_shared(agent, spec).await?;
@@ -152,11 +152,17 @@ async fn make_init(agent: &Agent, id: &str, spec: &Spec, ports: Ports) -> Result
     let Spawned { pid, terminal } = agent.engine.create(id, spec, &bundle, io).await?;
     let exit = agent.reaper.register(pid);
     tracing::info!(container = id, pid = pid.as_raw_nonzero().get(), "container created");
-    match stdio.attach(&exit, terminal) {
+    let hooks = agent.guest_hooks();
+    let attached = match hooks.created(&agent.reaper, id, pid, spec).await {
+        Ok(()) => stdio.attach(&exit, terminal).map_err(RpcError::from),
+        Err(error) => Err(error),
+    };
+    match attached {
         Ok(stdio) => Ok(Process::new(pid, exit, stdio)),
         Err(error) => {
             agent.engine.delete(id).await?;
-            Err(error.into())
+            hooks.removed(&agent.reaper, id).await;
+            Err(error)
         }
     }
 }
@@ -183,7 +189,9 @@ fn watch_oom(agent: &Arc<Agent>, id: &str) {
 /// The engine's.
 pub async fn start(agent: &Agent, id: &str) -> Result<(), RpcError> {
     agent.container(id)?;
-    Ok(agent.engine.start(id).await?)
+    agent.engine.start(id).await?;
+    agent.guest_hooks().started(&agent.reaper, id).await;
+    Ok(())
 }
 
 /// Kills what is left of the container and removes all of it, within the request's time (seconds; zero is no limit).
@@ -204,6 +212,7 @@ pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(
     }
     release_shared(agent, container.shared.clone()).await;
     agent.forget(id);
+    agent.guest_hooks().removed(&agent.reaper, id).await;
     agent.storages.remove(container.mounts.clone()).await?;
     tracing::info!(container = id, "container removed");
     Ok(())

@@ -5,6 +5,7 @@ mod container;
 mod error;
 mod files;
 mod guest;
+pub mod hooks;
 mod metrics;
 mod network;
 mod process;

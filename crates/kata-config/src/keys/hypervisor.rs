@@ -50,7 +50,6 @@ pub(super) const KEYS: &[Key] = &[
     key("guest_extension_images", Tables, "[]", "Further images for the guest, each with `name`, `path` and dm-verity parameters.")
         .rust()
         .on(QEMU),
-    key("guest_hook_path", PATH, "\"\"", "Directory in the guest with OCI hooks for every container.").annotated(),
     // How large.
     key("memory_offset", COUNT, "0", "Address space set aside for NVDIMMs.").unit("MiB").annotated(),
     key("enable_virtio_mem", Boolean, "false", "Lets memory grow and shrink by virtio-mem.").annotated(),

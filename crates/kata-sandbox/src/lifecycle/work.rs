@@ -109,6 +109,9 @@ pub(super) async fn create(
     }
 }
 
+/// Kubernetes sets it for every container on hosts with control groups of version 2, so without it no pod would start.
+const OOM_GROUP: &str = "memory.oom.group";
+
 /// What the agent is to be asked for a container, and what it holds already.
 struct Prepared {
     files: ContainerFiles,
@@ -170,6 +173,12 @@ async fn ask(
     created: &mut Created,
 ) -> Result<(), SandboxError> {
     let agent = Link::agent(link).await?;
+    if let Some(spec) = request.oci.as_mut() {
+        let resources = spec.linux.as_mut().and_then(|linux| linux.resources.as_mut());
+        let process = spec.process.as_ref();
+        understood(&agent, &spec.domainname, process, resources)
+            .map_err(|source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) })?;
+    }
     let start = Instant::now();
     let connected = Connected::open(&pod.hybrid, stdio).await.map_err(|source| stdio_error(id, source))?;
     let ports = connected.ports();
@@ -185,6 +194,30 @@ async fn ask(
     created.streams = connected.carry(&agent, id, close_stdin);
     created.timeline.add(Layer::Container, format!("create {}", id.container), start);
     Ok(())
+}
+
+/// Refuses what only this project's agent understands where the guest has another.
+pub(super) fn understood(
+    agent: &Agent,
+    domainname: &str,
+    process: Option<&kata_api::oci::Process>,
+    mut resources: Option<&mut kata_api::oci::LinuxResources>,
+) -> Result<(), GuestSpecError> {
+    if agent.is_ours() {
+        return Ok(());
+    }
+    if let Some(unified) = resources.as_deref_mut().map(|resources| &mut resources.unified)
+        && unified.remove(OOM_GROUP).is_some()
+    {
+        tracing::info!("{OOM_GROUP} is not told to the guest: its agent is not this project's");
+    }
+    match spec::extension(domainname, process, resources.as_deref()) {
+        Some(field) => Err(GuestSpecError::Unsupported {
+            field,
+            reason: "the guest's agent is not this project's, and the protocol they share has no field for it",
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Takes a container back that was made, or half made. The agent may not know it.
@@ -279,6 +312,7 @@ pub(super) async fn launch(
     let connected = Connected::open(&pod.hybrid, &stdio).await.map_err(|source| stdio_error(id, source))?;
     let ports = connected.ports();
     let mut process = spec::process(&command);
+    understood(&agent, "", Some(&process), None).map_err(refused)?;
     process.terminal = stdio.terminal;
     let request = ExecProcessRequest {
         container_id: id.container.clone(),
@@ -316,8 +350,9 @@ pub(super) async fn update(
     limits: LinuxResources,
 ) -> Result<(), SandboxError> {
     let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
-    let in_guest = spec::resources(&guest_spec::guest_resources(limits.clone()).map_err(refused)?);
+    let mut in_guest = spec::resources(&guest_spec::guest_resources(limits.clone()).map_err(refused)?);
     let agent = Link::agent(link).await?;
+    understood(&agent, "", None, Some(&mut in_guest)).map_err(refused)?;
     let changed = pod.resources.change(&id.container, &limits, &*pod.vm, &agent).await;
     let before = changed.map_err(|error| resource_error("update", id, error, link))?;
     if let Err(error) = agent.update(&id.container, in_guest).await {

@@ -18,6 +18,7 @@ pub(crate) mod launch;
 mod life;
 mod netns;
 mod publisher;
+mod sched_core;
 pub(crate) mod serve;
 
 #[cfg(test)]

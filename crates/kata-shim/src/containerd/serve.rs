@@ -16,6 +16,7 @@ use super::launch::{Launcher, Prepare, prepare};
 use super::life::Life;
 use super::netns::{self, NetnsError};
 use super::publisher::Publisher;
+use super::sched_core::{self, SchedCoreError};
 use crate::cli::ServeArgs;
 use crate::connections::counted;
 use crate::fault::chain;
@@ -29,6 +30,8 @@ use crate::{management, services, trace};
 pub(crate) enum ServeError {
     #[error(transparent)]
     Netns(NetnsError),
+    #[error(transparent)]
+    SchedCore(SchedCoreError),
     #[error("standard input is not the pod's socket; this verb is for `start` alone")]
     Listener(#[source] io::Error),
     #[error("cannot write the log {path}")]
@@ -47,6 +50,7 @@ pub(crate) enum ServeError {
 pub(crate) fn run(args: &ServeArgs, started: Instant) -> Result<(), ServeError> {
     let listener = trace::listener_on_stdin().map_err(ServeError::Listener)?;
     // Each thread's own: before there is a second.
+    sched_core::enter().map_err(ServeError::SchedCore)?;
     let left = netns::enter(&args.netns.clone().map_or(Netns::New, Netns::At)).map_err(ServeError::Netns)?;
     // What the pod keeps is its owner's alone.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
