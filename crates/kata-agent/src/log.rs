@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::fmt::{Debug, Write as _};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags, open};
 use serde_json::{Map, Value};
@@ -170,22 +170,11 @@ impl Visit for Fields {
     }
 }
 
-/// Seconds and microseconds of UTC, by the civil calendar.
+/// Seconds and microseconds of UTC; the epoch for a clock that is set beyond the calendar's four digits of years.
 fn timestamp(at: SystemTime) -> String {
-    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
-    // Years begin in March here, so that the leap day is the last of its year.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second, micros) =
-        (second / 3_600, second / 60 % 60, second % 60, since.subsec_micros());
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+    const LAST: Duration = Duration::from_secs(253_402_300_799);
+    let within = at.duration_since(UNIX_EPOCH).is_ok_and(|since| since <= LAST);
+    humantime::format_rfc3339_micros(if within { at } else { UNIX_EPOCH }).to_string()
 }
 
 /// Makes the log the process's own from here on. With `console`, its lines go there too: warnings, or everything from
@@ -205,8 +194,6 @@ pub fn install(level: LevelFilter, console: bool) -> LogBuffer {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -215,6 +202,7 @@ mod tests {
         assert_eq!(at(0), "1970-01-01T00:00:00.000000Z");
         assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000Z");
         assert_eq!(at(1_795_391_999), "2026-11-22T23:59:59.000000Z");
+        assert_eq!(at(u64::from(u32::MAX) << 8), "1970-01-01T00:00:00.000000Z");
     }
 
     #[test]

@@ -81,20 +81,11 @@ pub fn age(at_ms: u64, now: SystemTime) -> String {
     format!("{} ago", span(age))
 }
 
-/// A moment (milliseconds since the epoch) in UTC, by the civil calendar: `2026-11-25T14:00:00.123Z`.
+/// A moment (milliseconds since the epoch) in UTC: `2026-11-25T14:00:00.123Z`; the end of the calendar for what is beyond it.
 pub fn timestamp(at_ms: u64) -> String {
-    let (days, milli) = (at_ms / 86_400_000, at_ms % 86_400_000);
-    // Years begin in March here, so that the leap day is the last of its year.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hour, minute, second) = (milli / 3_600_000, milli / 60_000 % 60, milli / 1000 % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", milli % 1000)
+    const LAST_MS: u64 = 253_402_300_799_999;
+    let at = UNIX_EPOCH + Duration::from_millis(at_ms.min(LAST_MS));
+    humantime::format_rfc3339_millis(at).to_string()
 }
 
 /// A container's or pod's name in a table: of the 64 hexadecimal digits that containerd's clients use, the first 12.

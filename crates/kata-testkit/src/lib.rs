@@ -9,6 +9,7 @@
 )]
 
 pub mod containerd;
+pub mod cri;
 pub mod fake_agent;
 pub mod host;
 pub mod leaks;

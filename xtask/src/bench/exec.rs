@@ -7,8 +7,7 @@ use serde::Deserialize;
 use super::Bench;
 use super::table::{Row, Samples};
 use crate::Chores;
-use crate::products::Profile;
-use crate::shell::{self, ChoreError, cargo};
+use crate::shell;
 
 const POD: &str = "bench-exec";
 
@@ -25,15 +24,9 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
     shell::run(
         bench.ctl(&["run", "-d", "--name", POD, &bench.image, "sleep", "1000"]).stdout(Stdio::null()),
     )?;
-    let text =
-        shell::output(
-            cargo()
-                .args(["run", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
-                .args(["--example", "exec-latency", "--", "/run/kata", POD, &bench.runs.to_string()]),
-        );
+    let found = bench.example("exec-latency", &["/run/kata", POD, &bench.runs.to_string()]);
     shell::run(bench.ctl(&["rm", "-f", POD]).stdout(Stdio::null()))?;
-    let found: Latency = serde_json::from_str(&text?)
-        .map_err(|source| ChoreError::Json { what: "the exec latency", source })?;
+    let found: Latency = found?;
     let row = |what: &str, unit, value, budget| Row {
         what: what.to_owned(),
         unit,

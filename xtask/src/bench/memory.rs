@@ -10,10 +10,11 @@ use crate::shell::{self, ChoreError};
 const POD: &str = "bench-memory";
 
 /// Host processes of a pod and the resident memory they may have, in MiB.
-const HOST: &[(&str, &str, f64)] = &[
-    ("containerd-shim-kata-v2", "owner", 10.0),
-    ("kata-virtiofsd", "kata-virtiofsd, both processes", 10.0),
-    ("kata-vmm", "kata-vmm vsock", 3.0),
+const HOST: &[(&str, &str, Option<f64>)] = &[
+    ("containerd-shim-kata-v2", "owner", Some(10.0)),
+    ("kata-virtiofsd", "kata-virtiofsd, both processes", Some(10.0)),
+    ("kata-vmm", "kata-vmm vsock", Some(3.0)),
+    ("qemu-system", "QEMU, the guest's included", None),
 ];
 
 /// Rows of memory.
@@ -34,9 +35,15 @@ fn with_pod(bench: &Bench) -> Chores<Vec<Row>> {
         shell::run(&mut bench.ctl(&["exec", POD, "true"]))?;
     }
     let mut rows = Vec::new();
+    let mut whole = 0.0;
     for (program, name, budget) in HOST {
-        rows.push(row(&format!("resident memory: {name}"), resident_mib(program)?, Some(*budget)));
+        let pids = processes(program)?;
+        let proportional = mib(&pids, "smaps_rollup", "Pss:");
+        whole += proportional;
+        rows.push(row(&format!("resident memory: {name}"), mib(&pids, "status", "VmRSS:"), *budget));
+        rows.push(row(&format!("proportional memory: {name}"), proportional, None));
     }
+    rows.push(row("proportional memory of a pod (PSS, 128 MiB machine, idle)", whole, None));
     let meminfo = shell::output(&mut bench.ctl(&["exec", POD, "cat", "/proc/meminfo"]))?;
     let field = |name: &str| meminfo.lines().find_map(|line| line.strip_prefix(name)).and_then(kib);
     match (field("MemTotal:"), field("MemAvailable:")) {
@@ -60,13 +67,18 @@ fn kib(text: &str) -> Option<f64> {
     text.split_whitespace().next()?.parse().ok()
 }
 
-/// Resident memory of all processes of a program that belong to the pod.
-fn resident_mib(program: &str) -> Chores<f64> {
+/// The processes of a program that belong to the pod.
+fn processes(program: &str) -> Chores<Vec<String>> {
     let found = shell::output(Command::new("pgrep").args(["-f", &format!("{program}.*{POD}")]))?;
-    let total: f64 = found
-        .lines()
-        .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).ok())
-        .filter_map(|status| status.lines().find_map(|line| line.strip_prefix("VmRSS:")).and_then(kib))
+    Ok(found.lines().map(str::to_owned).collect())
+}
+
+/// The sum of a field of a file in /proc, in KiB there.
+fn mib(pids: &[String], file: &str, field: &str) -> f64 {
+    let total: f64 = pids
+        .iter()
+        .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/{file}")).ok())
+        .filter_map(|text| text.lines().find_map(|line| line.strip_prefix(field)).and_then(kib))
         .sum();
-    Ok(total / 1024.0)
+    total / 1024.0
 }

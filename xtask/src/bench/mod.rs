@@ -10,14 +10,18 @@ mod boot;
 mod containerd;
 mod exec;
 mod memory;
+mod storage;
 mod table;
 mod transfer;
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
+
 use crate::products::{self, Products, Profile};
-use crate::shell::{self, at, tree};
+use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::{Chores, demo, packages, say};
 use table::Row;
 pub use table::commit;
@@ -48,6 +52,19 @@ impl Bench {
         command.args(args);
         command
     }
+
+    /// Runs an example of kata-testkit, which [`prepare`] has built, and reads what it prints.
+    fn example<T: DeserializeOwned>(&self, name: &'static str, args: &[&str]) -> Chores<T> {
+        let program = tree().join("target").join(Profile::Quick.name()).join("examples").join(name);
+        let text = shell::output(
+            Command::new(program)
+                .args(args)
+                .env("KATA_TEST_PROGRAMS", &self.products.dir)
+                .env("KATA_TEST_IMAGE", tree().join("target/images/busybox"))
+                .env("KATA_TEST_CONTAINERD", Path::new("/usr/bin/containerd")),
+        )?;
+        serde_json::from_str(&text).map_err(|source| ChoreError::Json { what: name, source })
+    }
 }
 
 /// Builds what is measured.
@@ -59,7 +76,11 @@ pub fn prepare(kernel: &str) -> Chores {
     let products = products::build(Profile::Release, kernel, false)?;
     demo::busybox_image()?;
     boot::prepare(&products)?;
-    containerd::prepare()
+    shell::run(
+        cargo()
+            .args(["build", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
+            .arg("--examples"),
+    )
 }
 
 fn bench(runs: usize, accelerator: Accelerator) -> Chores<Bench> {
@@ -95,6 +116,8 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     rows.extend(memory::measure(&bench)?);
     say("transfer");
     rows.extend(transfer::measure(&bench)?);
+    say("storage, beside runc");
+    rows.extend(storage::measure(&bench)?);
 
     let text = table::render(&rows, &bench)?;
     println!("{text}");

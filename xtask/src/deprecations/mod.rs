@@ -142,7 +142,7 @@ fn due(registry: &Registry, version: &Version, today: Date, sources: &[Source]) 
 /// Entries that go within two months, so that the release does not come as a surprise.
 fn soon(registry: &Registry, today: Date) -> impl Iterator<Item = &Entry> {
     registry.entries.iter().filter(move |entry| {
-        let left = entry.remove_in.date.unix_days() - today.unix_days();
+        let left = entry.remove_in.date.days_after(today);
         matches!(entry.stage, Stage::Deprecated | Stage::OffByDefault) && (0..=SOON_DAYS).contains(&left)
     })
 }

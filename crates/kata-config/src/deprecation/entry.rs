@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::time::{Duration, UNIX_EPOCH};
 
 use semver::Version;
 use serde::{Deserialize, Serialize};
@@ -119,33 +120,24 @@ pub struct Date {
 }
 
 impl Date {
-    /// Days since 1970-01-01. Howard Hinnant, "chrono-compatible low-level date algorithms", `days_from_civil`.
-    pub fn unix_days(self) -> i64 {
-        let (month, day) = (i64::from(self.month), i64::from(self.day));
-        let year = i64::from(self.year) - i64::from(month <= 2);
-        let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
-        let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
-        era * 146_097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719_468
+    /// Seconds since 1970-01-01T00:00:00Z of the day's beginning; 0 for a day that no calendar has, or before that one.
+    pub fn unix_seconds(self) -> u64 {
+        let begin = humantime::parse_rfc3339(&format!("{self}T00:00:00Z"));
+        begin.ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok()).map_or(0, |since| since.as_secs())
     }
 
-    /// Seconds since 1970-01-01T00:00:00Z of the day's beginning.
-    pub fn unix_seconds(self) -> i64 {
-        self.unix_days() * 86_400
+    /// Whole days from `other` to this one; negative where it is the later.
+    pub fn days_after(self, other: Self) -> i64 {
+        (self.unix_seconds().cast_signed() - other.unix_seconds().cast_signed()) / 86_400
     }
 
-    /// The day that holds a moment, in seconds since 1970-01-01T00:00:00Z. The same paper, `civil_from_days`.
+    /// The day that holds a moment, in seconds since 1970-01-01T00:00:00Z; the year 9999 is the last.
     pub fn of_unix_seconds(seconds: u64) -> Self {
-        let days = seconds / 86_400 + 719_468;
-        let (era, day_of_era) = (days / 146_097, days % 146_097);
-        let leap_days = day_of_era / 1460 + day_of_era / 146_096 - day_of_era / 36_524;
-        let year_of_era = (day_of_era - leap_days) / 365;
-        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let shifted = (5 * day_of_year + 2) / 153;
-        let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-        let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-        let year = year_of_era + era * 400 + u64::from(month <= 2);
-        let small = |number: u64| u8::try_from(number).unwrap_or(u8::MAX);
-        Self { year: u16::try_from(year).unwrap_or(u16::MAX), month: small(month), day: small(day) }
+        const LAST: u64 = 253_402_300_799;
+        let at = UNIX_EPOCH + Duration::from_secs(seconds.min(LAST));
+        let text = humantime::format_rfc3339_seconds(at).to_string();
+        let day = text.split('T').next().and_then(|day| day.parse().ok());
+        day.unwrap_or(Self { year: 1970, month: 1, day: 1 })
     }
 
     /// The same day so many months later; the last one of that month where it has no such day.

@@ -26,6 +26,8 @@ use crate::pod::{
 
 /// How long an interrupted copy may take to clean up.
 const CLEANUP: Duration = Duration::from_secs(3);
+/// What a killed command ends with.
+const KILLED: u32 = 137;
 /// Most of tar's complaints that are kept.
 const WORDS_LIMIT: u64 = 16 << 10;
 
@@ -169,6 +171,7 @@ impl Container {
                 Ok(0)
             }
             (0, Err(error), _) => Err(error.into()),
+            (KILLED, Err(error), "") => Err(error.into()),
             (_, _, words) if !words.is_empty() => {
                 Err(Failure::text(format!("in container {}: {words}", self.id)))
             }
@@ -205,6 +208,10 @@ impl Container {
             tokio::select! {
                 code = &mut waited => break code?,
                 finished = &mut work, if done.is_none() => {
+                    // A stream that is not to be read on has a writer that would wait for ever.
+                    if !input && !matches!(finished, Ok(Ok(()))) {
+                        let _ = exec.kill(9, false).await;
+                    }
                     done = Some(finished);
                     if input && let Err(error) = exec.close_stdin().await {
                         tracing::debug!("the input was not closed: {error}");

@@ -23,7 +23,7 @@ use hyper::header::{self, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
@@ -35,6 +35,8 @@ use scrape::Scraper;
 const CONNECTIONS: usize = 64;
 /// How long a connection may last, whatever it does.
 const CONNECTION_BOUND: Duration = Duration::from_secs(300);
+/// How long a client may take to say what it wants.
+const HEADERS_BOUND: Duration = Duration::from_secs(10);
 /// Rest after a failed accept: out of descriptors, it would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const HTML: &str = "text/html; charset=utf-8";
@@ -74,7 +76,9 @@ async fn converse(stream: TcpStream, scraper: Arc<Scraper>) {
         async move { Ok::<_, Infallible>(respond(&scraper, &request).await) }
     });
     // A client that breaks off, or speaks something else, is its own affair.
-    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+    let mut server = http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(HEADERS_BOUND);
+    let _ = server.serve_connection(TokioIo::new(stream), service).await;
 }
 
 async fn respond(scraper: &Scraper, request: &Request<Incoming>) -> Response<Full<Bytes>> {

@@ -46,6 +46,8 @@ pub struct Containerd {
     runtime: String,
     /// Words before containerd's own: what it runs in.
     within: Vec<String>,
+    /// What configures its CRI, if it has one.
+    cri: Option<String>,
     daemon: Option<Child>,
     host: Host,
 }
@@ -58,6 +60,24 @@ impl Containerd {
 
     /// The same with `config` at the end of its configuration, run by the program `within` (e.g. `unshare`).
     pub fn configured(version: Version, config: &str, within: &[&str]) -> Option<Self> {
+        Self::set_up(version, |_| None, config, within)
+    }
+
+    /// The same with the CRI, which the text that `cri` makes for this world configures.
+    pub(crate) fn with_cri(
+        version: Version,
+        cri: impl FnOnce(&Self) -> String,
+        within: &[&str],
+    ) -> Option<Self> {
+        Self::set_up(version, |rig| Some(cri(rig)), "", within)
+    }
+
+    fn set_up(
+        version: Version,
+        cri: impl FnOnce(&Self) -> Option<String>,
+        config: &str,
+        within: &[&str],
+    ) -> Option<Self> {
         let host = Host::new()?;
         let Some(program) = std::env::var_os(version.variable()) else {
             crate::skip(&format!("{} is not set: run `make test`", version.variable()));
@@ -68,12 +88,14 @@ impl Containerd {
             program: program.into(),
             runtime: std::env::var("KATA_TEST_RUNTIME").unwrap_or_else(|_| RUNTIME.to_owned()),
             within: within.iter().map(|word| (*word).to_owned()).collect(),
+            cri: None,
             daemon: None,
             host,
         };
         for dir in [rig.root(), rig.state()] {
             std::fs::create_dir_all(dir).unwrap();
         }
+        rig.cri = cri(&rig);
         rig.configure(config);
         rig.start();
         rig.import();
@@ -82,8 +104,9 @@ impl Containerd {
 
     /// Replaces the daemon's configuration: takes effect when it is started again.
     pub fn configure(&self, text: &str) {
-        let base = self.version.config(&self.root(), &self.state(), &self.socket());
-        std::fs::write(self.config(), base + text).unwrap();
+        let base = self.version.config(&self.root(), &self.state(), &self.socket(), self.cri.is_some());
+        let cri = self.cri.as_deref().unwrap_or_default();
+        std::fs::write(self.config(), base + cri + text).unwrap();
     }
 
     /// The world around it.

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+/// What serves the CRI: costs start time, so only those have it who speak it.
+const CRI: [&str; 3] =
+    ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"];
 /// Plugins that no test here uses, and that cost start time or look for programs, modules and directories of the host.
-const UNUSED: [&str; 8] = [
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
+const UNUSED: [&str; 5] = [
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.zfs",
@@ -32,14 +32,15 @@ impl Version {
         }
     }
 
-    /// The beginning of its configuration.
-    pub(super) fn config(self, root: &Path, state: &Path, socket: &Path) -> String {
+    /// The beginning of its configuration, with the CRI or without.
+    pub(super) fn config(self, root: &Path, state: &Path, socket: &Path, cri: bool) -> String {
+        let disabled: Vec<&str> = UNUSED.iter().chain(CRI.iter().filter(|_| !cri)).copied().collect();
         let schema = match self {
             Self::V1 => 2,
             Self::V2 => 3,
         };
         format!(
-            "version = {schema}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = {UNUSED:?}\n\
+            "version = {schema}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = {disabled:?}\n\
              [grpc]\naddress = {socket:?}\n[debug]\nlevel = \"debug\"\n"
         )
     }

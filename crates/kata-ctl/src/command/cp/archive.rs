@@ -1,5 +1,6 @@
 //! The tar stream of a copy, packed and unpacked on the host's side.
 
+use std::cell::Cell;
 use std::fs::{DirBuilder, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::fd::OwnedFd;
@@ -16,6 +17,8 @@ const CONFINED: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 /// Of a file's mode, what is kept: no set-id and no sticky bit.
 const MODE: u32 = 0o777;
+/// Most bytes between two files' contents, and after the last: headers with long names, which are read whole, and padding.
+const HEADERS_MAX: u64 = 1 << 20;
 
 /// A copy that did not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -73,16 +76,30 @@ pub fn pack(from: &Path, name: &str, stream: Option<FifoWriter>) -> Result<(), A
 /// Unpacks the stream, of which everything has to be `name` or below it, and calls it `to`.
 ///
 /// # Errors
-/// What is wrong with the stream or on the host; nothing is left then.
+/// What is wrong with the stream or on the host; nothing is left then, and the stream is not read to its end.
 pub fn unpack(stream: Option<FifoReader>, name: &str, to: &Path) -> Result<(), ArchiveError> {
-    let Some(mut stream) = stream else { return Ok(()) };
-    let unpacked = receive(&mut stream, name, to);
-    // Whoever writes must not wait for a reader that has given up.
-    let _ = io::copy(&mut stream, &mut io::sink());
-    unpacked
+    stream.map_or(Ok(()), |stream| receive(stream, name, to))
 }
 
-fn receive(stream: &mut impl Read, name: &str, to: &Path) -> Result<(), ArchiveError> {
+/// A stream that bounds what is read of it while there is a bound.
+struct Metered<'a, R> {
+    stream: R,
+    bound: &'a Cell<Option<u64>>,
+}
+
+impl<R: Read> Read for Metered<'_, R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let Some(left) = self.bound.get() else { return self.stream.read(into) };
+        let count = (&mut self.stream).take(left).read(into)?;
+        if count == 0 && left == 0 && !into.is_empty() {
+            return Err(io::Error::other(format!("more than {HEADERS_MAX} bytes of headers or padding")));
+        }
+        self.bound.set(Some(left.saturating_sub(count as u64)));
+        Ok(count)
+    }
+}
+
+fn receive(stream: impl Read, name: &str, to: &Path) -> Result<(), ArchiveError> {
     // What is a device or leads to one, as /dev/stdout does, is not there to be replaced by a file.
     if std::fs::metadata(to).is_ok_and(|there| !there.is_file()) {
         return Err(ArchiveError::Exists(to.to_owned()));
@@ -90,14 +107,19 @@ fn receive(stream: &mut impl Read, name: &str, to: &Path) -> Result<(), ArchiveE
     let beside = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let scratch = Scratch::make(beside)?;
     let mut found = false;
-    let mut archive = Archive::new(stream);
+    let bound = Cell::new(Some(HEADERS_MAX));
+    let mut archive = Archive::new(Metered { stream, bound: &bound });
     for entry in archive.entries().map_err(ArchiveError::Stream)? {
         let mut entry = entry.map_err(ArchiveError::Stream)?;
+        bound.set(None);
         let path = entry.path().map_err(ArchiveError::Stream)?.into_owned();
         let inside = inside(&path, name).ok_or_else(|| ArchiveError::Unasked(path.clone()))?;
         scratch.entry(&mut entry, &inside)?;
         found = true;
+        bound.set(Some(HEADERS_MAX));
     }
+    // tar fills its last block up; the stream ends when tar does.
+    io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(ArchiveError::Stream)?;
     if !found {
         return Err(ArchiveError::Empty);
     }
@@ -232,7 +254,7 @@ mod tests {
 
     fn received(entries: &[(&str, EntryType, &str)]) -> (tempfile::TempDir, Result<(), ArchiveError>) {
         let dir = tempfile::tempdir().unwrap();
-        let result = receive(&mut stream(entries).as_slice(), "d", &dir.path().join("to"));
+        let result = receive(stream(entries).as_slice(), "d", &dir.path().join("to"));
         (dir, result)
     }
 
@@ -241,11 +263,29 @@ mod tests {
     const LINK: EntryType = EntryType::Symlink;
 
     #[test]
+    fn names_without_end_and_padding_without_end_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("to");
+        let refused = |stream: &mut dyn Read| {
+            let error = receive(stream, "d", &to).unwrap_err();
+            let ArchiveError::Stream(source) = error else { panic!("{error:?}") };
+            assert!(source.to_string().contains("headers or padding"), "{source}");
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        };
+        let mut long_name = Header::new_gnu();
+        long_name.set_entry_type(EntryType::GNULongName);
+        long_name.set_size(1 << 40);
+        long_name.set_cksum();
+        refused(&mut long_name.as_bytes().chain(io::repeat(b'd')));
+        refused(&mut stream(&[("d", FILE, "text")]).as_slice().chain(io::repeat(0)));
+    }
+
+    #[test]
     fn what_is_or_leads_to_a_device_is_not_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("stdout");
         std::os::unix::fs::symlink("/dev/null", &link).unwrap();
-        let result = receive(&mut stream(&[("d", FILE, "text")]).as_slice(), "d", &link);
+        let result = receive(stream(&[("d", FILE, "text")]).as_slice(), "d", &link);
         assert!(matches!(result, Err(ArchiveError::Exists(_))), "{result:?}");
         assert!(link.is_symlink());
     }
