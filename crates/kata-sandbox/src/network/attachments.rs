@@ -125,12 +125,15 @@ impl Attachments {
         Ok(true)
     }
 
-    /// Takes out of the machine what has gone from the namespace, and plugs in what has come.
-    pub(super) async fn plug(&mut self, vm: &dyn Vm) -> Result<(), NetworkError> {
-        let (netlink, scan) = self.look().await?;
-        self.unplug(vm, &scan.links).await?;
+    /// Takes out of the machine what has gone from the namespace and plugs in what has come; the latter only if `newcomers`.
+    pub(super) async fn plug(&mut self, vm: &dyn Vm, newcomers: bool) -> Result<(), NetworkError> {
+        let (netlink, Scan { links, mut endpoints }) = self.look().await?;
+        self.unplug(vm, &netlink, &links, &endpoints).await?;
+        if !newcomers {
+            endpoints.retain(|endpoint| self.all.iter().any(|known| known.endpoint.link == endpoint.link));
+        }
         let first = self.all.len();
-        let nics = self.connect(&netlink, scan.endpoints).await?;
+        let nics = self.connect(&netlink, endpoints).await?;
         for (at, nic) in (first..).zip(nics) {
             let plugged = vm.add_nic(nic).await;
             let Some(attachment) = self.all.get_mut(at) else { continue };
@@ -152,33 +155,40 @@ impl Attachments {
         Ok(())
     }
 
-    /// Takes devices out of the machine whose links are not among `links`.
-    async fn unplug(&mut self, vm: &dyn Vm, links: &[u32]) -> Result<(), NetworkError> {
+    /// Takes devices out of the machine whose links are not among `links`, or have another hardware address by now: a device
+    /// keeps the one it came with.
+    async fn unplug(
+        &mut self,
+        vm: &dyn Vm,
+        netlink: &Netlink,
+        links: &[u32],
+        endpoints: &[Endpoint],
+    ) -> Result<(), NetworkError> {
         let mut at = 0;
         while let Some(attachment) = self.all.get_mut(at) {
-            if attachment.orphan || links.contains(&attachment.endpoint.link) {
+            let Endpoint { link, mac, .. } = attachment.endpoint;
+            let other = endpoints.iter().any(|now| now.link == link && now.mac != mac);
+            if attachment.orphan || (links.contains(&link) && !other) {
                 at += 1;
                 continue;
             }
-            let link = attachment.endpoint.name().to_owned();
+            let name = attachment.endpoint.name().to_owned();
             match vm.remove_device(&attachment.endpoint.device()).await {
                 Ok(()) => {
                     tracing::warn!(
-                        link,
-                        "an interface has gone from the pod's network namespace, and from its machine"
+                        link = name,
+                        "an interface has gone from the pod's network, and from its machine"
                     );
-                    let gone = self.all.remove(at);
-                    gone.disconnect(&Netlink::open()?).await?;
+                    self.all.remove(at).disconnect(netlink).await?;
                 }
                 Err(error) => {
                     let error = crate::error::chain(&error);
                     tracing::warn!(
-                        link,
+                        link = name,
                         error,
-                        "an interface has gone from the pod's network namespace; its machine keeps the device, without addresses"
+                        "an interface has gone from the pod's network; its machine keeps the device, without addresses"
                     );
-                    attachment.orphan = true;
-                    attachment.endpoint.bare();
+                    attachment.leave(netlink).await?;
                     at += 1;
                 }
             }
@@ -322,6 +332,20 @@ impl Attachment {
         }
         self.join.limited = true;
         netlink.limit(self.endpoint.link, wiring.out_of_pod).await
+    }
+
+    /// Parts the device, which stays in the machine, from its link.
+    async fn leave(&mut self, netlink: &Netlink) -> Result<(), NetworkError> {
+        self.orphan = true;
+        self.endpoint.bare();
+        // No link has this number.
+        let link = std::mem::take(&mut self.endpoint.link);
+        match self.join {
+            Join { redirected: true, made: Some(made), .. } => {
+                netlink.remove_redirection(made).await.and(netlink.remove_redirection(link).await)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Undoes what was made. Links may be gone already.

@@ -246,7 +246,14 @@ impl Network {
     /// the agent what is different. The answer is whether there was anything. After an error the next call tries again.
     pub(crate) async fn catch_up(&self, vm: &dyn Vm, agent: &Agent) -> Result<bool, NetworkError> {
         let mut attachments = self.attachments.lock().await;
-        attachments.plug(vm).await?;
+        attachments.plug(vm, true).await?;
+        attachments.tell(agent).await
+    }
+
+    /// The same for what the machine can take while it runs. What it cannot is the error of the next container's start.
+    async fn keep_up(&self, vm: &dyn Vm, agent: &Agent) -> Result<bool, NetworkError> {
+        let mut attachments = self.attachments.lock().await;
+        attachments.plug(vm, vm.capabilities().hotplug_network).await?;
         attachments.tell(agent).await
     }
 

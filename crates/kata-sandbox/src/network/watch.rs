@@ -46,7 +46,7 @@ pub(crate) async fn follow(network: &Network, vm: &dyn Vm, agent: &Agent, pod: &
     // The first look is at what came since the boot, before anybody listened.
     loop {
         let begin = Instant::now();
-        let pause = match network.catch_up(vm, agent).await {
+        let pause = match network.keep_up(vm, agent).await {
             Ok(changed) => {
                 if changed {
                     tracing::info!(pod, "the guest has the changes of the pod's network");
