@@ -3,13 +3,15 @@
 //! ```text
 //!  bare boot ─┐
 //!             ├─ in turn, n times ─▶ ratio ─▶ row ─▶ docs/performance.md
-//!  first pod ─┘
+//!  first pod ─┘                              and a picture
 //! ```
 
 mod boot;
 mod containerd;
+mod cri;
 mod exec;
 mod memory;
+mod plot;
 mod storage;
 mod table;
 mod transfer;
@@ -41,6 +43,8 @@ enum Accelerator {
     Kvm,
 }
 
+/// Beside the page: how starts at once grow with their number.
+const PICTURE: &str = "performance-starts.svg";
 /// The kernel that is compiled here, tuned for pods.
 pub const COMPILED_KERNEL: &str = "source";
 /// Name of the variable with the commit measured, where git is not at hand.
@@ -118,6 +122,9 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     rows.extend(transfer::measure(&bench)?);
     say("storage, beside runc");
     rows.extend(storage::measure(&bench)?);
+    say("pods under the CRI, beside runc");
+    let (of_cri, picture) = cri::measure(&bench, &[1, 5, 10, 20])?;
+    rows.extend(of_cri);
 
     let text = table::render(&rows, &bench)?;
     println!("{text}");
@@ -125,6 +132,8 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
         let path = tree().join("docs/performance.md");
         let page = std::fs::read_to_string(&path).map_err(at("read", &path))?;
         std::fs::write(&path, table::insert(&page, &text)?).map_err(at("write", &path))?;
+        let path = path.with_file_name(PICTURE);
+        std::fs::write(&path, picture).map_err(at("write", &path))?;
     }
     Ok(())
 }

@@ -156,8 +156,10 @@ pub struct Sandbox {
 pub struct SandboxParts {
     /// Mount points.
     pub mounts: Vec<PathBuf>,
-    /// Host name and System V IPC.
+    /// Host name, System V IPC, processes.
     pub namespaces: Arc<PodNamespaces>,
+    /// Whether all containers are in one pid namespace, and not only those for which it is said.
+    pub shares_pids: bool,
 }
 
 /// Containers by id. `None` is one in the making.
@@ -220,6 +222,14 @@ impl Agent {
             Some(parts) => Ok(Some(parts.namespaces.clone())),
             None => Err(RpcError::State(format!("sandbox {:?} is being created", sandbox.id))),
         }
+    }
+
+    /// Whether the sandbox was made for one pid namespace.
+    pub fn shares_pids(&self) -> bool {
+        self.sandbox()
+            .as_ref()
+            .and_then(|sandbox| sandbox.made.as_ref())
+            .is_some_and(|parts| parts.shares_pids)
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {

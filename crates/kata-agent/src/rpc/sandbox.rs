@@ -20,9 +20,6 @@ const REMOVE_WITHIN: u32 = 10;
 /// # Errors
 /// A second sandbox, an unsupported part, or the step that failed. Nothing stays mounted then.
 pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result<(), RpcError> {
-    if request.sandbox_pidns {
-        return Err(RpcError::Unsupported("a pid namespace for the sandbox"));
-    }
     if !request.guest_hook_path.is_empty() {
         return Err(RpcError::Unsupported("a directory of guest hooks"));
     }
@@ -71,7 +68,8 @@ async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxP
     std::fs::create_dir_all(shared).map_err(RpcError::file("making directory", shared))?;
     // They begin with the host name that was just set.
     let namespaces = Arc::new(PodNamespaces::new()?);
-    Ok(SandboxParts { mounts: agent.storages.add(request.storages).await?, namespaces })
+    let mounts = agent.storages.add(request.storages).await?;
+    Ok(SandboxParts { mounts, namespaces, shares_pids: request.sandbox_pidns })
 }
 
 /// Lines of a resolv.conf as they are; bare addresses become name servers.

@@ -21,7 +21,9 @@ pub(super) fn text(rig: &Containerd, handlers: &str) -> String {
     let handlers = handler(rig.version(), "kata", rig.runtime(), "")
         + &handler(rig.version(), "runc", "io.containerd.runc.v2", "")
         + handlers;
-    let common = "netns_mounts_under_state_dir = true\ntolerate_missing_hugetlb_controller = true\n";
+    // The last for runc, which otherwise fails where root may not lower what it inherits.
+    let common = "netns_mounts_under_state_dir = true\ntolerate_missing_hugetlb_controller = true\n\
+                  restrict_oom_score_adj = true\n";
     let streams = "stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n";
     let section = section(rig.version());
     match rig.version() {
