@@ -28,7 +28,8 @@ pub use endpoint::OtlpEndpoint;
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
-    AcceleratorChoice, AgentSection, Config, EmptyDirMode, HugepageType, HypervisorChoice, HypervisorSection, KataAgent,
+    AcceleratorChoice, AgentSection, Config, EmptyDirMode, HugepageType, HypervisorChoice, HypervisorSection,
+    InternetworkingModel, KataAgent,
     KernelParams, LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
 };
 

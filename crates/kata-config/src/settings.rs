@@ -156,6 +156,12 @@ settings! {
     /// Further arguments of the virtio-fs daemon, as `kata-virtiofsd --help` lists them.
     virtio_fs_extra_args: Vec<String> = Vec::new(),
         { .upstream(UPSTREAMS_ARGUMENTS).harmless(&[UPSTREAMS_ARGUMENTS]).annotated().separator(Separator::Json).reach(Reach::Arguments) };
+    /// Queue pairs of a network interface; 0 is one. More than one is of use to a guest with as many processors.
+    network_queues: u64 = 1, { .rust().range(0, 256).annotated() };
+    /// Bandwidth of each interface into the pod; 0 is without a bound. With `internetworking_model = "macvtap"` there is none.
+    rx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
+    /// Bandwidth of each interface out of the pod; 0 is without a bound. Only with `internetworking_model = "tcfilter"`.
+    tx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
     /// Verbose guest kernel and machine monitor; the console is in the owner's log at `debug`.
     enable_debug: bool = false;
     /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. The default is the strictest set that
@@ -243,6 +249,10 @@ settings! {
         { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["clh", "cloud-hypervisor", "dragonball", "fc", "firecracker", "openvmm", "remote"]) };
     /// Hardware virtualisation, emulation, or whichever the host can do.
     accelerator: AcceleratorChoice = AcceleratorChoice::Auto, { .ours() };
+    /// How the pod's interfaces are joined to the machine's: by redirecting each to the other, by a macvtap, or not at all, for
+    /// somebody else to join the taps.
+    internetworking_model: InternetworkingModel = InternetworkingModel::TcFilter,
+        { .annotated().planned_words(&["l3forwarding"]) };
     /// User ids for the processes of pods, `"first-last"`; each pod's helpers run as one of them.
     uid_range: UidRange = UidRange { first: 900_000, last: 999_999 }, { .ours() };
     /// Level of the owner's log.
@@ -330,6 +340,10 @@ keywords! {
 keywords! {
     /// `hypervisor_name`.
     HypervisorChoice { Auto = "auto", Qemu = "qemu" }
+}
+keywords! {
+    /// `internetworking_model`: how the pod's interfaces are joined to the machine's.
+    InternetworkingModel { TcFilter = "tcfilter", MacVtap = "macvtap", None = "none" }
 }
 keywords! {
     /// `accelerator`: hardware virtualisation, emulation, or whichever the host can do.

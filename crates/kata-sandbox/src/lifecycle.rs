@@ -37,7 +37,7 @@ use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
 use crate::health;
-use crate::network::Network;
+use crate::network::{self, Network};
 use crate::pod::{Event, Exit, Inspection};
 use crate::process_table::{ProcessTable, millis};
 use crate::resources::Resources;
@@ -283,6 +283,9 @@ impl Actor {
 
     /// Watches for what may befall the pod from now on.
     fn watch_pod(&mut self, agent: Agent, virtiofsd: Option<Child>) {
+        if self.pod.network.is_some() {
+            self.watch_network(agent.clone());
+        }
         let (pod, post, oom_agent) = (self.pod.clone(), self.post.clone(), agent.clone());
         self.watchers.spawn(async move {
             let cause = cause_of_death(&pod, &agent, virtiofsd).await;
@@ -294,6 +297,17 @@ impl Actor {
             // An agent without such events refuses at once, and there are none.
             while let Ok(container) = oom_agent.oom_event().await {
                 let _ = post.send(Message::Done(Done::Oom(container)));
+            }
+        });
+    }
+
+    /// Follows the pod's network namespace, and leads its loopback to the guest's.
+    fn watch_network(&mut self, agent: Agent) {
+        self.watchers.spawn(network::lead_loopback(self.pod.hybrid.clone(), self.pod.id.clone()));
+        let pod = self.pod.clone();
+        self.watchers.spawn(async move {
+            if let Some(network) = &pod.network {
+                network::follow(network, &*pod.vm, &agent, &pod.id).await;
             }
         });
     }

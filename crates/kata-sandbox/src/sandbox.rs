@@ -22,7 +22,7 @@ use crate::error::SandboxError;
 use crate::guest::Guest;
 use crate::identity;
 use crate::lifecycle::{self, Link, Message, Pod, Reply, Request};
-use crate::network::Network;
+use crate::network::{Network, Wiring};
 use crate::pod::{
     ContainerSpec, Event, Exit, Inspection, ProcessId, ProcessState, SandboxSpec, Status, Stdio,
 };
@@ -318,12 +318,13 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
     timeline.add(Layer::Host, "share", start);
     let hybrid = run_dir.join("kata.hvsock");
     let created_at = SystemTime::now();
+    let network = network.map(|network| Network::new(network, Wiring::of(&config)));
     let pod = Arc::new(Pod {
         id,
         config,
         artefacts,
         choice,
-        network: network.map(Network::new),
+        network,
         run_dir,
         hybrid,
         identity,

@@ -120,9 +120,6 @@ pub(super) const KEYS: &[Key] = &[
     key("disable_vhost_net", Boolean, "false", "Serves the network without the host kernel's vhost-net, as this version always does.")
         .harmless(&["true"])
         .annotated(),
-    key("network_queues", integer(0, 256), "1", "Queue pairs of a network device.").rust().annotated(),
-    key("rx_rate_limiter_max_rate", COUNT, "0", "Bandwidth into the pod; 0 is without a bound.").unit("bit/s").annotated(),
-    key("tx_rate_limiter_max_rate", COUNT, "0", "Bandwidth out of the pod; 0 is without a bound.").unit("bit/s").annotated(),
     // Confinement and confidence.
     key("rootless", Boolean, "false", "Runs the machine monitor as a user of its own, as this version always does: see runtime.uid_range.")
         .harmless(&["true"])

@@ -19,13 +19,6 @@ pub(super) const KEYS: &[Key] = &[
     .rust()
     .annotated(),
     key("agent_name", Text, "\"kata\"", "Section of the agent.").rust().annotated(),
-    key(
-        "internetworking_model",
-        Word(&["tcfilter", "none", "macvtap", "l3forwarding"]),
-        "\"tcfilter\"",
-        "How the pod's interfaces are joined to the machine's.",
-    )
-    .annotated(),
     key("disable_new_netns", Boolean, "false", "Leaves the machine in the host's network namespace.")
         .annotated(),
     key(
