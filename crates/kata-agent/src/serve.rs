@@ -17,6 +17,7 @@ use crate::boot::Timeline;
 use crate::cmdline::Settings;
 use crate::console;
 use crate::container::{Layout, NativeEngine};
+use crate::forward::Forwarder;
 use crate::log::LogBuffer;
 use crate::modules::Modules;
 use crate::reaper::Reaper;
@@ -159,6 +160,19 @@ fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
                 Ok(peer) => streams.offer(address.port(), peer),
                 Err(error) => tracing::warn!(%error, "taking a stream connection"),
             }
+        }
+    });
+    let forward_listener = bind(ports::FORWARD)?;
+    let forwarder = Forwarder::default();
+    tokio::spawn(async move {
+        loop {
+            let (peer, _) = accept(&forward_listener).await;
+            let forwarder = forwarder.clone();
+            tokio::spawn(async move {
+                if let Err(error) = forwarder.serve(peer).await {
+                    tracing::debug!(%error, "a connection to a port of the guest");
+                }
+            });
         }
     });
     match (settings.debug_console, console::shell()) {

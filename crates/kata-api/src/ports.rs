@@ -1,4 +1,4 @@
-//! vsock ports. All but [`READY`] are listened on by the guest, and are upstream's numbers.
+//! vsock ports. All but [`READY`] are listened on by the guest; all but that and [`FORWARD`] are upstream's numbers.
 
 /// Agent and health services (ttrpc).
 pub const AGENT: u32 = 1024;
@@ -11,3 +11,5 @@ pub const DEBUG_CONSOLE: u32 = 1026;
 pub const STREAM: u32 = 1027;
 /// Listened on by the host: the agent dials it once it serves, and writes an [`Announcement`](crate::Announcement).
 pub const READY: u32 = 1028;
+/// Ports of the guest's loopback: the host writes the number of one and a line feed, what follows is the port's.
+pub const FORWARD: u32 = 1029;

@@ -18,6 +18,7 @@ mod agent_client;
 mod agent_log;
 mod boot;
 mod error;
+mod forward;
 mod guest;
 mod guest_spec;
 mod health;

@@ -36,6 +36,7 @@ use crate::agent_client::Agent;
 use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
+use crate::forward;
 use crate::health;
 use crate::network::Network;
 use crate::pod::{Event, Exit, Inspection};
@@ -269,6 +270,10 @@ impl Actor {
             let _ = post.send(Message::Done(Done::Died(cause)));
         });
         self.watchers.spawn(agent_log::forward(self.pod.hybrid.clone(), self.pod.id.clone()));
+        // Otherwise the loopback at hand may be the host's own.
+        if self.pod.network.as_ref().is_some_and(|network| network.spec().runtime_netns.is_some()) {
+            self.watchers.spawn(forward::serve(self.pod.hybrid.clone()));
+        }
         let post = self.post.clone();
         self.watchers.spawn(async move {
             // An agent without such events refuses at once, and there are none.
