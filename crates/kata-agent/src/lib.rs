@@ -6,8 +6,7 @@
 //!   │        ├─▶ log         │     └─▶ device   disks that the host plugs in
 //!   │        ├─▶ forward     ├─▶ network     interfaces, routes and neighbours of the guest
 //!   │        │               ├─▶ stdio ─▶ stream    bytes between processes and the host
-//!   │        ├─▶ console     └─▶ reaper      who ended, and how
-//!   │        └─▶ forward     ports of the loopback, for the host
+//!   │        └─▶ console     └─▶ reaper      who ended, and how
 //!   └─ mounts, root, modules, settings: only as PID 1
 //! ```
 

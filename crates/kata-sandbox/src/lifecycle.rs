@@ -303,7 +303,10 @@ impl Actor {
 
     /// Follows the pod's network namespace, and leads its loopback to the guest's.
     fn watch_network(&mut self, agent: Agent) {
-        self.watchers.spawn(network::lead_loopback(self.pod.hybrid.clone(), self.pod.id.clone()));
+        // Otherwise the loopback at hand may be the host's own.
+        if self.pod.network.as_ref().is_some_and(|network| network.spec().runtime_netns.is_some()) {
+            self.watchers.spawn(network::lead_loopback(self.pod.hybrid.clone(), self.pod.id.clone()));
+        }
         let pod = self.pod.clone();
         self.watchers.spawn(async move {
             if let Some(network) = &pod.network {
