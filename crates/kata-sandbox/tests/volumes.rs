@@ -190,10 +190,10 @@ async fn config_volume_that_is_large_or_writable_is_shared() {
 async fn empty_dir_in_memory_is_the_guests_for_as_long_as_the_pod() {
     let Some(rig) = Rig::new().await else { return };
     let cache = volume(&rig, "kubernetes.io~empty-dir", "cache");
-    let _tmpfs = Mounted::new(&cache, "size=8m,mode=2770,gid=42");
+    let tmpfs = Mounted::new(&cache, "size=8m,mode=2770,gid=42");
     std::fs::create_dir(cache.join("part")).unwrap();
     let part = rig.dir.path().join("pods/4711/volume-subpaths/cache/c/0");
-    let _bind = Mounted::bind(&cache.join("part"), &part);
+    let part_mount = Mounted::bind(&cache.join("part"), &part);
     let pod = rig.pod().await;
     pod.create_container(container(&rig, "a", &[(&cache, "rw")])).await.unwrap();
     pod.create_container(container(&rig, "b", &[(&part, "rw"), (&cache, "ro")])).await.unwrap();
@@ -211,6 +211,7 @@ async fn empty_dir_in_memory_is_the_guests_for_as_long_as_the_pod() {
     assert_eq!((source(&second, 0), source(&second, 1)), (&*format!("{guest}/part"), guest));
     assert!(!rig.run_dir().join("shared/.volumes").exists());
     pod.shutdown().await.unwrap();
+    drop((part_mount, tmpfs));
     rig.assert_clean().await;
 }
 
@@ -257,7 +258,7 @@ async fn empty_dir_may_be_a_disk_of_its_own() {
     }
     rig.config.runtime.emptydir_mode = EmptyDirMode::BlockPlain;
     let dir = volume(&rig, "kubernetes.io~empty-dir", "dir");
-    let _small = Mounted::new(&dir.parent().unwrap(), "size=64m");
+    let small = Mounted::new(dir.parent().unwrap(), "size=64m");
     std::fs::create_dir_all(&dir).unwrap();
     let pod = rig.pod().await;
     for name in ["a", "b"] {
@@ -276,6 +277,7 @@ async fn empty_dir_may_be_a_disk_of_its_own() {
     assert_eq!(rig.vm.disks().len(), 1, "it outlives its containers");
     pod.shutdown().await.unwrap();
     assert!(!dir.join("disk.img").exists());
+    drop(small);
     rig.assert_clean().await;
 }
 
