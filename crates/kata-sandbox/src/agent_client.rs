@@ -77,11 +77,6 @@ pub enum AgentError {
 }
 
 impl AgentError {
-    /// What is known not to be understood, and so not asked.
-    pub(crate) fn unsupported(reason: impl std::fmt::Display) -> Self {
-        Self::Refused { code: Code::UNIMPLEMENTED, message: reason.to_string() }
-    }
-
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
             RpcError::RpcStatus(status) => {

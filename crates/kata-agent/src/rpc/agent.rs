@@ -241,6 +241,8 @@ impl Agent {
             .as_ref()
             .and_then(|sandbox| sandbox.made.as_ref())
             .is_some_and(|parts| parts.shares_pids)
+    }
+
     /// The image's hooks for containers; none without a sandbox.
     pub fn guest_hooks(&self) -> Arc<GuestHooks> {
         let sandbox = self.sandbox();
