@@ -88,7 +88,7 @@ pub enum BootError {
     Vmm {
         /// Why.
         #[source]
-        source: HypervisorError,
+        source: Box<HypervisorError>,
         /// Whether the host's kernel did it, as the end of a sentence.
         oom: String,
     },
@@ -209,7 +209,7 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
         let killed = matches!(&error, HypervisorError::Refused { exit: Exit::Signal(9), .. });
         let oom = lifecycle::oom_of(pod, killed);
         let failure = daemon_failure(virtiofsd.as_ref()).await.filter(|_| oom.is_empty());
-        return Err(failure.unwrap_or_else(|| BootError::Vmm { source: error, oom }));
+        return Err(failure.unwrap_or_else(|| BootError::Vmm { source: Box::new(error), oom }));
     }
     timeline.add(Layer::Vmm, "start", start);
     pod.resources.settle(&*pod.vm).await?;
