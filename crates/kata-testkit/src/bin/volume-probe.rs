@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `watch DIR FILE` | says `ready`, waits for FILE to read otherwise than now, says what inotify told of DIR by then |
 //! | `lock FILE` | locks FILE (flock and fcntl), says `locked` or `busy`, and holds it for ever |
-#![allow(clippy::unwrap_used, reason = "a test's program fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's program fails by panicking")]
 
 use std::fs::{File, TryLockError};
 use std::mem::MaybeUninit;
