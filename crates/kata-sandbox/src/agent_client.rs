@@ -83,8 +83,8 @@ impl AgentError {
         match error {
             RpcError::RpcStatus(status) => {
                 let message = match status.code() {
-                    // Servers say nothing but the method's name.
-                    Code::UNIMPLEMENTED => {
+                    // For what they do not serve at all, servers say nothing but the method's name.
+                    Code::UNIMPLEMENTED if status.message.starts_with('/') => {
                         format!(
                             "this guest's agent does not support {call} ({})",
                             guest_text(&status.message)

@@ -8,7 +8,9 @@
 //! | bind mounts of `/dev`, `/proc`, `/sys` and below | left alone: they mean the guest's own |
 //! | network namespace | dropped: the machine's network is the pod's |
 //! | paths of ipc, uts, mount, cgroup namespaces | dropped: they name namespaces of the host; the type stays |
-//! | path of a pid or user namespace | refused: sharing between a pod's containers is not supported yet |
+//! | path of a pid namespace | dropped: the container joins the pod's, or another container's, see `lifecycle/pids.rs` |
+//! | no pid or no ipc namespace | refused: the host's cannot be seen from a machine |
+//! | path of a user namespace | refused: the guest has one for all |
 //! | `cgroupsPath` | `/<container id>`: the host's hierarchy does not exist there |
 //! | cpusets | dropped: they name the host's processors |
 //! | `prestart`, `createRuntime`, `poststart`, `poststop` hooks | dropped: they are programs of the host, see [`crate::hooks`] |
@@ -46,13 +48,39 @@ pub enum GuestSpecError {
         /// Why.
         reason: &'static str,
     },
+    /// What a machine of its own cannot have.
+    #[error(
+        "linux.namespaces has no {kind}: the container asks for the host's {what}, which a virtual machine cannot share; give \
+         it a namespace (Kubernetes: {pod_field}: false, Docker: without --{kind} host)"
+    )]
+    HostNamespace {
+        /// The namespace's kind.
+        kind: &'static str,
+        /// What is in it.
+        what: &'static str,
+        /// What a pod's specification calls it.
+        pod_field: &'static str,
+    },
+    /// The host tells all containers of a pod by one pid.
+    #[error(
+        "the pid namespace {path} is that of the pod's owner, which speaks for {count} containers: which of them is meant cannot \
+         be told; share the processes of the whole pod (Kubernetes: shareProcessNamespace: true)", path = .path.display()
+    )]
+    AmbiguousPids {
+        /// As the specification names it.
+        path: PathBuf,
+        /// How many containers run.
+        count: usize,
+    },
 }
 
 impl GuestSpecError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing(_) => ErrorKind::InvalidArgument,
-            Self::Unsupported { .. } => ErrorKind::Unimplemented,
+            Self::Unsupported { .. } | Self::HostNamespace { .. } | Self::AmbiguousPids { .. } => {
+                ErrorKind::Unimplemented
+            }
         }
     }
 }
@@ -186,13 +214,21 @@ fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(
     let Some(mut linux) = spec.linux().clone() else { return Ok(()) };
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    for (typ, kind, what, pod_field) in [
+        (LinuxNamespaceType::Pid, "pid", "processes", "hostPID"),
+        (LinuxNamespaceType::Ipc, "ipc", "shared memory and queues", "hostIPC"),
+    ] {
+        if !namespaces.iter().any(|namespace| namespace.typ() == typ) {
+            return Err(GuestSpecError::HostNamespace { kind, what, pod_field });
+        }
+    }
     for namespace in &mut namespaces {
         let given = namespace.path().is_some();
         match namespace.typ() {
-            LinuxNamespaceType::Pid | LinuxNamespaceType::User if given => {
+            LinuxNamespaceType::User if given => {
                 return Err(GuestSpecError::Unsupported {
                     field: "linux.namespaces[].path",
-                    reason: "containers of a pod cannot share pid or user namespaces yet",
+                    reason: "the guest has one user namespace for all",
                 });
             }
             _ => namespace.set_path(None),
@@ -210,6 +246,13 @@ fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(
         .set_mount_label(None);
     spec.set_linux(Some(linux));
     Ok(())
+}
+
+/// The path of the pid namespace that the container shall join, if it names one.
+pub(crate) fn pid_namespace(spec: &Spec) -> Option<&Path> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let mut pid = namespaces.into_iter().flatten().filter(|it| it.typ() == LinuxNamespaceType::Pid);
+    pid.find_map(|namespace| namespace.path().as_deref()).filter(|path| !path.as_os_str().is_empty())
 }
 
 fn has_option(mount: &Mount, names: &[&str]) -> bool {

@@ -10,6 +10,7 @@
 
 mod files;
 mod message;
+mod pids;
 mod requests;
 mod work;
 
@@ -144,6 +145,8 @@ pub(crate) struct Actor {
     phase: Phase,
     link: watch::Sender<Link>,
     table: ProcessTable,
+    /// Whether the pod's containers see each other's processes: as its first further container has it.
+    shares_pids: Option<bool>,
     timeline: Timeline,
     events: broadcast::Sender<Event>,
     agent_version: String,
@@ -178,6 +181,7 @@ pub(crate) fn start(pod: Arc<Pod>, ready: UnixListener) -> Ends {
         phase: Phase::Creating,
         link,
         table: ProcessTable::default(),
+        shares_pids: None,
         timeline,
         events,
         agent_version: String::new(),

@@ -31,7 +31,7 @@ const CONFIG_JSON: &str = r#"{
     "ociVersion": "1.1.0",
     "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": ["true"], "env": ["PATH=/bin"] },
     "root": { "path": "rootfs" },
-    "linux": { "namespaces": [ { "type": "mount" }, { "type": "pid" } ] }
+    "linux": { "namespaces": [ { "type": "mount" }, { "type": "pid" }, { "type": "ipc" } ] }
 }"#;
 
 /// A pod under test, and everything that it stands on.

@@ -250,7 +250,9 @@ fn namespaces_of_the_host_and_of_other_containers_are_refused_by_name() {
     for (option, value, named) in [
         ("--network", "host", "the host's network, which a virtual machine cannot share"),
         ("--network", "container:box", "in use by another virtual machine"),
-        ("--pid", "container:box", "cannot share pid"),
+        ("--pid", "container:box", "pid namespace is that of another pod"),
+        ("--pid", "host", "the host's processes, which a virtual machine cannot share"),
+        ("--ipc", "host", "the host's shared memory"),
     ] {
         let output = docker.run(&["--rm", option, value, "busybox", "true"]);
         assert_eq!(output.status.code(), Some(125), "{option} {value}");

@@ -157,10 +157,12 @@ pub struct Sandbox {
 pub struct SandboxParts {
     /// Mount points.
     pub mounts: Vec<PathBuf>,
-    /// Host name and System V IPC.
+    /// Host name, System V IPC, processes.
     pub namespaces: Arc<PodNamespaces>,
     /// Programs of the image that are run for each.
     pub hooks: Arc<GuestHooks>,
+    /// Whether all containers are in one pid namespace, and not only those for which it is said.
+    pub shares_pids: bool,
 }
 
 /// Containers by id. `None` is one in the making.
@@ -234,6 +236,14 @@ impl Agent {
         let sandbox = self.sandbox();
         let parts = sandbox.as_ref().and_then(|sandbox| sandbox.made.as_ref());
         parts.map(|parts| parts.hooks.clone()).unwrap_or_default()
+    }
+
+    /// Whether the sandbox was made for one pid namespace.
+    pub fn shares_pids(&self) -> bool {
+        self.sandbox()
+            .as_ref()
+            .and_then(|sandbox| sandbox.made.as_ref())
+            .is_some_and(|parts| parts.shares_pids)
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {

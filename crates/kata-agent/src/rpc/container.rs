@@ -9,7 +9,8 @@ use kata_api::agent::{
     UpdateContainerRequest,
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use rustix::process::Signal;
 
 use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
@@ -61,9 +62,6 @@ fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError
     if !request.shared_mounts.is_empty() {
         return Err(RpcError::Unsupported("sharing mounts between containers"));
     }
-    if request.sandbox_pidns {
-        return Err(RpcError::Unsupported("a pid namespace for the sandbox"));
-    }
     if request.string_user.is_some() {
         return Err(RpcError::Unsupported("a user by name"));
     }
@@ -78,14 +76,28 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     let namespaces = agent.pod_namespaces()?;
     if let Some(namespaces) = &namespaces {
         namespaces.share_with(&mut spec);
+        if request.sandbox_pidns || agent.shares_pids() {
+            namespaces.share_pids_with(&mut spec);
+        }
+    } else if request.sandbox_pidns {
+        return Err(RpcError::State("there is no sandbox whose pid namespace could be joined".to_owned()));
     }
     agent.devices.find(&request.devices).await?.update(&mut spec)?;
+    let joins_pids = joins_pids(&spec);
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let (spec, shared) = hold_shared(spec).await?;
     let made = make_init(agent, &request.container_id, &spec, ports).await;
     match made {
-        Ok(init) => Ok(Container::new(init, mounts, shared)),
+        Ok(init) => {
+            if let Some(namespaces) = &namespaces {
+                namespaces.keep_pids_of(init.pid);
+            }
+            if joins_pids {
+                end_all_with(agent, &request.container_id, &init);
+            }
+            Ok(Container::new(init, mounts, shared))
+        }
         Err(error) => {
             release_shared(shared).await;
             if let Err(undo) = agent.storages.remove(mounts).await {
@@ -94,6 +106,25 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
             Err(error)
         }
     }
+}
+
+/// Whether the container sees processes that are not its own.
+fn joins_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let pid = namespaces.into_iter().flatten().find(|it| it.typ() == LinuxNamespaceType::Pid);
+    pid.is_none_or(|pid| pid.path().is_some())
+}
+
+/// The kernel ends a container's processes with its init only where that is the first of a pid namespace.
+fn end_all_with(agent: &Arc<Agent>, id: &str, init: &Process) {
+    let (agent, id, exit) = (agent.clone(), id.to_owned(), init.exit.clone());
+    tokio::spawn(async move {
+        exit.wait().await;
+        // One that is gone already has nothing left to end.
+        if let Err(error) = agent.engine.signal_all(&id, Signal::KILL).await {
+            tracing::debug!(container = id, error = crate::chain(&error), "ending what the init has left");
+        }
+    });
 }
 
 /// Both may wait for the host: not on the thread that serves everybody else.

@@ -21,9 +21,6 @@ const REMOVE_WITHIN: u32 = 10;
 /// # Errors
 /// A second sandbox, an unsupported part, or the step that failed. Nothing stays mounted then.
 pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result<(), RpcError> {
-    if request.sandbox_pidns {
-        return Err(RpcError::Unsupported("a pid namespace for the sandbox"));
-    }
     {
         let mut sandbox = agent.sandbox();
         if let Some(sandbox) = sandbox.as_ref() {
@@ -70,7 +67,8 @@ async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxP
     // They begin with the host name that was just set.
     let namespaces = Arc::new(PodNamespaces::new()?);
     let hooks = Arc::new(GuestHooks::below(&request.guest_hook_path)?);
-    Ok(SandboxParts { mounts: agent.storages.add(request.storages).await?, namespaces, hooks })
+    let mounts = agent.storages.add(request.storages).await?;
+    Ok(SandboxParts { mounts, namespaces, shares_pids: request.sandbox_pidns, hooks })
 }
 
 /// Lines of a resolv.conf as they are; bare addresses become name servers.

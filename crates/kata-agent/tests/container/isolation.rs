@@ -3,7 +3,7 @@
 use kata_agent::container::{Engine, PodNamespaces};
 use serde_json::json;
 
-use crate::world::{spec, with_world};
+use crate::world::{parse, spec, with_world};
 
 #[test]
 fn the_container_has_its_own_root_processes_and_name() {
@@ -230,6 +230,31 @@ fn containers_of_a_pod_share_host_name_and_ipc() {
         for id in [second, alone] {
             world.engine.delete(&id).await.unwrap();
         }
+    });
+}
+
+#[test]
+fn containers_of_a_pod_share_processes_where_it_is_said() {
+    with_world(|world| async move {
+        let pod = PodNamespaces::new().unwrap();
+        let (first, _exit) = world.sleeper_in(Some(&pod), "first", &spec()).await;
+        pod.keep_pids_of(world.engine.pids(&first).await.unwrap()[0]);
+        let (own, _exit) = world.sleeper_in(Some(&pod), "own", &spec()).await;
+        pod.keep_pids_of(world.engine.pids(&own).await.unwrap()[0]);
+        let mut joins = parse(&spec());
+        pod.share_pids_with(&mut joins);
+        let joins = serde_json::to_value(&joins).unwrap();
+        let seen = world.sh(&joins, "test $$ != 1 && ps | grep -c 'sleep 100[0]'").await.ok();
+        assert_eq!(
+            seen, "1",
+            "it sees the first container and itself, not the one with processes of its own"
+        );
+        for id in [first, own] {
+            world.engine.delete(&id).await.unwrap();
+        }
+        // The namespace went with its first process.
+        let late = world.run(&joins).await;
+        assert!(late.is_err(), "nothing can be started in it any more");
     });
 }
 

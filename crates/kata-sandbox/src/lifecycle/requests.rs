@@ -51,7 +51,7 @@ impl Actor {
             Request::Processes(container, reply) => self.processes(container, reply),
             Request::Update(container, resources, reply) => self.update(container, *resources, reply),
             Request::State(id, reply) => answer(reply, self.table.state(&id)),
-            Request::Pids(container, reply) => answer(reply, self.pids(&container)),
+            Request::Pids(container, reply) => answer(reply, self.pids_of(&container)),
             Request::Delete(id, reply) => self.delete(id, reply),
             Request::Shutdown(reply) => self.shutdown(reply),
             Request::Inspect(reply) => {
@@ -110,23 +110,26 @@ impl Actor {
         let (cancel, cancelled) = watch::channel(None);
         let args =
             spec.spec.process().as_ref().and_then(|process| process.args().clone()).unwrap_or_default();
+        let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
         let begun = check_id(&spec.id)
             .and_then(|()| self.alive())
             .and_then(|()| init.begin(Pending::Create, &[Status::Created]))
-            .and_then(|()| {
+            .and_then(|()| self.pids(&spec).map_err(refused))
+            .and_then(|pids| {
                 let bundle = spec.bundle.clone();
                 let (files, hooks, execs) = (None, None, BTreeMap::new());
                 let container = Container { bundle, args, files, hooks, init, execs, cancel };
-                self.table.insert(&spec.id, container)
+                self.table.insert(&spec.id, container).map(|()| pids)
             });
-        if let Err(error) = begun {
-            return answer(reply, Err(error));
-        }
+        let pids = match begun {
+            Ok(pids) => pids,
+            Err(error) => return answer(reply, Err(error)),
+        };
         self.dirty = true;
         let (pod, post, link) = (self.pod.clone(), self.post.clone(), self.link.subscribe());
         while self.creations.try_join_next().is_some() {}
         self.creations.spawn(async move {
-            let result = work::create(&pod, &link, spec, close_stdin, cancelled).await.map(Box::new);
+            let result = work::create(&pod, &link, (spec, pids), close_stdin, cancelled).await.map(Box::new);
             let _ = post.send(Message::Done(Done::Created { id, result, reply }));
         });
     }
@@ -443,7 +446,7 @@ impl Actor {
         }
     }
 
-    fn pids(&mut self, container: &str) -> Result<Vec<u32>, SandboxError> {
+    fn pids_of(&mut self, container: &str) -> Result<Vec<u32>, SandboxError> {
         let execs = self.table.container(container)?.execs.values();
         let alive =
             execs.filter(|process| matches!(process.status(), Status::Running | Status::Paused)).count();

@@ -9,6 +9,7 @@ use tokio::sync::{Notify, watch};
 
 use super::files::{self, ContainerFiles};
 use super::message::{Created, Launched};
+use super::pids::{self, Pids};
 use super::{Link, Pod};
 use crate::agent_client::{Agent, AgentError};
 use crate::error::{ErrorKind, SandboxError};
@@ -45,7 +46,7 @@ pub(super) fn agent_error(
 pub(super) async fn create(
     pod: &Arc<Pod>,
     link: &watch::Receiver<Link>,
-    container: ContainerSpec,
+    (container, pids): (ContainerSpec, Pids),
     close_stdin: Arc<Notify>,
     mut cancel: watch::Receiver<Option<u32>>,
 ) -> Result<Created, SandboxError> {
@@ -72,10 +73,15 @@ pub(super) async fn create(
     if let Some(process) = request.oci.as_mut().and_then(|oci| oci.process.as_mut()) {
         process.terminal = stdio.terminal;
     }
+    request.sandbox_pidns = pids == Pids::Pod;
     let mut created = Created { files, hooks: hooks.clone(), streams: Streams::default(), timeline };
     let make = async {
         let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
         hooks.create().await.map_err(failed)?;
+        if let Pids::Of(other) = &pids {
+            let joined = pids::join(&Link::agent(link).await?, other, &mut request).await;
+            joined.map_err(|error| agent_error("find the processes for", &id, error, link))?;
+        }
         ask(pod, link, &id, request, &stdio, close_stdin, &mut created).await
     };
     let asked = tokio::select! {

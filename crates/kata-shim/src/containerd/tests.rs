@@ -37,7 +37,7 @@ const CONFIG_JSON: &str = r#"{
     "ociVersion": "1.1.0",
     "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": ["sleep"], "env": ["PATH=/bin"] },
     "root": { "path": "rootfs" },
-    "linux": { "namespaces": [ { "type": "mount" }, { "type": "network" } ] }
+    "linux": { "namespaces": [ { "type": "mount" }, { "type": "pid" }, { "type": "ipc" }, { "type": "network" } ] }
 }"#;
 
 /// containerd's ear: topics and the containers they are about, as they come.

@@ -4,11 +4,31 @@ use std::path::{Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Makes the cgroup `name` in each hierarchy, as a kubelet does before it asks for a pod. Best effort: some hosts let nobody.
+pub(super) fn make(name: &str) {
+    for hierarchy in hierarchies() {
+        let cgroup = hierarchy.join(name.trim_start_matches('/'));
+        let _ = std::fs::create_dir(&cgroup);
+        // Without, no process could join.
+        for file in ["cpuset.mems", "cpuset.cpus"] {
+            if let Ok(all) = std::fs::read(hierarchy.join(file)) {
+                let _ = std::fs::write(cgroup.join(file), all);
+            }
+        }
+    }
+}
+
+/// Roots of all hierarchies: of version 1 each controller's, of version 2 the one.
+fn hierarchies() -> Vec<PathBuf> {
+    let controllers = std::fs::read_dir(ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
+    let all = controllers.chain([ROOT.into()]);
+    all.filter(|path| path.join("cgroup.procs").exists() && !path.is_symlink()).collect()
+}
+
 /// Removes the cgroup `name` everywhere, and answers what pods have left below it.
 pub(super) fn clear(name: &str) -> Vec<PathBuf> {
     let mut left = Vec::new();
-    let hierarchies = std::fs::read_dir(ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
-    for hierarchy in hierarchies.chain([ROOT.into()]) {
+    for hierarchy in hierarchies() {
         let cgroup = hierarchy.join(name.trim_start_matches('/'));
         if cgroup.is_dir() {
             remove_below(&cgroup, &mut left);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Client, EnumOrUnknown, Pod, Status, api, number};
+use super::{Cri, EnumOrUnknown, Pod, Status, api, number};
 use crate::containerd::IMAGE;
 use crate::host::wait_for;
 
@@ -172,13 +172,26 @@ impl<'a> ContainerPlan<'a> {
         request.config = Some(self.config).into();
         request.sandbox_config = Some(self.pod.config().clone()).into();
         let answer: api::CreateContainerResponse = self.pod.client().runtime("CreateContainer", request)?;
-        Ok(Container { client: self.pod.client(), id: answer.container_id, log })
+        Ok(Container { cri: self.pod.cri(), id: answer.container_id, log })
     }
 
     /// Makes it, without starting it.
     #[track_caller]
     pub fn create(self) -> Container<'a> {
         self.try_create().unwrap_or_else(|status| panic!("CreateContainer: {}", status.message()))
+    }
+
+    /// Makes it and starts it, or says how that failed: the runtime sees it only when it is started. Nothing of it is
+    /// left then.
+    pub fn try_start(self) -> Result<Container<'a>, Status> {
+        let container = self.try_create()?;
+        match container.try_start() {
+            Ok(()) => Ok(container),
+            Err(status) => {
+                container.remove();
+                Err(status)
+            }
+        }
     }
 
     /// Makes it and starts it.
@@ -222,7 +235,7 @@ impl Ran {
 
 /// A container that was made.
 pub struct Container<'a> {
-    client: &'a Client,
+    cri: &'a Cri,
     id: String,
     log: PathBuf,
 }
@@ -233,11 +246,16 @@ impl Container<'_> {
         &self.id
     }
 
+    /// The CRI that it was made by.
+    pub fn cri(&self) -> &Cri {
+        self.cri
+    }
+
     /// Starts it, or says how that failed.
     pub fn try_start(&self) -> Result<(), Status> {
         let mut request = api::StartContainerRequest::new();
         self.id.clone_into(&mut request.container_id);
-        self.client.runtime::<_, api::Nothing>("StartContainer", request).map(drop)
+        self.cri.client().runtime::<_, api::Nothing>("StartContainer", request).map(drop)
     }
 
     /// Starts it.
@@ -251,7 +269,8 @@ impl Container<'_> {
     pub fn status(&self) -> api::ContainerStatus {
         let mut request = api::ContainerStatusRequest::new();
         self.id.clone_into(&mut request.container_id);
-        let answer: api::ContainerStatusResponse = self.client.runtime("ContainerStatus", request).unwrap();
+        let answer: api::ContainerStatusResponse =
+            self.cri.client().runtime("ContainerStatus", request).unwrap();
         answer.status.unwrap()
     }
 
@@ -271,7 +290,7 @@ impl Container<'_> {
         self.id.clone_into(&mut request.container_id);
         request.cmd = words.iter().map(|word| (*word).to_owned()).collect();
         request.timeout = seconds;
-        let answer: api::ExecSyncResponse = self.client.runtime("ExecSync", request)?;
+        let answer: api::ExecSyncResponse = self.cri.client().runtime("ExecSync", request)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Ok(Ran { stdout: text(&answer.stdout), stderr: text(&answer.stderr), code: answer.exit_code })
     }
@@ -302,7 +321,8 @@ impl Container<'_> {
     pub fn stats(&self) -> api::ContainerStats {
         let mut request = api::ContainerStatsRequest::new();
         self.id.clone_into(&mut request.container_id);
-        let answer: api::ContainerStatsResponse = self.client.runtime("ContainerStats", request).unwrap();
+        let answer: api::ContainerStatsResponse =
+            self.cri.client().runtime("ContainerStats", request).unwrap();
         answer.stats.unwrap()
     }
 
@@ -311,7 +331,7 @@ impl Container<'_> {
         let mut request = api::UpdateContainerResourcesRequest::new();
         self.id.clone_into(&mut request.container_id);
         change(request.linux.mut_or_insert_default());
-        self.client.runtime::<_, api::Nothing>("UpdateContainerResources", request).map(drop)
+        self.cri.client().runtime::<_, api::Nothing>("UpdateContainerResources", request).map(drop)
     }
 
     /// Has the runtime open its log file anew.
@@ -319,7 +339,7 @@ impl Container<'_> {
     pub fn reopen_log(&self) {
         let mut request = api::ReopenContainerLogRequest::new();
         self.id.clone_into(&mut request.container_id);
-        self.client.runtime::<_, api::Nothing>("ReopenContainerLog", request).unwrap();
+        self.cri.client().runtime::<_, api::Nothing>("ReopenContainerLog", request).unwrap();
     }
 
     /// Its log file.
@@ -365,7 +385,7 @@ impl Container<'_> {
         let mut request = api::StopContainerRequest::new();
         self.id.clone_into(&mut request.container_id);
         request.timeout = seconds;
-        let stopped = self.client.runtime::<_, api::Nothing>("StopContainer", request);
+        let stopped = self.cri.client().runtime::<_, api::Nothing>("StopContainer", request);
         stopped.unwrap_or_else(|status| panic!("StopContainer: {}", status.message()));
     }
 
@@ -374,7 +394,7 @@ impl Container<'_> {
     pub fn remove(&self) {
         let mut request = api::RemoveContainerRequest::new();
         self.id.clone_into(&mut request.container_id);
-        let removed = self.client.runtime::<_, api::Nothing>("RemoveContainer", request);
+        let removed = self.cri.client().runtime::<_, api::Nothing>("RemoveContainer", request);
         removed.unwrap_or_else(|status| panic!("RemoveContainer: {}", status.message()));
     }
 }

@@ -23,6 +23,7 @@ mod config;
 mod container;
 mod image;
 mod pod;
+mod stream;
 
 // The generated messages, each named as in the protocol.
 #[allow(
@@ -49,6 +50,7 @@ pub use config::handler;
 pub use container::{Container, ContainerPlan, Ran};
 pub use generated::api;
 pub use pod::{Pod, PodPlan};
+pub use stream::Stream;
 pub use tonic::{Code, Status};
 
 use crate::containerd::{Containerd, IMAGE, Version};
@@ -83,6 +85,7 @@ impl Cri {
         let configure = |rig: &Containerd| config::text(rig, &handlers(rig.host()));
         let rig = Containerd::with_cri(version, configure, &within)?;
         let cri = Self { client: Client::new(&rig.socket()), rig };
+        cgroup::make(&cri.cgroup());
         cri.network(&json!([cri.bridge(), { "type": "portmap", "capabilities": {"portMappings": true} }]));
         cri.import(IMAGE, cri.rig.host().layout());
         cri.image(PAUSE_IMAGE, |config| config["Entrypoint"] = json!(["sh", "-c", PAUSE]));

@@ -1,0 +1,68 @@
+//! `kubectl exec`, `attach`, `cp` and `port-forward`: streams of the CRI, against both containerds.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::time::Duration;
+
+use kata_testkit::cri::Cri;
+use kata_testkit::with_each_cri;
+
+with_each_cri!(processes_have_streams_terminals_and_sizes);
+
+const STDOUT: usize = 1;
+const STDERR: usize = 2;
+
+fn processes_have_streams_terminals_and_sizes(cri: &mut Cri) {
+    let pod = cri.pod("streams").run();
+    let main = pod.container("main").stdin().sh("while read -r line; do echo \"got $line\"; done").start();
+
+    // exec -i: input, both outputs, the exit code.
+    let mut exec =
+        main.exec_stream(&["sh", "-c", "read -r word; echo out $word; echo err >&2; exit 5"], false);
+    exec.send("hello\n");
+    let end = exec.wait();
+    assert_eq!((exec.received(STDOUT), exec.received(STDERR)), ("out hello\n".into(), "err\n".into()));
+    assert_eq!(end["reason"], "NonZeroExitCode", "{end}");
+    assert_eq!(end["details"]["causes"][0]["message"], "5", "{end}");
+    let mut exec = main.exec_stream(&["true"], false);
+    assert_eq!(exec.wait()["status"], "Success");
+
+    // exec -it: a terminal that knows its size, and the keys that end a command.
+    let mut shell = main.exec_stream(&["sh"], true);
+    shell.resize(33, 111);
+    shell.send("stty size; echo mark$((1+1))\n");
+    let said = shell.wait_for(STDOUT, "mark2");
+    assert!(said.contains("33 111"), "{said}");
+    shell.send("sleep 1000\n");
+    std::thread::sleep(Duration::from_millis(300));
+    shell.send("\u{3}");
+    shell.send("exit 4\n");
+    assert_eq!(shell.wait()["details"]["causes"][0]["message"], "4");
+
+    // attach: to the container's own process, and again after the client went away.
+    for word in ["one", "two"] {
+        let mut attached = main.attach(false);
+        attached.send(&format!("{word}\n"));
+        attached.wait_for(STDOUT, &format!("got {word}\n"));
+        attached.close();
+    }
+    main.wait_for_log("got two\n");
+
+    // cp, as kubectl does it: a tar through an exec.
+    let content = "0123456789abcdef".repeat(40_000);
+    let mut put =
+        main.exec_stream(&["sh", "-c", &format!("head -c {} > /copy; wc -c < /copy", content.len())], false);
+    for part in content.as_bytes().chunks(16_000) {
+        put.send_to(0, part);
+    }
+    put.wait_for(STDOUT, &format!("{}\n", content.len()));
+    let mut get = main.exec_stream(&["tar", "cf", "-", "-C", "/", "copy"], false);
+    assert_eq!(get.wait()["status"], "Success");
+    assert!(get.received(STDOUT).contains(&content));
+
+    let terminal = pod.container("terminal").terminal().sh("stty size; read -r word; echo got $word").start();
+    let mut attached = terminal.attach(true);
+    attached.send("typed\n");
+    attached.wait_for(STDOUT, "got typed");
+    assert_eq!(terminal.wait().exit_code, 0);
+    pod.remove();
+}
