@@ -203,7 +203,7 @@ pub(crate) fn guest_resources(mut resources: LinuxResources) -> Result<LinuxReso
         cpu.set_cpus(None).set_mems(None);
         resources.set_cpu(Some(cpu));
     }
-    if let Some(mut memory) = resources.memory().clone() {
+    if let Some(mut memory) = *resources.memory() {
         memory.set_use_hierarchy(None);
         resources.set_memory(Some(memory));
     }

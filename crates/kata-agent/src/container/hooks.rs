@@ -71,8 +71,10 @@ impl HooksPlan {
     pub(super) fn run(&self, hooks: &[HookPlan], status: &'static str) -> Result<(), Failure> {
         hooks.iter().try_for_each(|hook| {
             let mut state = self.state.clone();
-            state["status"] = json!(status);
-            state["pid"] = json!(std::process::id());
+            if let Some(fields) = state.as_object_mut() {
+                fields.insert("status".to_owned(), json!(status));
+                fields.insert("pid".to_owned(), json!(std::process::id()));
+            }
             hook.run(&state)
         })
     }

@@ -154,11 +154,11 @@ impl Passing {
         let mut passed = Passed::default();
         for device in devices {
             match device.type_.as_str() {
-                "blk" => passed.nodes.push(self.block(device, self.disks.find(&device.id).await?)?),
+                "blk" => passed.nodes.push(self.block(device, &self.disks.find(&device.id).await?)?),
                 "mmioblk" | "nvdimm" => {
-                    passed.nodes.push(self.block(device, self.disks.find(&device.vm_path).await?)?);
+                    passed.nodes.push(self.block(device, &self.disks.find(&device.vm_path).await?)?);
                 }
-                "scsi" => passed.nodes.push(self.block(device, self.disks.find_scsi(&device.id).await?)?),
+                "scsi" => passed.nodes.push(self.block(device, &self.disks.find_scsi(&device.id).await?)?),
                 "vfio-pci-gk" | VFIO_PCI => self.functions(device, &mut passed).await?,
                 kind => return Err(unsupported(kind)),
             }
@@ -167,10 +167,10 @@ impl Passing {
     }
 
     /// The block device at `node` of the guest.
-    fn block(&self, device: &Device, node: PathBuf) -> Result<Node, DeviceError> {
+    fn block(&self, device: &Device, node: &Path) -> Result<Node, DeviceError> {
         self.node(
             device,
-            &self.sys.join("class/block").join(pci::name(&node)),
+            &self.sys.join("class/block").join(pci::name(node)),
             device.container_path.clone().into(),
         )
     }

@@ -81,8 +81,8 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     } else if request.sandbox_pidns {
         return Err(RpcError::State("there is no sandbox whose pid namespace could be joined".to_owned()));
     }
-    let joins_pids = joins_pids(&spec);
     agent.devices.find(&request.devices).await?.update(&mut spec)?;
+    let joins_pids = joins_pids(&spec);
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let (spec, shared) = hold_shared(agent, spec).await?;

@@ -123,7 +123,9 @@ impl GuestHooks {
 }
 
 async fn run(reaper: &Reaper, hook: &Path, mut state: Value, status: &str) -> Result<(), RpcError> {
-    state["status"] = json!(status);
+    if let Some(fields) = state.as_object_mut() {
+        fields.insert("status".to_owned(), json!(status));
+    }
     let failed = RpcError::file::<std::io::Error>("running the hook of the guest image", hook);
     let (pid, exit) = match spawn(reaper, hook, &state) {
         Ok(spawned) => spawned,

@@ -88,7 +88,7 @@ fn a_passed_disk_has_the_guests_numbers_in_the_node_and_in_the_rule_that_allows_
     let guest = Guest::new();
     guest.file("sys/class/block/vdb/dev", "254:16\n");
     let device = Device { container_path: "/dev/data".to_owned(), ..Default::default() };
-    let nodes = vec![guest.passing.block(&device, "/dev/vdb".into()).unwrap()];
+    let nodes = vec![guest.passing.block(&device, Path::new("/dev/vdb")).unwrap()];
     let mut spec = spec_with("/dev/data", LinuxDeviceType::B, (8, 32));
     Passed { nodes, functions: HashMap::new() }.update(&mut spec).unwrap();
     assert_eq!(numbers(&spec), [(254, 16), (254, 16), (1, 3)]);
