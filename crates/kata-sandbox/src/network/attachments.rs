@@ -15,6 +15,8 @@ pub(super) struct Attachments {
     all: Vec<Attachment>,
     /// The routes that the agent has.
     told: Vec<Route>,
+    /// The guest may have lost some of them since.
+    stale: bool,
     released: bool,
 }
 
@@ -48,7 +50,7 @@ struct Told {
 
 impl Attachments {
     pub(super) fn new(wiring: Wiring) -> Self {
-        Self { wiring, all: Vec::new(), told: Vec::new(), released: false }
+        Self { wiring, all: Vec::new(), told: Vec::new(), stale: false, released: false }
     }
 
     /// Attaches what is new. On an error nothing of it is left.
@@ -227,7 +229,7 @@ impl Attachments {
             told.interface = Some(endpoint.interface.clone());
             // Neighbours go with an interface that was set up anew, and routes with its addresses.
             told.neighbours.clear();
-            self.told.retain(|route| route.device != endpoint.interface.name);
+            self.stale |= self.told.iter().any(|route| route.device == endpoint.interface.name);
             any = true;
         }
         let refused = |what: &str| {
@@ -235,9 +237,10 @@ impl Attachments {
             move |source| NetworkError::Agent { what, source }
         };
         let routes = self.routes();
-        if routes != self.told {
+        if self.stale || routes != self.told {
             agent.update_routes(routes.clone()).await.map_err(refused("the routes"))?;
             self.told = routes;
+            self.stale = false;
             any = true;
         }
         let new = |Attachment { endpoint, told, .. }: &Attachment| {
