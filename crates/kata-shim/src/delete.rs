@@ -297,8 +297,9 @@ mod tests {
             let listener = ground.claim("p").unwrap();
             rustix::net::listen(&listener, 1).unwrap();
             // It holds the socket as an owner does, and says nothing.
-            let mut hangs = std::process::Command::new("/bin/sleep");
-            let mut hangs = hangs.arg("600").stdin(OwnedFd::from(listener)).spawn().unwrap();
+            let spawn =
+                |stdin: OwnedFd| std::process::Command::new("/bin/sleep").arg("600").stdin(stdin).spawn();
+            let mut hangs = spawn(listener.into()).unwrap();
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", hangs.id())).unwrap();
             let start_time = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse();
             write_state(&ground, hangs.id(), start_time.unwrap());

@@ -29,15 +29,13 @@ fn fails_until_enough(
     reasons: &[&str],
     mut attempt: impl FnMut(u64) -> Output,
 ) {
-    let mut failures = 0;
-    for amount in amounts {
+    for (failures, amount) in amounts.iter().enumerate() {
         let output = attempt(*amount);
         if output.status.success() {
             assert_eq!(stdout(&output), "ran\n");
             assert!(failures > 0, "{amount} was enough at once");
             return;
         }
-        failures += 1;
         let text = stderr(&output);
         eprintln!("{amount}: {text}");
         assert!(reasons.iter().any(|reason| text.contains(reason)), "{amount}: {text}");

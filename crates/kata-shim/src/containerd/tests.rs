@@ -273,7 +273,7 @@ async fn of_two_creations_of_one_name_one_is_told_and_a_failed_one_has_no_exit()
     task.delete(bound(), &delete("p", "")).await.unwrap();
     task.shutdown(bound(), &ShutdownRequest::new()).await.unwrap();
     drop(task);
-    assert_eq!(live.over().await.1, ["/tasks/create", "/tasks/delete"]);
+    assert_eq!(live.over().await.1, ["/tasks/create", "/tasks/exit", "/tasks/delete"]);
 
     let Some(live) = Live::with(|vm| vm.boot_fails("it is broken")).await else { return };
     let task = live.task().await;
