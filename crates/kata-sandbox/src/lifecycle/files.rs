@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use super::{Link, Pod};
 use crate::agent_client::Agent;
+use crate::blocking::blocking;
 use crate::error::{SandboxError, chain};
 use crate::guest_spec::{self, GuestSpec, ROOTFS, Volume};
 use crate::pod::ProcessId;
@@ -80,7 +81,7 @@ pub(super) async fn choose(
         Ok(Ways { root, volumes, devices: block_device::asked(&spec)? })
     };
     // A look at a file of a dead server takes long.
-    let chosen = tokio::task::spawn_blocking(choose).await;
+    let chosen = blocking(choose).await;
     chosen.unwrap_or(Err(StorageError::Interrupted)).map_err(|source| storage_error(id, source))
 }
 
@@ -279,7 +280,7 @@ impl ContainerFiles {
             (pod.clone(), name.to_owned(), volumes.iter().map(wanted).collect::<Vec<_>>());
         let add =
             move || pod.share.as_ref().map(|share| share.add(&name, root.as_ref(), &shared)).transpose();
-        self.shared = tokio::task::spawn_blocking(add).await.unwrap_or(Err(StorageError::Interrupted))?;
+        self.shared = blocking(add).await.unwrap_or(Err(StorageError::Interrupted))?;
         let names = self.shared.iter().flat_map(SharedFiles::volumes);
         for ((volume, _), name) in volumes.iter().zip(names) {
             guest.place(volume, Path::new(guest::SHARE_DIR).join(name));
@@ -320,7 +321,7 @@ impl ContainerFiles {
         }
         if let Some(mut shared) = self.shared {
             // It can only fail by a panic, and what is left then is in the leak record.
-            let _ = tokio::task::spawn_blocking(move || shared.release()).await;
+            let _ = blocking(move || shared.release()).await;
         }
     }
 }

@@ -38,7 +38,7 @@ pub(crate) fn claim(path: &Path, readonly: bool) -> Result<(), StorageError> {
 /// Has the machine take a disk, and answers where the guest finds it.
 pub(crate) async fn plug(vm: &dyn Vm, disk: Disk) -> Result<PciPath, StorageError> {
     let (path, readonly) = (disk.path.clone(), disk.readonly);
-    let claimed = tokio::task::spawn_blocking(move || claim(&path, readonly)).await;
+    let claimed = blocking(move || claim(&path, readonly)).await;
     claimed.unwrap_or(Err(StorageError::Interrupted))?;
     let path = disk.path.clone();
     let added = vm.add_disk(disk).await;

@@ -37,6 +37,7 @@ use tokio::task::JoinHandle;
 
 use super::StorageError;
 use crate::agent_client::{Agent, AgentError};
+use crate::blocking::blocking;
 use crate::error::ErrorKind;
 
 /// Most names in a copied directory.
@@ -285,7 +286,7 @@ impl Copy {
         for _ in 0..LOOKS {
             let (source, changes) = (self.source.clone(), self.changes.clone());
             let look = move || stable(&source, changes.as_deref());
-            let looked = tokio::task::spawn_blocking(look).await.unwrap_or(Err(StorageError::Interrupted))?;
+            let looked = blocking(look).await.unwrap_or(Err(StorageError::Interrupted))?;
             match looked {
                 Look::Moving => tokio::time::sleep(QUIET).await,
                 Look::TooLarge if self.there.is_empty() => break,
@@ -314,7 +315,7 @@ impl Copy {
         for name in &steps.put {
             let Some(entry) = tree.get(name) else { continue };
             let (path, target, found) = (self.source.join(name), self.in_guest(name), entry.clone());
-            let read = tokio::task::spawn_blocking(move || request(&path, target, &found)).await;
+            let read = blocking(move || request(&path, target, &found)).await;
             let request = read.unwrap_or(Err(StorageError::Interrupted))?;
             let copied = self.agent.copy_file(&request).await;
             copied.map_err(|source| StorageError::Copy { path: self.source.join(name), source })?;
