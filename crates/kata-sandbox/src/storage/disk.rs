@@ -14,6 +14,7 @@ use tokio::process::Command;
 use tokio::sync::Mutex;
 
 use super::StorageError;
+use crate::blocking::blocking;
 
 /// An emptyDir's file system, in its directory on the host: kubelet counts what it takes, and removes it.
 const IMAGE: &str = "disk.img";
