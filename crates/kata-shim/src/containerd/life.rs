@@ -10,7 +10,7 @@
 //! The machine does not wait for containerd: where the pod's first container has ended, nothing can run in it any more, and
 //! Kubernetes may keep the dead pod for hours.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::{
@@ -73,9 +73,17 @@ struct Pod {
     /// The container that the pod lives for.
     first: Option<String>,
     /// Containers that were made and not deleted.
-    containers: usize,
-    /// Containers being made, with the event to publish if they are.
-    creating: HashMap<String, TaskCreate>,
+    containers: HashSet<String>,
+    /// Containers being made.
+    creating: HashMap<String, Creating>,
+}
+
+/// A container that is being made.
+struct Creating {
+    /// To publish if it is.
+    event: TaskCreate,
+    /// Who asked for it: of several, one at most gets it.
+    requests: usize,
 }
 
 impl Pod {
@@ -83,6 +91,20 @@ impl Pod {
         match &mut self.events {
             Some(events) => events.recv().await,
             None => std::future::pending().await,
+        }
+    }
+
+    fn create_began(&mut self, event: TaskCreate) {
+        let id = event.container_id.clone();
+        self.creating.entry(id).or_insert(Creating { event, requests: 0 }).requests += 1;
+    }
+
+    fn create_ended(&mut self, id: &str) {
+        if let Some(creating) = self.creating.get_mut(id) {
+            creating.requests = creating.requests.saturating_sub(1);
+            if creating.requests == 0 {
+                self.creating.remove(id);
+            }
         }
     }
 
@@ -100,10 +122,10 @@ impl Pod {
     fn on_event(&mut self, event: Event, publisher: &Publisher) {
         match &event {
             Event::Created { process: ProcessId { container, exec: None } } => {
-                self.containers += 1;
+                self.containers.insert(container.clone());
                 self.first.get_or_insert_with(|| container.clone());
-                if let Some(event) = self.creating.remove(container) {
-                    publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+                if let Some(made) = self.creating.remove(container) {
+                    publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &made.event);
                 }
             }
             Event::Exited { process, exit }
@@ -115,8 +137,10 @@ impl Pod {
                 }
             }
             Event::Deleted { process, .. } if process.exec.is_none() => {
-                self.containers = self.containers.saturating_sub(1);
+                self.containers.remove(&process.container);
             }
+            // Of a container that was never made, its client is told by the answer to its creation.
+            Event::Exited { process, .. } if !self.containers.contains(&process.container) => return,
             // Goes to containerd's log, which is where somebody looks for the reason of a 255.
             Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
             _ => {}
@@ -137,15 +161,15 @@ impl Life {
     async fn until_shut_down(&mut self, pod: &mut Pod) -> End {
         let mut unused = Instant::now() + UNUSED_BOUND;
         loop {
-            let idle = pod.containers == 0 && pod.creating.is_empty();
+            let idle = pod.containers.is_empty() && pod.creating.is_empty();
             tokio::select! {
                 // What a creation announces is there before the event that it leads to.
                 biased;
                 Some(request) = self.requests.recv() => match request {
-                    Request::CreateBegan(event) => drop(pod.creating.insert(event.container_id.clone(), *event)),
+                    Request::CreateBegan(event) => pod.create_began(*event),
                     Request::CreateEnded(id) => {
                         pod.catch_up(&self.publisher);
-                        pod.creating.remove(&id);
+                        pod.create_ended(&id);
                         unused = Instant::now() + UNUSED_BOUND;
                     }
                     Request::Told => {}
