@@ -16,6 +16,7 @@
 
 mod agent_client;
 mod agent_log;
+mod blocking;
 mod boot;
 mod error;
 mod guest;

@@ -17,6 +17,7 @@ use rustix::fs::FsWord;
 use tokio::sync::watch;
 
 use super::{Link, Pod};
+use crate::blocking::blocking;
 use crate::error::SandboxError;
 use crate::guest_spec::{self, GuestSpec, ROOTFS};
 use crate::pod::ProcessId;
@@ -44,7 +45,7 @@ pub(super) async fn choose(
 ) -> Result<Rootfs, SandboxError> {
     let (mounts, readonly) = (root.mounts.clone(), guest.root_readonly());
     // A look at a file of a dead server takes long.
-    let chosen = tokio::task::spawn_blocking(move || Rootfs::classify(&mounts, readonly, rootfs::find)).await;
+    let chosen = blocking(move || Rootfs::classify(&mounts, readonly, rootfs::find)).await;
     chosen.unwrap_or(Err(StorageError::Interrupted)).map_err(|source| storage_error(id, source))
 }
 
@@ -132,7 +133,7 @@ impl ContainerFiles {
         let mut disks = Vec::with_capacity(block.images.len());
         for image in &block.images {
             let (path, readonly) = (image.path.clone(), block.readonly);
-            let claimed = tokio::task::spawn_blocking(move || storage::claim(&path, readonly)).await;
+            let claimed = blocking(move || storage::claim(&path, readonly)).await;
             claimed.unwrap_or(Err(StorageError::Interrupted))?;
             let id = format!("disk{}", pod.next_disk.fetch_add(1, Ordering::Relaxed));
             let disk = Disk { id: id.clone(), path: image.path.clone(), readonly };
@@ -159,7 +160,7 @@ impl ContainerFiles {
         let (pod, name, volumes) = (pod.clone(), name.to_owned(), guest.volumes.clone());
         let add =
             move || pod.share.as_ref().map(|share| share.add(&name, root.as_ref(), &volumes)).transpose();
-        self.shared = tokio::task::spawn_blocking(add).await.unwrap_or(Err(StorageError::Interrupted))?;
+        self.shared = blocking(add).await.unwrap_or(Err(StorageError::Interrupted))?;
         Ok(())
     }
 
@@ -175,7 +176,7 @@ impl ContainerFiles {
         }
         if let Some(mut shared) = self.shared {
             // It can only fail by a panic, and what is left then is in the leak record.
-            let _ = tokio::task::spawn_blocking(move || shared.release()).await;
+            let _ = blocking(move || shared.release()).await;
         }
     }
 }
