@@ -279,7 +279,8 @@ async fn of_two_creations_of_one_name_one_is_told_and_a_failed_one_has_no_exit()
     let task = live.task().await;
     let (_, message) = code(task.create(bound(), &live.create_request("p")).await);
     assert!(message.contains("it is broken"), "{message}");
-    task.shutdown(bound(), &ShutdownRequest::new()).await.unwrap();
+    let now = ShutdownRequest { now: true, ..ShutdownRequest::default() };
+    task.shutdown(bound(), &now).await.unwrap();
     drop(task);
     assert_eq!(live.over().await.1, [""; 0]);
 }
