@@ -158,7 +158,7 @@ settings! {
         { .upstream(UPSTREAMS_ARGUMENTS).harmless(&[UPSTREAMS_ARGUMENTS]).annotated().separator(Separator::Json).reach(Reach::Arguments) };
     /// Queue pairs of a network interface; 0 is one. More than one is of use to a guest with as many processors.
     network_queues: u64 = 1, { .rust().range(0, 256).annotated() };
-    /// Bandwidth of each interface into the pod; 0 is without a bound. With `internetworking_model = "macvtap"` there is none.
+    /// Bandwidth of each interface into the pod; 0 is without a bound. Refused with `internetworking_model = "macvtap"`.
     rx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
     /// Bandwidth of each interface out of the pod; 0 is without a bound. Only with `internetworking_model = "tcfilter"`.
     tx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };

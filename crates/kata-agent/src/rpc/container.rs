@@ -116,10 +116,13 @@ fn joins_pids(spec: &Spec) -> bool {
 
 /// The kernel ends a container's processes with its init only where that is the first of a pid namespace.
 fn end_all_with(agent: &Arc<Agent>, id: &str, init: &Process) {
-    let (agent, id, exit) = (agent.clone(), id.to_owned(), init.exit.clone());
+    let (agent, id, exit, pid) = (agent.clone(), id.to_owned(), init.exit.clone(), init.pid);
     tokio::spawn(async move {
         exit.wait().await;
-        // One that is gone already has nothing left to end.
+        // One that is gone already has nothing left to end, and by now another may have its name.
+        if !agent.container(&id).is_ok_and(|container| container.init.pid == pid) {
+            return;
+        }
         if let Err(error) = agent.engine.signal_all(&id, Signal::KILL).await {
             tracing::debug!(container = id, error = crate::chain(&error), "ending what the init has left");
         }
