@@ -45,14 +45,17 @@ fn measure(client: &Container<'_>, server: &str, options: &str) -> f64 {
 }
 
 fn main() {
-    let count: usize =
-        std::env::args().nth(1).and_then(|word| word.parse().ok()).expect("the argument is the number of runs");
+    let count: usize = std::env::args()
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .expect("the argument is the number of runs");
     let cri = Cri::new(Version::V1).expect("the variables of the tests are set");
     let program = program(&cri);
     let mut on_host = cri.containerd().beside("iperf3").args(["-s"]).stdout(Stdio::null()).spawn().unwrap();
     let mut figures: BTreeMap<&str, BTreeMap<&str, Vec<f64>>> = BTreeMap::new();
     for handler in HANDLERS {
-        let [client, server] = ["client", "server"].map(|name| cri.pod(&format!("{name}-{handler}")).handler(handler).run());
+        let [client, server] =
+            ["client", "server"].map(|name| cri.pod(&format!("{name}-{handler}")).handler(handler).run());
         let address = server.address();
         let _serving = start(&server, &program, &format!("exec {IPERF} -s"));
         let shell = start(&client, &program, "exec sleep 10000");

@@ -36,7 +36,12 @@ impl Drop for LoopDevice {
     }
 }
 
-fn with_device<'a>(plan: ContainerPlan<'a>, disk: &LoopDevice, path: &str, permissions: &str) -> ContainerPlan<'a> {
+fn with_device<'a>(
+    plan: ContainerPlan<'a>,
+    disk: &LoopDevice,
+    path: &str,
+    permissions: &str,
+) -> ContainerPlan<'a> {
     let mut device = api::Device::new();
     device.host_path.clone_from(&disk.device);
     path.clone_into(&mut device.container_path);
@@ -52,7 +57,10 @@ fn raw_block_volume_is_a_device_of_the_container_and_of_no_other() {
     let pod = cri.pod("block").run();
     let plan = with_device(pod.container("main").idle(), &data, "/dev/data", "rwm");
     let main = with_device(plan, &kept, "/dev/kept", "r").start();
-    assert_eq!(main.sh("head -c 13 /dev/data; echo; head -c 15 /dev/kept").text(), "from the host\nonly to be read");
+    assert_eq!(
+        main.sh("head -c 13 /dev/data; echo; head -c 15 /dev/kept").text(),
+        "from the host\nonly to be read"
+    );
     assert_eq!(main.sh("test -b /dev/data && blockdev --getsize64 /dev/data").text(), "4194304\n");
     main.sh("printf 'from the pod.' | dd of=/dev/data conv=notrunc,fsync status=none").text();
     let refused = main.sh("echo no > /dev/kept");

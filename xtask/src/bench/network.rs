@@ -25,14 +25,16 @@ const WAYS: [(&str, &str); 3] = [
 
 /// Rows of the network. A higher ratio is better.
 pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
-    let mut figures: BTreeMap<String, Figures> = bench.example("network-ratios", &[&bench.runs.to_string()])?;
+    let mut figures: BTreeMap<String, Figures> =
+        bench.example("network-ratios", &[&bench.runs.to_string()])?;
     let mut rows = Vec::new();
     for (way, what) in WAYS {
         let Figures { kata, runc } = figures
             .remove(way)
             .ok_or_else(|| ChoreError::Found(format!("network-ratios measured no {way:?}")))?;
         let ratios = kata.iter().zip(&runc).map(|(kata, runc)| kata / runc).collect();
-        let row = |what: String, unit, samples| Row { what, unit, samples: Samples::new(samples), budget: None };
+        let row =
+            |what: String, unit, samples| Row { what, unit, samples: Samples::new(samples), budget: None };
         rows.push(row(format!("{what} ÷ the same with runc (more is better)"), "", ratios));
         rows.push(row(what.to_owned(), "Gbit/s", kata));
     }
