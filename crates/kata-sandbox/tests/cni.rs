@@ -93,7 +93,7 @@ impl Plugged {
     }
 
     /// Has a pod started there, and compares what its guest is told with what the plugins said; then all is taken down.
-    async fn is_the_guests(self) {
+    async fn reaches_the_guest(self) {
         let pod = self.rig.pod().await;
         let told = self.rig.agent.network();
         let [interface] = told.interfaces.as_slice() else { panic!("{:?}", told.interfaces) };
@@ -122,7 +122,7 @@ impl Plugged {
 }
 
 #[tokio::test]
-async fn bridge_with_ports_rates_firewall_and_loopback_is_the_guests() {
+async fn bridge_with_ports_rates_firewall_and_loopback_reaches_the_guest() {
     let world = Plugged::new(|_, addresses| {
         let ports = json!([{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]);
         let mut chain = vec![
@@ -142,18 +142,18 @@ async fn bridge_with_ports_rates_firewall_and_loopback_is_the_guests() {
     });
     let Some(world) = world.await else { return };
     assert!(world.netns.run_outside("tc qdisc show").contains("tbf"), "the rate is kept on the host's side");
-    world.is_the_guests().await;
+    world.reaches_the_guest().await;
 }
 
 #[tokio::test]
-async fn point_to_point_is_the_guests() {
+async fn point_to_point_reaches_the_guest() {
     let world = Plugged::new(|_, addresses| vec![json!({"type": "ptp", "mtu": 1400, "ipam": addresses})]);
     let Some(world) = world.await else { return };
-    world.is_the_guests().await;
+    world.reaches_the_guest().await;
 }
 
 #[tokio::test]
-async fn macvlan_is_the_guests() {
+async fn macvlan_reaches_the_guest() {
     let world = Plugged::new(|netns, addresses| {
         netns.run_outside("ip link add lower type veth peer name beyond");
         netns.run_outside("ip link set beyond up");
@@ -161,5 +161,5 @@ async fn macvlan_is_the_guests() {
         vec![json!({"type": "macvlan", "master": "lower", "mode": "bridge", "ipam": addresses})]
     });
     let Some(world) = world.await else { return };
-    world.is_the_guests().await;
+    world.reaches_the_guest().await;
 }

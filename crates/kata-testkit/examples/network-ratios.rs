@@ -41,7 +41,7 @@ fn start<'a>(pod: &'a Pod<'a>, program: &Path, script: &str) -> Container<'a> {
 fn measure(client: &Container<'_>, server: &str, options: &str) -> f64 {
     let script = format!("{IPERF} -c {server} -t {SECONDS} -J {options}");
     let said: serde_json::Value = serde_json::from_str(&client.until(&script)).unwrap();
-    said["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9
+    said.pointer("/end/sum_received/bits_per_second").and_then(serde_json::Value::as_f64).unwrap() / 1e9
 }
 
 fn main() {
@@ -67,7 +67,8 @@ fn main() {
                 figures.entry(way).or_default().entry(handler).or_default().push(speed);
             }
         }
-        [&client, &server].map(Pod::remove);
+        client.remove();
+        server.remove();
     }
     on_host.kill().unwrap();
     on_host.wait().unwrap();

@@ -5,7 +5,12 @@
 //!   kt0 10.89.0.1, fd00:89::1 ── veth ── eth0 ─────────────────────── eth0
 //!   late0 10.90.0.1           ── veth ── eth1, while the pod runs ─── eth1
 //! ```
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
