@@ -467,7 +467,7 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
         Some(KernelModule { name, parameters: words.collect(), ..Default::default() })
     };
     CreateSandboxRequest {
-        hostname: pod.id.clone(),
+        hostname: pod.hostname.clone(),
         sandbox_id: pod.id.clone(),
         storages: if shared { vec![share] } else { Vec::new() },
         kernel_modules: pod.config.agent.kata.kernel_modules.iter().filter_map(module).collect(),

@@ -297,7 +297,7 @@ impl Sandbox {
 
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
-    let SandboxSpec { id, config, artefacts, run_dir, started, choice, network } = spec;
+    let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network } = spec;
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);
     let start = std::time::Instant::now();
@@ -315,6 +315,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
     let hybrid = run_dir.join("kata.hvsock");
     let created_at = SystemTime::now();
     let pod = Arc::new(Pod {
+        hostname: hostname.unwrap_or_else(|| id.clone()),
         id,
         config,
         artefacts,

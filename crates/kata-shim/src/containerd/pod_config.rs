@@ -1,0 +1,209 @@
+//! What the CRI says of a pod without a first container, and how it reaches the pod's containers.
+//!
+//! With a pause container, containerd's CRI plugin writes the pod's files and that container's specification carries the
+//! rest. Where the shim makes the pod, nobody does, though the containers' specifications name those files all the same:
+//!
+//! | of the `PodSandboxConfig` | becomes |
+//! |---|---|
+//! | `hostname` | the guest's host name, `/etc/hostname` |
+//! | `dns_config` | `/etc/resolv.conf`; without, the host's |
+//! | `annotations` | the pod's configuration |
+//! | `linux.sysctls` | part of each container's: the namespaces are the pod's, so it is all the same |
+//! | `linux.security_context.namespace_options.pid` | refused where the containers were to share processes |
+//!
+//! A bind mount at one of the three places whose source is not there gets the pod's file; one that somebody made (a
+//! kubelet's `/etc/hosts`) is left alone.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kata_api::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
+use oci_spec::runtime::Spec;
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use thiserror::Error;
+
+/// The type that the CRI plugin writes.
+const TYPE: &str = "runtime.v1.PodSandboxConfig";
+/// The files that containers of a pod share, by their names in `/etc`.
+const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+
+#[derive(Debug, Error)]
+pub(crate) enum PodConfigError {
+    #[error(
+        "the sandbox's options are {0:?}, and only those of the CRI plugin ({TYPE}) are understood; \
+         other clients can have a pod made by its first container (sandboxer = \"podsandbox\")"
+    )]
+    Type(String),
+    #[error("the sandbox's options ({TYPE}) cannot be read")]
+    Broken(#[source] protobuf::Error),
+    #[error(
+        "the pod shares one pid namespace among its containers (shareProcessNamespace), which lives with a first process that \
+         a pod without a pause container has not; use a handler with sandboxer = \"podsandbox\""
+    )]
+    SharedPids,
+    #[error("cannot write the pod's file {path}")]
+    File { path: PathBuf, source: io::Error },
+}
+
+/// The configuration in a request's options. A client that says nothing asks for nothing.
+pub(crate) fn read(options: Option<&Any>) -> Result<PodSandboxConfig, PodConfigError> {
+    let Some(any) = options.filter(|any| !any.type_url.is_empty()) else {
+        return Ok(PodSandboxConfig::new());
+    };
+    // Some clients write a host before the name.
+    if any.type_url.rsplit('/').next() != Some(TYPE) {
+        return Err(PodConfigError::Type(any.type_url.clone()));
+    }
+    let config = PodSandboxConfig::parse_from_bytes(&any.value).map_err(PodConfigError::Broken)?;
+    let namespaces = &config.linux.security_context.namespace_options;
+    if namespaces.pid.enum_value() == Ok(NamespaceMode::POD) {
+        return Err(PodConfigError::SharedPids);
+    }
+    Ok(config)
+}
+
+/// The pod's annotations, with its names in Kubernetes as a first container's specification would have them.
+pub(crate) fn annotations(config: &PodSandboxConfig) -> HashMap<String, String> {
+    let mut all = config.annotations.clone();
+    let names = &config.metadata;
+    for (key, name) in [("uid", &names.uid), ("name", &names.name), ("namespace", &names.namespace)] {
+        if !name.is_empty() {
+            all.insert(format!("io.kubernetes.cri.sandbox-{key}"), name.clone());
+        }
+    }
+    all
+}
+
+/// What the containers of a pod get that has no first container.
+#[derive(Debug)]
+pub(crate) struct PodParts {
+    dir: PathBuf,
+    sysctls: HashMap<String, String>,
+}
+
+impl PodParts {
+    /// Writes the pod's files below `dir`, which is the pod's own.
+    pub(crate) fn write(dir: PathBuf, config: &PodSandboxConfig) -> Result<Self, PodConfigError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| PodConfigError::File { path, source }
+        };
+        std::fs::create_dir_all(&dir).map_err(failed(&dir))?;
+        for name in FILES {
+            let of_host = || std::fs::read(Path::new("/etc").join(name)).unwrap_or_default();
+            let text = match name {
+                "hostname" => format!("{}\n", config.hostname).into_bytes(),
+                "resolv.conf" => config.dns_config.as_ref().map_or_else(of_host, resolv_conf),
+                _ => of_host(),
+            };
+            let path = dir.join(name);
+            std::fs::write(&path, text).map_err(failed(&path))?;
+            // Containers read it as whoever they are; the owner's umask would keep them from it.
+            let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+            std::fs::set_permissions(&path, readable).map_err(failed(&path))?;
+        }
+        Ok(Self { dir, sysctls: config.linux.sysctls.clone() })
+    }
+
+    /// Adds to a container's specification what is missing of the pod.
+    pub(crate) fn complete(&self, spec: &mut Spec) {
+        for mount in spec.mounts_mut().iter_mut().flatten() {
+            let absent = mount.source().as_ref().is_some_and(|source| !source.exists());
+            let at = mount.destination().strip_prefix("/etc").ok();
+            let name = at.and_then(|at| FILES.iter().find(|name| at == Path::new(name)));
+            if let (true, Some(name)) = (absent, name) {
+                mount.set_source(Some(self.dir.join(name)));
+            }
+        }
+        if let Some(linux) = spec.linux_mut().as_mut().filter(|_| !self.sysctls.is_empty()) {
+            let mut all = linux.sysctl().clone().unwrap_or_default();
+            all.extend(self.sysctls.clone());
+            linux.set_sysctl(Some(all));
+        }
+    }
+}
+
+/// In the words of resolv.conf(5).
+fn resolv_conf(dns: &DNSConfig) -> Vec<u8> {
+    let mut text = String::new();
+    if !dns.searches.is_empty() {
+        text += &format!("search {}\n", dns.searches.join(" "));
+    }
+    dns.servers.iter().for_each(|server| text += &format!("nameserver {server}\n"));
+    if !dns.options.is_empty() {
+        text += &format!("options {}\n", dns.options.join(" "));
+    }
+    text.into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(type_url: &str, config: &PodSandboxConfig) -> Any {
+        let value = config.write_to_bytes().unwrap();
+        Any { type_url: type_url.into(), value, ..Any::default() }
+    }
+
+    fn config(pid: NamespaceMode) -> PodSandboxConfig {
+        let mut config = PodSandboxConfig::new();
+        config.hostname = "web".into();
+        let linux = config.linux.mut_or_insert_default();
+        linux.sysctls.insert("net.core.somaxconn".into(), "512".into());
+        let security = linux.security_context.mut_or_insert_default();
+        security.namespace_options.mut_or_insert_default().pid = pid.into();
+        config
+    }
+
+    #[test]
+    fn options_of_the_cri_are_read_and_others_refused_by_name() {
+        let config = config(NamespaceMode::CONTAINER);
+        for url in [TYPE.to_owned(), format!("types.example/{TYPE}")] {
+            assert_eq!(read(Some(&options(&url, &config))).unwrap().hostname, "web");
+        }
+        assert_eq!(read(None).unwrap(), PodSandboxConfig::new());
+        let error = read(Some(&options("some.Options", &config))).unwrap_err();
+        assert!(error.to_string().contains("some.Options"), "{error}");
+        let garbage = Any { type_url: TYPE.into(), value: vec![0xff], ..Any::default() };
+        assert!(matches!(read(Some(&garbage)), Err(PodConfigError::Broken(_))));
+    }
+
+    #[test]
+    fn processes_that_are_to_be_shared_are_refused() {
+        let error = read(Some(&options(TYPE, &config(NamespaceMode::POD)))).unwrap_err();
+        assert!(error.to_string().contains("podsandbox"), "{error}");
+    }
+
+    #[test]
+    fn a_container_gets_the_pods_files_where_nobody_made_them_and_its_parameters() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(NamespaceMode::CONTAINER);
+        let dns = config.dns_config.mut_or_insert_default();
+        dns.servers = vec!["10.0.0.1".into(), "10.0.0.2".into()];
+        dns.searches = vec!["a.example".into(), "b.example".into()];
+        dns.options = vec!["ndots:5".into()];
+        let parts = PodParts::write(dir.path().join("etc"), &config).unwrap();
+        let own = dir.path().join("hosts");
+        std::fs::write(&own, "").unwrap();
+        let mut spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.1.0", "linux": { "sysctl": { "kernel.shmmax": "1" } },
+            "mounts": [
+                { "destination": "/etc/hosts", "type": "bind", "source": own },
+                { "destination": "/etc/hostname", "type": "bind", "source": "/no/such/hostname" },
+                { "destination": "/etc/resolv.conf", "type": "bind", "source": "/no/such/resolv.conf" },
+                { "destination": "/etc/other", "type": "bind", "source": "/no/such/other" },
+            ],
+        }))
+        .unwrap();
+        parts.complete(&mut spec);
+        let source = |at: usize| spec.mounts().as_ref().unwrap()[at].source().clone().unwrap();
+        assert_eq!((source(0), source(3)), (own, "/no/such/other".into()));
+        assert_eq!(std::fs::read_to_string(source(1)).unwrap(), "web\n");
+        let text = "search a.example b.example\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions ndots:5\n";
+        assert_eq!(std::fs::read_to_string(source(2)).unwrap(), text);
+        let linux = spec.linux().as_ref().unwrap().sysctl().as_ref().unwrap();
+        assert_eq!((linux["net.core.somaxconn"].as_str(), linux["kernel.shmmax"].as_str()), ("512", "1"));
+    }
+}
