@@ -1,5 +1,5 @@
 # Every target is a chore of xtask; this file only gives them their usual names.
-.PHONY: run test test-unit test-lab lint bench bench-lab lab docs clean
+.PHONY: run test test-unit test-lab lint bench bench-lab soak lab docs clean
 
 run test lint bench:
 	@cargo xtask $@
@@ -16,6 +16,11 @@ test-lab:
 
 bench-lab:
 	@cargo xtask lab bench
+
+# For as long as TIME says, e.g. `make soak TIME=10m`.
+TIME ?= 10m
+soak:
+	@cargo xtask soak --time $(TIME)
 
 docs:
 	@cargo xtask docs

@@ -4,6 +4,7 @@
 //!  run ──▶ packages ──▶ products ──▶ demo
 //!  test ─▶ packages ──▶ products ──▶ nextest, skips counted ──▶ lab test
 //!  lab ──▶ Debian, QEMU ──▶ a command, the tests or the bench where there is KVM
+//!  soak ─▶ packages ──▶ products ──▶ pods at random, until the time is over
 //!  lint ─▶ fmt, clippy, cargo-deny, crate directions, deprecations, generated files
 //!  docs ─▶ what is generated of the code
 //! ```
@@ -18,6 +19,7 @@ mod lint;
 mod packages;
 mod products;
 mod shell;
+mod soak;
 mod suite;
 mod unpacked;
 
@@ -45,6 +47,8 @@ enum Chore {
         /// Passed on to the test runner, e.g. a part of a test's name.
         filter: Vec<String>,
     },
+    /// Start, load, kill and delete pods at random, and report what they leave and what grows.
+    Soak(soak::Soak),
     /// Formatting, clippy, licences and sources of dependencies, directions between crates.
     Lint,
     /// Who may import whom.
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().chore {
         Chore::Run => demo::run(),
         Chore::Test { unit, filter } => suite::run(unit, &filter),
+        Chore::Soak(soak) => soak::run(&soak),
         Chore::Lint => lint::run(),
         Chore::DepsCheck => directions::check(),
         Chore::Docs => docs::write(),

@@ -28,6 +28,8 @@ const TEST: &[&str] = &[
 ];
 /// The lab: what makes its Debian, and what runs it.
 const LAB: &[&str] = &["mmdebstrap", "qemu-system-x86", "util-linux", "xz-utils"];
+/// Measuring: what fills a network.
+const BENCH: &[&str] = &["iperf3"];
 /// Compiling the guest's kernel.
 const KERNEL: &[&str] = &["build-essential", "flex", "bison", "bc", "libelf-dev", "xz-utils", "perl"];
 /// The checker of dependencies comes as a binary wheel.
@@ -46,6 +48,12 @@ pub fn for_test() -> Chores {
         shell::run(shell::cargo().args(["install", "--locked", "cargo-nextest"]))?;
     }
     Ok(())
+}
+
+/// Makes sure that everything can be measured.
+pub fn for_bench() -> Chores {
+    for_test()?;
+    install(BENCH)
 }
 
 /// Makes sure that the lab can be made and run.

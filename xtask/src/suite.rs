@@ -20,16 +20,7 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
         nextest.envs(prepare()?);
         lab::make()?;
         nextest.env("KATA_TEST_LAB_MADE", "1");
-        for (variable, unpacked) in [
-            ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
-            ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD),
-            ("KATA_TEST_DOCKERD", NEWER_DOCKER),
-        ] {
-            match unpacked.program() {
-                Ok(program) => drop(nextest.env(variable, program)),
-                Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
-            }
-        }
+        newer_programs(&mut nextest);
     }
     say("running the tests");
     let outcome = shell::run(nextest.args(filter));
@@ -48,6 +39,20 @@ pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
         ("KATA_TEST_INITRD", small_initrd()?),
         ("KATA_TEST_CONTAINERD", PathBuf::from("/usr/bin/containerd")),
     ])
+}
+
+/// Tells a command where newer programs than the host's are, as far as they can be had.
+pub fn newer_programs(command: &mut Command) {
+    for (variable, unpacked) in [
+        ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
+        ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD),
+        ("KATA_TEST_DOCKERD", NEWER_DOCKER),
+    ] {
+        match unpacked.program() {
+            Ok(program) => drop(command.env(variable, program)),
+            Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
+        }
+    }
 }
 
 /// Where the runner reports what it did under a profile.

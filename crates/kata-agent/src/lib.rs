@@ -4,7 +4,7 @@
 //!  boot ─▶ serve ─▶ rpc ─────┬─▶ container   namespaces, cgroups, seccomp: the engine
 //!   │        │               ├─▶ mount       storages, with modules loaded on demand
 //!   │        ├─▶ log         │     └─▶ device   disks that the host plugs in
-//!   │        │               ├─▶ network     interfaces, routes and neighbours of the guest
+//!   │        ├─▶ forward     ├─▶ network     interfaces, routes and neighbours of the guest
 //!   │        │               ├─▶ stdio ─▶ stream    bytes between processes and the host
 //!   │        └─▶ console     └─▶ reaper      who ended, and how
 //!   └─ mounts, root, modules, settings: only as PID 1
@@ -16,6 +16,7 @@ pub mod console;
 pub mod container;
 pub mod device;
 pub mod entropy;
+pub mod forward;
 pub mod log;
 pub mod modules;
 pub mod mount;

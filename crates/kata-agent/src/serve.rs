@@ -9,6 +9,7 @@ use futures_util::stream;
 use kata_api::{Announcement, ports};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::AsyncWriteExt;
+use tokio::sync::Semaphore;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
@@ -17,6 +18,7 @@ use crate::boot::Timeline;
 use crate::cmdline::Settings;
 use crate::console;
 use crate::container::{Layout, NativeEngine};
+use crate::forward;
 use crate::log::LogBuffer;
 use crate::modules::Modules;
 use crate::reaper::Reaper;
@@ -139,7 +141,7 @@ fn connections(listener: VsockListener) -> Listener {
     }))
 }
 
-/// Listens for logs, streams and, where enabled, the debug console.
+/// Listens for logs, streams, ways to the loopback and, where enabled, the debug console.
 fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
     let settings = &agent.settings;
     let log_listener = bind(settings.log_port)?;
@@ -161,11 +163,31 @@ fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
             }
         }
     });
+    listen_for_forwards()?;
     match (settings.debug_console, console::shell()) {
         (false, _) => {}
         (true, None) => tracing::warn!("the debug console is enabled, but the image has no shell"),
         (true, Some(shell)) => listen_for_consoles(agent, shell)?,
     }
+    Ok(())
+}
+
+/// Ways to the guest's loopback. Who finds all of them taken waits in the kernel's queue.
+fn listen_for_forwards() -> Result<(), ServeError> {
+    let listener = bind(ports::FORWARD)?;
+    let places = Arc::new(Semaphore::new(forward::MOST));
+    tokio::spawn(async move {
+        // Nobody closes the semaphore.
+        while let Ok(place) = places.clone().acquire_owned().await {
+            let (peer, _) = accept(&listener).await;
+            tokio::spawn(async move {
+                if let Err(error) = forward::serve(peer).await {
+                    tracing::debug!(%error, "a way to the loopback ended");
+                }
+                drop(place);
+            });
+        }
+    });
     Ok(())
 }
 

@@ -7,6 +7,7 @@
 //! The crate holds shapes, numbers and the text format of metrics, which all of them write. The agent protocol is wire compatible with Kata Containers 4.1.
 
 mod boot;
+mod forward;
 pub mod guest;
 pub mod metrics;
 pub mod ports;
@@ -14,5 +15,6 @@ mod process;
 mod protocol;
 
 pub use boot::{Announcement, BootStage};
+pub use forward::{Forward, Forwarded};
 pub use process::{GuestProcess, PROCESSES};
 pub use protocol::*;

@@ -11,3 +11,5 @@ pub const DEBUG_CONSOLE: u32 = 1026;
 pub const STREAM: u32 = 1027;
 /// Listened on by the host: the agent dials it once it serves, and writes an [`Announcement`](crate::Announcement).
 pub const READY: u32 = 1028;
+/// Ways to what listens on the guest's loopback, one connection each: see [`Forward`](crate::Forward).
+pub const FORWARD: u32 = 1029;

@@ -12,6 +12,7 @@
 pub mod annotations;
 pub mod artefacts;
 pub mod deprecation;
+pub mod direct_volume;
 mod endpoint;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -27,8 +28,9 @@ pub use endpoint::OtlpEndpoint;
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
-    AcceleratorChoice, AgentSection, Config, HypervisorChoice, HypervisorSection, KataAgent, KernelParams,
-    LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
+    AcceleratorChoice, AgentSection, Config, EmptyDirMode, HugepageType, HypervisorChoice, HypervisorSection,
+    InternetworkingModel, KataAgent, KernelParams, LogLevel, MachineType, Qemu, Runtime, SharedFs, UidRange,
+    VirtioFsCache, value_at,
 };
 
 #[cfg(test)]

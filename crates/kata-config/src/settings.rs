@@ -112,13 +112,37 @@ settings! {
     /// The emulated machine. Nothing can be plugged into a `microvm` later.
     machine_type: MachineType = MachineType::Q35,
         { .annotated().planned_words(&["pc", "virt", "pseries", "s390-ccw-virtio"]) };
+    /// Directory of the guest image with hooks for every container of the pod: the executable files in `prestart`, `poststart`
+    /// and `poststop` below it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_hook_path: Option<PathBuf> = None, { .unset("no hooks").annotated() };
     /// Further parameters of the guest kernel, separated by blanks. A quoted part stays one parameter.
     kernel_params: KernelParams = KernelParams::default(), { .annotated() };
-    /// Virtual processors before any container asks for more: 0 is one, negative is all of the host's. Fractions round up,
-    /// and there are never more than the host has.
+    /// Virtual processors of a pod without a limit: 0 is one, negative is all of the host's. Fractions round up, and there are
+    /// never more than the host has.
     default_vcpus: f64 = 1.0, { .up_to(255.0).annotated() };
-    /// Guest memory, taken from the host as the guest touches it.
+    /// Most virtual processors of a machine; 0 is the host's number. A pod that was promised more is refused.
+    default_maxvcpus: u64 = 0, { .range(0, 1024).annotation("default_max_vcpus") };
+    /// Processors for the guest itself, added to the pod's limits before they are rounded up. By default a limit of whole
+    /// processors stays what it is.
+    overhead_vcpus: f64 = 0.0, { .rust().up_to(255.0).upstream("0.2") };
+    /// Guest memory of a pod without a limit, taken from the host as the guest touches it.
     default_memory: u64 = 2048, { .range(64, 4 << 20).unit("MiB").annotated() };
+    /// Most memory of a machine; 0 is the host's. A pod that was promised more is refused.
+    default_maxmemory: u64 = 0, { .range(0, 4 << 20).unit("MiB") };
+    /// Memory for the guest's own programs, added to the pod's limits. What the guest's kernel takes for itself is added in any
+    /// case.
+    overhead_memory: u64 = 32, { .rust().range(0, 4 << 20).unit("MiB") };
+    /// How often memory can be added to a machine that grows, see `runtime.static_sandbox_resource_mgmt`.
+    memory_slots: u64 = 10, { .range(0, 255).annotated() };
+    /// Takes all memory from the host before the guest starts.
+    enable_mem_prealloc: bool = false, { .annotated() };
+    /// Backs the guest's memory with huge pages of the host's, which must have been set aside.
+    enable_hugepages: bool = false, { .annotated() };
+    /// Kind of huge pages.
+    hugepage_type: HugepageType = HugepageType::Hugetlbfs, { .rust().annotated().planned_words(&["thp"]) };
+    /// Gives memory that the guest frees back to the host, by a balloon.
+    reclaim_guest_freed_memory: bool = false, { .annotated() };
     /// How host files reach the guest.
     shared_fs: SharedFs = SharedFs::VirtioFs,
         { .annotated().planned_words(&["virtio-fs-nydus", "inline-virtio-fs"]) };
@@ -132,6 +156,12 @@ settings! {
     /// Further arguments of the virtio-fs daemon, as `kata-virtiofsd --help` lists them.
     virtio_fs_extra_args: Vec<String> = Vec::new(),
         { .upstream(UPSTREAMS_ARGUMENTS).harmless(&[UPSTREAMS_ARGUMENTS]).annotated().separator(Separator::Json).reach(Reach::Arguments) };
+    /// Queue pairs of a network interface; 0 is one. More than one is of use to a guest with as many processors.
+    network_queues: u64 = 1, { .rust().range(0, 256).annotated() };
+    /// Bandwidth of each interface into the pod; 0 is without a bound. Refused with `internetworking_model = "macvtap"`.
+    rx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
+    /// Bandwidth of each interface out of the pod; 0 is without a bound. Only with `internetworking_model = "tcfilter"`.
+    tx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
     /// Verbose guest kernel and machine monitor; the console is in the owner's log at `debug`.
     enable_debug: bool = false;
     /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. The default is the strictest set that
@@ -219,12 +249,27 @@ settings! {
         { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["clh", "cloud-hypervisor", "dragonball", "fc", "firecracker", "openvmm", "remote"]) };
     /// Hardware virtualisation, emulation, or whichever the host can do.
     accelerator: AcceleratorChoice = AcceleratorChoice::Auto, { .ours() };
+    /// How the pod's interfaces are joined to the machine's: by redirecting each to the other, by a macvtap, or not at all, for
+    /// somebody else to join the taps.
+    internetworking_model: InternetworkingModel = InternetworkingModel::TcFilter,
+        { .annotated().planned_words(&["l3forwarding"]) };
     /// User ids for the processes of pods, `"first-last"`; each pod's helpers run as one of them.
     uid_range: UidRange = UidRange { first: 900_000, last: 999_999 }, { .ours() };
     /// Level of the owner's log.
     log_level: LogLevel = LogLevel::Info, { .rust().planned_words(&["critical"]) };
+    /// All of a pod's processes on the host in the pod's own cgroup. Otherwise only its virtual processors are, and the rest is in
+    /// `/kata_overhead`.
+    sandbox_cgroup_only: bool = true, { .annotated() };
+    /// Sizes the machine once, before it boots, for what the pod was promised. Otherwise it boots with the defaults, and grows with
+    /// its containers.
+    static_sandbox_resource_mgmt: bool = true;
+    /// Keeps each virtual processor on one of the host's, as long as the pod's cpuset has as many as the machine.
+    enable_vcpus_pinning: bool = false, { .annotated() };
     /// Drops seccomp profiles instead of applying them in the guest. By default a profile that was asked for is applied.
     disable_guest_seccomp: bool = false, { .upstream("true").annotated() };
+    /// What an emptyDir on disk is made of: a directory of the host that is shared, or a file system of its own on a sparse
+    /// file in that directory, which is plugged in as a disk.
+    emptydir_mode: EmptyDirMode = EmptyDirMode::SharedFs, { .rust().planned_words(&["block-encrypted"]) };
     /// Raises the owner's log to `debug` whatever `log_level` says.
     enable_debug: bool = false;
     /// What becomes of a use of something deprecated. `KATA_DEPRECATED` and `--deprecated` win over it.
@@ -277,8 +322,16 @@ keywords! {
     MachineType { Q35 = "q35", Microvm = "microvm" }
 }
 keywords! {
+    /// `hugepage_type`.
+    HugepageType { Hugetlbfs = "hugetlbfs" }
+}
+keywords! {
     /// `shared_fs`: how host files reach the guest.
     SharedFs { VirtioFs = "virtio-fs", None = "none" }
+}
+keywords! {
+    /// `emptydir_mode`: what an emptyDir on disk is made of.
+    EmptyDirMode { SharedFs = "shared-fs", BlockPlain = "block-plain" }
 }
 keywords! {
     /// `virtio_fs_cache`: caching in the guest of shared files.
@@ -287,6 +340,10 @@ keywords! {
 keywords! {
     /// `hypervisor_name`.
     HypervisorChoice { Auto = "auto", Qemu = "qemu" }
+}
+keywords! {
+    /// `internetworking_model`: how the pod's interfaces are joined to the machine's.
+    InternetworkingModel { TcFilter = "tcfilter", MacVtap = "macvtap", None = "none" }
 }
 keywords! {
     /// `accelerator`: hardware virtualisation, emulation, or whichever the host can do.

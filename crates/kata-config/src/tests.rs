@@ -267,7 +267,7 @@ fn choosing_an_absent_driver_is_read_and_not_carried_out() {
 
 #[test]
 fn a_planned_key_is_noted_where_it_asks_for_nothing_and_the_last_layer_decides() {
-    let etc = Etc::with("[hypervisor.qemu]\nenable_iommu = true\ndefault_bridges = 1\nmemory_slots = 3\n");
+    let etc = Etc::with("[hypervisor.qemu]\nenable_iommu = true\ndefault_bridges = 1\nqueue_size = 3\n");
     assert_eq!(
         faults(&etc, &[]),
         [
@@ -279,7 +279,7 @@ fn a_planned_key_is_noted_where_it_asks_for_nothing_and_the_last_layer_decides()
     let notes: Vec<String> = etc.read().notes.iter().map(|note| note.key.clone()).collect();
     assert_eq!(
         notes,
-        ["hypervisor.qemu.default_bridges", "hypervisor.qemu.memory_slots", "hypervisor.qemu.enable_iommu"]
+        ["hypervisor.qemu.default_bridges", "hypervisor.qemu.queue_size", "hypervisor.qemu.enable_iommu"]
     );
 }
 

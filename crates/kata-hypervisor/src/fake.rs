@@ -24,7 +24,9 @@ use tokio::sync::watch;
 use crate::process::{Exit, Record, Tail};
 use crate::qemu::qmp::QmpError;
 use crate::slots::{self, Slots};
-use crate::vm::{Capabilities, Disk, HypervisorError, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec};
+use crate::vm::{
+    Capabilities, Disk, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+};
 use crate::vsock::{self, CONNECT_LINE_LIMIT};
 
 /// A connection from the host that reached the fake guest.
@@ -66,6 +68,8 @@ struct Machine {
     script: Mutex<Script>,
     spec: Mutex<Option<VmSpec>>,
     devices: Mutex<Slots<Device>>,
+    /// What it was brought to, beyond its specification.
+    size: Mutex<Option<Size>>,
     console: Tail,
     paused: watch::Sender<bool>,
     exit: watch::Sender<Option<VmExit>>,
@@ -91,6 +95,7 @@ impl FakeVm {
             script: Mutex::default(),
             spec: Mutex::default(),
             devices: Mutex::default(),
+            size: Mutex::default(),
             console: Tail::new(64 * 1024),
             paused: watch::channel(false).0,
             exit: watch::channel(None).0,
@@ -186,6 +191,11 @@ impl FakeVm {
         nic.map(look)
     }
 
+    /// What the machine has been brought to; `None` where it never was.
+    pub fn size(&self) -> Option<Size> {
+        *lock(&self.0.size)
+    }
+
     /// Writes to the guest's console.
     pub fn write_console(&self, text: &str) {
         self.0.console.push(text.as_bytes());
@@ -246,6 +256,8 @@ impl Vm for FakeVm {
         Capabilities {
             shared_fs: true,
             pause: true,
+            hotplug_cpu: hotplug,
+            hotplug_memory: hotplug,
             hotplug_block: hotplug,
             hotplug_network: hotplug,
             ..Capabilities::default()
@@ -310,6 +322,25 @@ impl Vm for FakeVm {
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
         self.pluggable("removing a device", "device_del")?;
         lock(&self.0.devices).free(id).map(drop)
+    }
+
+    async fn resize(&self, size: Size) -> Result<Layout, HypervisorError> {
+        self.running("changing the size")?;
+        let base =
+            self.with_spec(|spec| (Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib }, spec.growth));
+        let (base, growth) = base.unwrap_or_default();
+        let now = lock(&self.0.size).unwrap_or(base);
+        let wanted =
+            Size { vcpus: size.vcpus.max(base.vcpus), memory_mib: size.memory_mib.max(now.memory_mib) };
+        let room = growth.map_or(base, |growth| Size { vcpus: growth.vcpus, memory_mib: growth.memory_mib });
+        if wanted.vcpus > room.vcpus.max(now.vcpus) || wanted.memory_mib > room.memory_mib.max(now.memory_mib)
+        {
+            return Err(HypervisorError::Unsupported { operation: "growing", driver: "fake".to_owned() });
+        }
+        if wanted != now {
+            *lock(&self.0.size) = Some(wanted);
+        }
+        Ok(Layout { size: wanted, vcpu_threads: Vec::new() })
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {

@@ -24,8 +24,8 @@ mod vsock;
 pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
 pub use vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Machine, Nic, PciPath, ProcessInfo, SharedFs, Vm,
-    VmExit, VmSpec,
+    Accelerator, Backing, Capabilities, Disk, Growth, HypervisorError, Layout, Machine, Nic, PciPath,
+    ProcessInfo, SharedFs, Size, Vm, VmExit, VmSpec,
 };
 pub use vsock::VsockError;
 

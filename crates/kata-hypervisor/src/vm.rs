@@ -116,6 +116,10 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// How far the machine can grow; `None` for one that never does, which boots a little faster.
+    pub growth: Option<Growth>,
+    /// What the guest's memory is made of.
+    pub backing: Backing,
     /// Where the host's side of the vsock device listens: a unix socket with the `CONNECT <port>` handshake. The driver binds
     /// it before any process starts; what the guest dials on port P arrives at `<vsock>_<P>`.
     pub vsock: PathBuf,
@@ -127,6 +131,46 @@ pub struct VmSpec {
     pub identity: Identity,
     /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
     pub seccomp_sandbox: String,
+}
+
+/// How far a machine can grow after its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Growth {
+    /// Most virtual CPUs.
+    pub vcpus: u32,
+    /// Most guest memory in MiB.
+    pub memory_mib: u64,
+    /// How often memory can be added.
+    pub slots: u32,
+}
+
+/// What the guest's memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// All of it is taken from the host before the guest starts.
+    pub prealloc: bool,
+    /// It is on huge pages that the host has set aside.
+    pub hugepages: bool,
+    /// What the guest frees is given back to the host.
+    pub reporting: bool,
+}
+
+/// A size to bring a running machine to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// What a running machine has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Its size.
+    pub size: Size,
+    /// The threads of the host that its CPUs run on, in the order of the CPUs; empty where the driver cannot tell.
+    pub vcpu_threads: Vec<u32>,
 }
 
 /// What a driver can do on the machine it was asked for. Everything not listed as `true` answers
@@ -331,6 +375,16 @@ pub enum HypervisorError {
         /// The device.
         id: String,
     },
+    /// The machine was not started so that it could grow that far.
+    #[error("the virtual machine cannot grow to {wanted}: {most}; {next}")]
+    TooLarge {
+        /// What was asked.
+        wanted: String,
+        /// What it can have.
+        most: String,
+        /// What to do about it.
+        next: &'static str,
+    },
     /// There is no room for another device.
     #[error(
         "device {id:?} cannot be added: all {slots} slots of the virtual machine are taken; remove a device first"
@@ -359,6 +413,16 @@ pub enum HypervisorError {
         id: String,
         /// The bound that has passed.
         bound: Duration,
+    },
+    /// The guest was given a CPU or memory, and did not take it.
+    #[error(
+        "the guest does not take the {what} that was added to its machine: {reason}; see whether its kernel can, and its console"
+    )]
+    NotTaken {
+        /// `virtual CPU`, `memory`.
+        what: &'static str,
+        /// Its answer, or that there was none.
+        reason: String,
     },
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
@@ -408,6 +472,11 @@ pub trait Vm: Send + Sync {
 
     /// Takes a device away that was added, once the guest has let go of it. After an error it can be tried again.
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError>;
+
+    /// Brings the running machine to this size as far as it can, and answers what it then has: asking for what is there changes
+    /// nothing. Memory is only ever added, and the guest has to bring to use what was; a CPU that the guest does not let go of
+    /// stays. Growing beyond [`VmSpec::growth`] is [`HypervisorError::Unsupported`].
+    async fn resize(&self, size: Size) -> Result<Layout, HypervisorError>;
 
     /// Ends the machine without asking the guest. Idempotent; comes back when all its processes are gone.
     async fn stop(&self) -> Result<(), HypervisorError>;

@@ -8,14 +8,17 @@ use std::time::{Duration, Instant};
 use kata_api::agent::{
     ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
     CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetDiagnosticDataRequest,
-    GetIPTablesRequest, GetMetricsRequest, GetOOMEventRequest, PauseContainerRequest, ReadStreamRequest,
-    ReadStreamResponse, RemoveContainerRequest, ResizeVolumeRequest, ResumeContainerRequest, Routes,
-    SetIPTablesRequest, SetPolicyRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
-    UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
+    GetIPTablesRequest, GetMetricsRequest, GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest,
+    PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
+    ResizeVolumeRequest, ResumeContainerRequest, Routes, SetIPTablesRequest, SetPolicyRequest,
+    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::csi::VolumeStatsResponse;
+use kata_api::files::RemoveRequest;
+use kata_api::files_ttrpc::FilesClient;
 use kata_api::health::CheckRequest;
 use kata_api::health_ttrpc::HealthClient;
 use kata_api::metrics::Durations;
@@ -128,7 +131,9 @@ pub(crate) enum Output {
 pub(crate) struct Agent {
     service: AgentServiceClient,
     health: HealthClient,
+    files: FilesClient,
     lost: watch::Receiver<bool>,
+    ours: bool,
 }
 
 impl std::fmt::Debug for Agent {
@@ -142,7 +147,23 @@ impl Agent {
     pub(crate) fn new(stream: UnixStream) -> Self {
         let (tx, lost) = watch::channel(false);
         let client = ttrpc::asynchronous::Client::new(Socket::new(Wire { stream, lost: tx }));
-        Self { service: AgentServiceClient::new(client.clone()), health: HealthClient::new(client), lost }
+        Self {
+            service: AgentServiceClient::new(client.clone()),
+            health: HealthClient::new(client.clone()),
+            files: FilesClient::new(client),
+            lost,
+            ours: false,
+        }
+    }
+
+    /// The same, of an agent that announced itself: only this project's do.
+    pub(crate) fn announced(self) -> Self {
+        Self { ours: true, ..self }
+    }
+
+    /// Whether it is known to be this project's, which understands the protocol's extensions.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.ours
     }
 
     /// Resolves when the agent has closed the connection.
@@ -213,6 +234,12 @@ impl Agent {
         done("CopyFile", PROMPT, self.service.copy_file(within(PROMPT), request)).await
     }
 
+    /// Removes what was copied to `path`. Agents other than ours have no such call.
+    pub(crate) async fn remove_file(&self, path: &str) -> Result<(), AgentError> {
+        let request = RemoveRequest { path: path.to_owned(), ..Default::default() };
+        bounded("Remove", PROMPT, self.files.remove(within(PROMPT), &request)).await.map(drop)
+    }
+
     pub(crate) async fn start_container(&self, container: &str, bound: Duration) -> Result<(), AgentError> {
         let request = StartContainerRequest { container_id: container.to_owned(), ..Default::default() };
         done("StartContainer", bound, self.service.start_container(within(bound), &request)).await
@@ -281,6 +308,19 @@ impl Agent {
         let mut request = UpdateContainerRequest { container_id: container.to_owned(), ..Default::default() };
         request.resources = Some(resources).into();
         done("UpdateContainer", PROMPT, self.service.update_container(within(PROMPT), &request)).await
+    }
+
+    /// Size of the blocks that memory can be added to the guest in, in bytes; 0 where its kernel does not tell.
+    pub(crate) async fn memory_block(&self) -> Result<u64, AgentError> {
+        let request = GuestDetailsRequest { mem_block_size: true, ..Default::default() };
+        let answer = self.service.get_guest_details(within(PROMPT), &request);
+        bounded("GetGuestDetails", PROMPT, answer).await.map(|details| details.mem_block_size_bytes)
+    }
+
+    /// Has the guest bring to use what was added to its machine: so many CPUs and, unless `cpu_only`, all memory.
+    pub(crate) async fn online(&self, cpus: u32, cpu_only: bool) -> Result<(), AgentError> {
+        let request = OnlineCPUMemRequest { wait: true, nb_cpus: cpus, cpu_only, ..Default::default() };
+        done("OnlineCPUMem", PROMPT, self.service.online_cpu_mem(within(PROMPT), &request)).await
     }
 
     pub(crate) async fn resize(

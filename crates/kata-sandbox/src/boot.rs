@@ -26,8 +26,9 @@ use tokio::net::UnixListener;
 use crate::agent_client::{Agent, AgentError, guest_text};
 use crate::hooks::{self, HookError};
 use crate::hybrid::{self, HybridError};
-use crate::lifecycle::Pod;
+use crate::lifecycle::{self, Pod};
 use crate::network::NetworkError;
+use crate::resources::ResourceError;
 use crate::storage::Share;
 use crate::timeline::{Layer, Timeline};
 
@@ -83,13 +84,24 @@ pub enum BootError {
         output: Excerpt,
     },
     /// The VMM cannot be started.
-    #[error("the virtual machine cannot be started")]
-    Vmm(#[from] HypervisorError),
+    #[error("the virtual machine cannot be started{oom}")]
+    Vmm {
+        /// Why.
+        #[source]
+        source: Box<HypervisorError>,
+        /// Whether the host's kernel did it, as the end of a sentence.
+        oom: String,
+    },
+    /// The machine cannot be put where it belongs.
+    #[error("the virtual machine cannot be put into the pod's cgroup")]
+    Resources(#[from] ResourceError),
     /// The VMM ended before the agent was there.
-    #[error("the virtual machine ended while it booted: {exit}{console}")]
+    #[error("the virtual machine ended while it booted: {exit}{oom}{console}")]
     VmmExited {
         /// How.
         exit: VmExit,
+        /// Whether the host's kernel did it, as the end of a sentence.
+        oom: String,
         /// The guest's last words.
         console: Excerpt,
     },
@@ -194,9 +206,13 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
     let announces = guest.announces;
     if let Err(error) = pod.vm.boot(guest.vm_spec(pod, shared_fs, nics), &pod.record).await {
         // A VMM that cannot reach the daemon says so in its own words; the daemon's are better.
-        return Err(daemon_failure(virtiofsd.as_ref()).await.unwrap_or_else(|| error.into()));
+        let killed = matches!(&error, HypervisorError::Refused { exit: Exit::Signal(9), .. });
+        let oom = lifecycle::oom_of(pod, killed);
+        let failure = daemon_failure(virtiofsd.as_ref()).await.filter(|_| oom.is_empty());
+        return Err(failure.unwrap_or_else(|| BootError::Vmm { source: Box::new(error), oom }));
     }
     timeline.add(Layer::Vmm, "start", start);
+    pod.resources.settle(&*pod.vm).await?;
     let vmm_ran = Instant::now();
     let bound = pod.config.agent.kata.reconnect_bound();
     tokio::select! {
@@ -233,7 +249,8 @@ pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootE
 
 fn vmm_exited(pod: &Pod, exit: VmExit) -> BootError {
     let console = last_words(pod, &exit);
-    BootError::VmmExited { exit, console }
+    let oom = lifecycle::oom_of(pod, exit == VmExit::Signal(9));
+    BootError::VmmExited { exit, oom, console }
 }
 
 /// What the guest said before the machine ended, unless the end tells that itself.
@@ -349,8 +366,7 @@ impl Guest {
 
     fn vm_spec(self, pod: &Pod, shared_fs: Option<kata_hypervisor::SharedFs>, nics: Vec<Nic>) -> VmSpec {
         let qemu = &pod.config.hypervisor.qemu;
-        let cpus = std::thread::available_parallelism()
-            .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX));
+        let size = pod.resources.start();
         VmSpec {
             id: pod.id.clone(),
             run_dir: pod.run_dir.clone(),
@@ -365,8 +381,10 @@ impl Guest {
             kernel: self.kernel,
             initrd: self.initrd,
             image: self.image,
-            vcpus: qemu.vcpus(cpus),
-            memory_mib: qemu.default_memory,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            growth: pod.resources.growth(),
+            backing: pod.resources.backing(),
             vsock: pod.hybrid.clone(),
             shared_fs,
             nics,
@@ -419,7 +437,7 @@ async fn reach_agent(
     let start = Instant::now();
     let open = hybrid::connect(&pod.hybrid, ports::AGENT).await?;
     timeline.add(Layer::Agent, "connect", start);
-    Ok((Agent::new(open.stream), Some(announcement)))
+    Ok((Agent::new(open.stream).announced(), Some(announcement)))
 }
 
 /// The agent's announcement: one line of JSON.
@@ -469,6 +487,13 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
     CreateSandboxRequest {
         hostname: pod.hostname.clone(),
         sandbox_id: pod.id.clone(),
+        guest_hook_path: pod
+            .config
+            .hypervisor
+            .qemu
+            .guest_hook_path
+            .as_ref()
+            .map_or_else(String::new, |path| path.display().to_string()),
         storages: if shared { vec![share] } else { Vec::new() },
         kernel_modules: pod.config.agent.kata.kernel_modules.iter().filter_map(module).collect(),
         ..Default::default()

@@ -12,6 +12,7 @@ use crate::hooks::HookError;
 use crate::identity::IdentityError;
 use crate::network::NetworkError;
 use crate::pod::{ProcessId, Status};
+use crate::resources::ResourceError;
 use crate::stdio::StdioError;
 use crate::storage::StorageError;
 
@@ -169,6 +170,20 @@ pub enum SandboxError {
         #[source]
         source: Arc<GuestSpecError>,
     },
+    /// The machine has no room for a container's limits.
+    #[error("cannot {action} {process}")]
+    Limits {
+        /// What was asked.
+        action: &'static str,
+        /// Of which process.
+        process: ProcessId,
+        /// Why.
+        #[source]
+        source: Arc<ResourceError>,
+    },
+    /// The pod does not get what it was promised of the host.
+    #[error("the pod cannot have the processors and the memory that it was promised")]
+    Resources(#[source] Arc<ResourceError>),
     /// No identity for the pod's processes.
     #[error("no identity for the pod's processes")]
     Identity(#[source] Arc<IdentityError>),
@@ -202,6 +217,7 @@ impl SandboxError {
             Self::Dead { .. } | Self::Boot(_) | Self::CreateCancelled(_) => ErrorKind::Unavailable,
             Self::Booting => ErrorKind::Unavailable,
             Self::Agent { source, .. } | Self::Guest { source, .. } => source.kind(),
+            Self::Limits { source, .. } | Self::Resources(source) => source.kind(),
             Self::Storage { source, .. } => source.kind(),
             Self::GuestSpec { source, .. } => source.kind(),
             Self::Stdio { source, .. } => source.kind(),

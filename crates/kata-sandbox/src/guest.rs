@@ -1,5 +1,6 @@
 //! What can be asked of a pod's guest as a whole, beside its containers.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use kata_api::csi::VolumeStatsResponse;
 
 use crate::agent_client::{Agent, AgentError};
 use crate::error::SandboxError;
+use crate::storage::direct;
 
 /// Bound on the guest's figures: who scrapes many pods does not wait for one that hangs.
 const SCRAPE: Duration = Duration::from_secs(2);
@@ -44,20 +46,21 @@ impl Guest {
         told("change its packet filter", self.0.set_iptables(ipv6, rules).await)
     }
 
-    /// Space and files of the volume that the guest has at `path`.
+    /// Space and files of the volume that the guest has at `path`, or of the direct volume that is called so on the host.
     ///
     /// # Errors
     /// `NotFound` where there is none.
     pub async fn volume_stats(&self, path: &str) -> Result<VolumeStatsResponse, SandboxError> {
-        told("read the volume's statistics", self.0.volume_stats(path).await)
+        told("read the volume's statistics", self.0.volume_stats(&in_guest(path)).await)
     }
 
-    /// Has the guest take note that the volume at `path` has grown to `bytes`.
+    /// Has the guest take note that the volume at `path`, which is as for [`volume_stats`](Self::volume_stats), has grown to
+    /// `bytes`.
     ///
     /// # Errors
     /// The agent's.
     pub async fn resize_volume(&self, path: &str, bytes: u64) -> Result<(), SandboxError> {
-        told("resize the volume", self.0.resize_volume(path, bytes).await)
+        told("resize the volume", self.0.resize_volume(&in_guest(path), bytes).await)
     }
 
     /// Gives the agent the policy that it checks requests by.
@@ -66,6 +69,14 @@ impl Guest {
     /// `Unimplemented` where the agent checks none.
     pub async fn set_policy(&self, policy: String) -> Result<(), SandboxError> {
         told("take a policy", self.0.set_policy(policy).await)
+    }
+}
+
+/// What a direct volume is called in the guest; any other path is one there.
+fn in_guest(path: &str) -> String {
+    match direct::find(Path::new(path)) {
+        Ok(Some(volume)) => volume.in_guest().display().to_string(),
+        Ok(None) | Err(_) => path.to_owned(),
     }
 }
 

@@ -3,7 +3,7 @@
 //! | in the specification | in the guest |
 //! |---|---|
 //! | `root.path` | the container's directory in the share, or where its disks are mounted |
-//! | bind mounts of host paths | the same file or directory through the share, see [`crate::storage`] |
+//! | bind mounts of host paths, `directvol` mounts | volumes, each by its own way, see [`crate::storage::volume`] |
 //! | a bind mount at `/dev/shm` | one tmpfs of the guest for the pod: shared memory cannot span kernels |
 //! | bind mounts of `/dev`, `/proc`, `/sys` and below | left alone: they mean the guest's own |
 //! | network namespace | dropped: the machine's network is the pod's |
@@ -12,19 +12,27 @@
 //! | no pid or no ipc namespace | refused: the host's cannot be seen from a machine |
 //! | path of a user namespace | refused: the guest has one for all |
 //! | `cgroupsPath` | `/<container id>`: the host's hierarchy does not exist there |
-//! | cpusets, device weights and throttles, network classes, RDT | dropped: they name the host's CPUs, disks and interfaces |
+//! | cpusets | dropped: they name the host's processors |
 //! | `prestart`, `createRuntime`, `poststart`, `poststop` hooks | dropped: they are programs of the host, see [`crate::hooks`] |
-//! | `createContainer`, `startContainer` hooks | dropped, with a warning: the guest does not run them yet |
-//! | AppArmor and SELinux labels | cleared: the profiles are the host's, the guest's kernel has none of them |
+//! | `createContainer`, `startContainer` hooks | kept: the guest runs them |
+//! | AppArmor and SELinux labels | dropped: the profiles are the host's, the guest's kernel has none of them |
 //! | seccomp | kept, unless `runtime.disable_guest_seccomp` |
 //! | device rules and nodes, limits, sysctls, capabilities | kept |
+//!
+//! `FIELDS` in `guest_spec/fields.rs` has every field of the specification with its fate.
 
 use std::path::{Path, PathBuf};
 
 use kata_api::guest;
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
 
 use crate::error::ErrorKind;
+
+#[cfg(test)]
+mod coverage;
+#[cfg(test)]
+mod fields;
+mod refused;
 
 /// Why a specification cannot be carried out in the guest.
 #[derive(Debug, thiserror::Error)]
@@ -82,8 +90,8 @@ impl GuestSpecError {
 pub(crate) struct Volume {
     /// Where it is on the host.
     pub(crate) source: PathBuf,
-    /// Its name below the container's directory in the share.
-    pub(crate) name: PathBuf,
+    /// Its place among the specification's mounts.
+    pub(crate) mount: usize,
     pub(crate) readonly: bool,
     /// Whether mounts made on the host later shall appear.
     pub(crate) follows_host: bool,
@@ -94,7 +102,7 @@ pub(crate) struct Volume {
 pub(crate) struct GuestSpec {
     /// For the agent.
     pub(crate) spec: Spec,
-    /// For the host to put into the share.
+    /// For the host to bring into the guest, and then to be [placed](Self::place).
     pub(crate) volumes: Vec<Volume>,
     /// The host's directory behind the pod's shared memory, where the container takes part in it.
     pub(crate) shm: Option<PathBuf>,
@@ -104,6 +112,14 @@ impl GuestSpec {
     /// Whether the container may not write its root.
     pub(crate) fn root_readonly(&self) -> bool {
         self.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false)
+    }
+
+    /// Says where in the guest a volume is.
+    pub(crate) fn place(&mut self, volume: &Volume, path: PathBuf) {
+        let mounts = self.spec.mounts_mut().as_mut();
+        if let Some(mount) = mounts.and_then(|mounts| mounts.get_mut(volume.mount)) {
+            mount.set_typ(Some("bind".to_owned())).set_source(Some(path));
+        }
     }
 
     /// Puts the root elsewhere in the guest.
@@ -134,7 +150,7 @@ pub(crate) fn translate(
     mut spec: Spec,
     disable_seccomp: bool,
 ) -> Result<GuestSpec, GuestSpecError> {
-    refuse_unsupported(&spec)?;
+    refused::spec(&spec)?;
     let in_guest = in_share(id);
 
     let mut root = spec.root().clone().ok_or(GuestSpecError::Missing("root"))?;
@@ -142,23 +158,16 @@ pub(crate) fn translate(
     spec.set_root(Some(root));
     let process = spec.process().clone().ok_or(GuestSpecError::Missing("process"))?;
     spec.set_process(Some(guest_process(process)?));
-    if let Some(hooks) = spec.hooks()
-        && [hooks.create_container(), hooks.start_container()]
-            .into_iter()
-            .flatten()
-            .any(|hooks| !hooks.is_empty())
-    {
-        tracing::warn!(container = id, "createContainer and startContainer hooks are not run");
-    }
-    spec.set_hooks(None);
+    let hooks = spec.hooks().as_ref().and_then(guest_hooks);
+    spec.set_hooks(hooks);
     let (mut volumes, mut shm) = (Vec::new(), None);
     if let Some(mounts) = spec.mounts_mut() {
-        for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
+        for (number, mount) in mounts.iter_mut().enumerate().filter(|(_, mount)| is_bind(mount)) {
             if mount.destination() == Path::new("/dev/shm") {
                 shm = mount.source().clone();
                 mount.set_typ(Some("bind".to_owned())).set_source(Some(pod_shm()));
             } else {
-                translate_bind(mount, &in_guest, &mut volumes)?;
+                volumes.extend(volume(number, mount)?);
             }
         }
     }
@@ -168,83 +177,45 @@ pub(crate) fn translate(
 
 /// A process as it is meant for the guest.
 pub(crate) fn guest_process(mut process: Process) -> Result<Process, GuestSpecError> {
-    refuse(
-        "the guest protocol has no field for it",
-        &[
-            (process.user().umask().is_some(), "process.user.umask"),
-            (process.io_priority().is_some(), "process.ioPriority"),
-            (process.scheduler().is_some(), "process.scheduler"),
-        ],
-    )?;
+    refused::process(&process)?;
+    let dropped = [
+        ("AppArmor profile", process.apparmor_profile().as_deref().filter(|name| *name != "unconfined")),
+        ("SELinux label", process.selinux_label().as_deref()),
+    ];
+    for (kind, name) in dropped {
+        if let Some(name) = name.filter(|name| !name.is_empty()) {
+            tracing::info!(kind, name, "a label of the host's has no meaning in the guest");
+        }
+    }
+    process.user_mut().set_username(None);
     process.set_apparmor_profile(None).set_selinux_label(None);
     Ok(process)
 }
 
 /// Limits as they are meant for the guest.
 pub(crate) fn guest_resources(mut resources: LinuxResources) -> Result<LinuxResources, GuestSpecError> {
-    refuse(
-        "the guest protocol has no field for it",
-        &[
-            (resources.unified().as_ref().is_some_and(|keys| !keys.is_empty()), "linux.resources.unified"),
-            (resources.rdma().as_ref().is_some_and(|keys| !keys.is_empty()), "linux.resources.rdma"),
-        ],
-    )?;
+    refused::resources(&resources)?;
     if let Some(mut cpu) = resources.cpu().clone() {
+        let pinned = [cpu.cpus(), cpu.mems()].into_iter().flatten().any(|list| !list.is_empty());
+        if pinned {
+            tracing::info!(cpus = ?cpu.cpus(), mems = ?cpu.mems(), "a cpuset of the host's has no meaning in the guest");
+        }
         cpu.set_cpus(None).set_mems(None);
         resources.set_cpu(Some(cpu));
     }
-    if let Some(mut block_io) = resources.block_io().clone() {
-        block_io
-            .set_weight_device(None)
-            .set_throttle_read_bps_device(None)
-            .set_throttle_write_bps_device(None)
-            .set_throttle_read_iops_device(None)
-            .set_throttle_write_iops_device(None);
-        resources.set_block_io(Some(block_io));
+    if let Some(mut memory) = *resources.memory() {
+        memory.set_use_hierarchy(None);
+        resources.set_memory(Some(memory));
     }
-    resources.set_network(None);
     Ok(resources)
 }
 
-fn refuse(reason: &'static str, fields: &[(bool, &'static str)]) -> Result<(), GuestSpecError> {
-    match fields.iter().find(|(given, _)| *given) {
-        Some((_, field)) => Err(GuestSpecError::Unsupported { field, reason }),
-        None => Ok(()),
-    }
-}
-
-/// Refuses what would change the container's behaviour and cannot be told to the agent.
-fn refuse_unsupported(spec: &Spec) -> Result<(), GuestSpecError> {
-    let no_field = "the guest protocol has no field for it";
-    let idmapped = |mount: &Mount| mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
-    refuse(
-        no_field,
-        &[
-            (spec.domainname().as_ref().is_some_and(|name| !name.is_empty()), "domainname"),
-            (spec.mounts().iter().flatten().any(idmapped), "mounts[].uidMappings"),
-        ],
-    )?;
-    let Some(linux) = spec.linux() else { return Ok(()) };
-    refuse(
-        no_field,
-        &[
-            (linux.personality().is_some(), "linux.personality"),
-            (linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()), "linux.timeOffsets"),
-            (linux.memory_policy().is_some(), "linux.memoryPolicy"),
-        ],
-    )?;
-    let Some(seccomp) = linux.seccomp() else { return Ok(()) };
-    let eperm = u32::try_from(libc::EPERM).unwrap_or_default();
-    refuse(
-        no_field,
-        &[
-            (seccomp.listener_path().is_some(), "linux.seccomp.listenerPath"),
-            (
-                seccomp.default_errno_ret().is_some_and(|errno| errno != eperm),
-                "linux.seccomp.defaultErrnoRet",
-            ),
-        ],
-    )
+/// Hooks that are programs of the guest or of the container.
+fn guest_hooks(given: &Hooks) -> Option<Hooks> {
+    let mut kept = Hooks::default();
+    kept.set_create_container(given.create_container().clone().filter(|hooks| !hooks.is_empty()))
+        .set_start_container(given.start_container().clone().filter(|hooks| !hooks.is_empty()));
+    (kept != Hooks::default()).then_some(kept)
 }
 
 fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(), GuestSpecError> {
@@ -280,8 +251,7 @@ fn translate_linux(id: &str, spec: &mut Spec, disable_seccomp: bool) -> Result<(
     linux
         .set_namespaces(Some(namespaces))
         .set_cgroups_path(Some(Path::new("/").join(id)))
-        .set_mount_label(None)
-        .set_intel_rdt(None);
+        .set_mount_label(None);
     spec.set_linux(Some(linux));
     Ok(())
 }
@@ -297,29 +267,32 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
     mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
 }
 
+/// What upstream's runtimes call a mount of a direct volume.
+const DIRECT_VOLUME: &str = "directvol";
+
 fn is_bind(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+    matches!(mount.typ().as_deref(), Some("bind" | DIRECT_VOLUME)) || has_option(mount, &["bind", "rbind"])
 }
 
-fn translate_bind(
-    mount: &mut Mount,
-    in_guest: &Path,
-    volumes: &mut Vec<Volume>,
-) -> Result<(), GuestSpecError> {
+/// The volume that a bind mount asks for; `None` where it means the guest's own.
+fn volume(number: usize, mount: &Mount) -> Result<Option<Volume>, GuestSpecError> {
     let source = mount.source().clone().ok_or(GuestSpecError::Missing("source of a bind mount"))?;
     if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
-        return Ok(());
+        return Ok(None);
     }
-    // The guest sees the volume as one directory: what is mounted below it on the host comes along in the share.
-    let name = Path::new("mounts").join(volumes.len().to_string());
-    mount.set_typ(Some("bind".to_owned())).set_source(Some(in_guest.join(&name)));
-    volumes.push(Volume {
+    if has_option(mount, &["shared", "rshared"]) {
+        return Err(GuestSpecError::Unsupported {
+            field: "mounts[].options: shared",
+            reason: "mounts that a container makes exist in the guest's kernel and cannot appear on the host \
+                     (Kubernetes: mountPropagation Bidirectional); use HostToContainer or None",
+        });
+    }
+    Ok(Some(Volume {
         source,
-        name,
+        mount: number,
         readonly: has_option(mount, &["ro", "rro"]),
-        follows_host: has_option(mount, &["slave", "rslave", "shared", "rshared"]),
-    });
-    Ok(())
+        follows_host: has_option(mount, &["slave", "rslave"]),
+    }))
 }
 
 #[cfg(test)]

@@ -16,7 +16,9 @@
 
 mod agent_client;
 mod agent_log;
+mod blocking;
 mod boot;
+mod cgroup;
 mod error;
 mod guest;
 mod guest_spec;
@@ -28,6 +30,7 @@ mod lifecycle;
 mod network;
 mod pod;
 mod process_table;
+mod resources;
 mod sandbox;
 mod spec;
 mod state;
@@ -37,6 +40,7 @@ mod teardown;
 mod timeline;
 
 pub use agent_client::AGENT_CALLS;
+pub use cgroup::CgroupError;
 pub use error::{ErrorKind, SandboxError};
 pub use guest::Guest;
 pub use kata_api::GuestProcess;
@@ -46,6 +50,7 @@ pub use pod::{
     ContainerSpec, ContainerView, Event, Exit, Inspection, NetworkSpec, ProcessId, ProcessState, RootfsMount,
     SandboxSpec, Status, Stdio,
 };
+pub use resources::{PromiseError, ResourceError, ResourceSpec, SizingError};
 pub use sandbox::Sandbox;
 pub use state::{State, StateError};
 pub use teardown::release;

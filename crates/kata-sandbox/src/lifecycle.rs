@@ -21,7 +21,7 @@ use std::time::SystemTime;
 
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::host::Choice;
-use kata_hypervisor::process::{Child, Identity, Record};
+use kata_hypervisor::process::{self, Child, Identity, Record};
 use kata_hypervisor::{Vm, VmExit};
 use tokio::net::UnixListener;
 use tokio::sync::{broadcast, mpsc, watch};
@@ -37,11 +37,12 @@ use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
 use crate::health;
-use crate::network::Network;
+use crate::network::{self, Network};
 use crate::pod::{Event, Exit, Inspection};
 use crate::process_table::{ProcessTable, millis};
+use crate::resources::Resources;
 use crate::state::{State, owner};
-use crate::storage::Share;
+use crate::storage::{Changes, PodDisks, Share};
 use crate::teardown;
 use crate::timeline::Timeline;
 
@@ -66,6 +67,11 @@ pub(crate) struct Pod {
     pub(crate) record: Record,
     /// `None` where no files are shared.
     pub(crate) share: Option<Share>,
+    pub(crate) resources: Resources,
+    /// Disks that several containers use.
+    pub(crate) disks: PodDisks,
+    /// What tells of changes in volumes, once one needs it; `None` where the host has none to give.
+    pub(crate) changes: OnceLock<Option<Arc<Changes>>>,
     /// Number of the next disk, for its name.
     pub(crate) next_disk: AtomicU32,
     /// The virtio-fs daemon, once it was started.
@@ -74,6 +80,20 @@ pub(crate) struct Pod {
     /// The stages before the boot.
     pub(crate) timeline: Timeline,
     pub(crate) created_at: SystemTime,
+}
+
+impl Pod {
+    /// What tells of changes in volumes: one for the pod, since a host has few of them.
+    pub(crate) fn changes(&self) -> Option<Arc<Changes>> {
+        let make = || {
+            let made = Changes::new().map(Arc::new);
+            made.inspect_err(|error| {
+                tracing::warn!(pod = %self.id, %error, "the host tells of no changes in volumes (fs.inotify.max_user_instances): they are looked at every 2 s");
+            })
+            .ok()
+        };
+        self.changes.get_or_init(make).clone()
+    }
 }
 
 /// The way to the agent, for those who wait for it.
@@ -265,6 +285,9 @@ impl Actor {
 
     /// Watches for what may befall the pod from now on.
     fn watch_pod(&mut self, agent: Agent, virtiofsd: Option<Child>) {
+        if self.pod.network.is_some() {
+            self.watch_network(agent.clone());
+        }
         let (pod, post, oom_agent) = (self.pod.clone(), self.post.clone(), agent.clone());
         self.watchers.spawn(async move {
             let cause = cause_of_death(&pod, &agent, virtiofsd).await;
@@ -276,6 +299,20 @@ impl Actor {
             // An agent without such events refuses at once, and there are none.
             while let Ok(container) = oom_agent.oom_event().await {
                 let _ = post.send(Message::Done(Done::Oom(container)));
+            }
+        });
+    }
+
+    /// Follows the pod's network namespace, and leads its loopback to the guest's.
+    fn watch_network(&mut self, agent: Agent) {
+        // Otherwise the loopback at hand may be the host's own.
+        if self.pod.network.as_ref().is_some_and(|network| network.spec().runtime_netns.is_some()) {
+            self.watchers.spawn(network::lead_loopback(self.pod.hybrid.clone(), self.pod.id.clone()));
+        }
+        let pod = self.pod.clone();
+        self.watchers.spawn(async move {
+            if let Some(network) = &pod.network {
+                network::follow(network, &*pod.vm, &agent, &pod.id).await;
             }
         });
     }
@@ -431,7 +468,8 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
         exit = pod.vm.exited() => return machine_ended(pod, &exit),
         exit = daemon => {
             let output = virtiofsd.as_ref().map(Child::output_tail).unwrap_or_default();
-            format!("the virtio-fs daemon {exit}{}", Excerpt::output(&output))
+            let oom = oom_of(pod, exit == process::Exit::Signal(9));
+            format!("the virtio-fs daemon {exit}{oom}{}", Excerpt::output(&output))
         }
         () = agent.lost() => {
             format!("the agent closed its connection{}", Excerpt::console(&pod.vm.console_tail()))
@@ -447,5 +485,11 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
 }
 
 fn machine_ended(pod: &Pod, exit: &VmExit) -> String {
-    format!("{exit}{}", boot::last_words(pod, exit))
+    format!("{exit}{}{}", oom_of(pod, *exit == VmExit::Signal(9)), boot::last_words(pod, exit))
+}
+
+/// Of a process that was `killed`: that it was the host's kernel, and for want of what.
+pub(crate) fn oom_of(pod: &Pod, killed: bool) -> String {
+    let oom = killed.then(|| pod.resources.oom()).flatten();
+    oom.map(|why| format!("; {why}")).unwrap_or_default()
 }

@@ -11,6 +11,7 @@ use kata_config::artefacts::Artefacts;
 use kata_hypervisor::host::Choice;
 use serde::{Deserialize, Serialize};
 
+use crate::resources::ResourceSpec;
 use crate::timeline::Stage;
 
 /// What it takes to launch a pod.
@@ -32,6 +33,8 @@ pub struct SandboxSpec {
     pub choice: Choice,
     /// The pod's network; `None` for a pod without one.
     pub network: Option<NetworkSpec>,
+    /// What the pod may use of the host.
+    pub resources: ResourceSpec,
 }
 
 /// The pod's network is what is in the network namespace of the calling process, now and after the hooks.

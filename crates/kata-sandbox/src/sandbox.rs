@@ -22,12 +22,13 @@ use crate::error::SandboxError;
 use crate::guest::Guest;
 use crate::identity;
 use crate::lifecycle::{self, Link, Message, Pod, Reply, Request};
-use crate::network::Network;
+use crate::network::{Network, Wiring};
 use crate::pod::{
     ContainerSpec, Event, Exit, Inspection, ProcessId, ProcessState, SandboxSpec, Status, Stdio,
 };
 use crate::process_table::check_id;
-use crate::storage::Share;
+use crate::resources::Resources;
+use crate::storage::{PodDisks, Share};
 use crate::teardown::{self, RECORD};
 use crate::timeline::{Layer, Timeline};
 
@@ -297,12 +298,15 @@ impl Sandbox {
 
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
-    let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network } = spec;
+    let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network, resources } = spec;
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);
     let start = std::time::Instant::now();
     let record = Record::open(run_dir.join(RECORD))
         .map_err(|error| run_dir_error(&run_dir, io::Error::other(error)))?;
+    // First of all: whatever is started from here on is born in the pod's cgroup.
+    let resources = Resources::prepare(&id, &resources, &config, &record)
+        .map_err(|error| SandboxError::Resources(Arc::new(error)))?;
     let identity = take_identity(&run_dir, &id, &config, &record)?;
     let share = match config.hypervisor.qemu.shared_fs {
         SharedFs::None => None,
@@ -314,18 +318,22 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
     timeline.add(Layer::Host, "share", start);
     let hybrid = run_dir.join("kata.hvsock");
     let created_at = SystemTime::now();
+    let network = network.map(|network| Network::new(network, Wiring::of(&config)));
     let pod = Arc::new(Pod {
         hostname: hostname.unwrap_or_else(|| id.clone()),
         id,
         config,
         artefacts,
         choice,
-        network: network.map(Network::new),
+        network,
         run_dir,
         hybrid,
         identity,
         record,
         share,
+        resources,
+        disks: PodDisks::default(),
+        changes: OnceLock::new(),
         next_disk: AtomicU32::new(0),
         virtiofsd: OnceLock::new(),
         vm,

@@ -22,6 +22,7 @@ pub(crate) fn spec(spec: &oci::Spec) -> wire::Spec {
             ..Default::default()
         }),
         hostname: text(spec.hostname()),
+        domainname: text(spec.domainname()),
         mounts: each(spec.mounts(), mount),
         hooks: field(spec.hooks().as_ref(), hooks),
         annotations: map(spec.annotations()),
@@ -75,8 +76,25 @@ pub(crate) fn resources(resources: &oci::LinuxResources) -> wire::LinuxResources
             ..Default::default()
         }),
         network: field(resources.network().as_ref(), network),
+        unified: map(resources.unified()),
         ..Default::default()
     }
+}
+
+/// The first field of a request that only an agent of this project understands, as config.json calls it.
+pub(crate) fn extension(
+    domainname: &str,
+    process: Option<&wire::Process>,
+    resources: Option<&wire::LinuxResources>,
+) -> Option<&'static str> {
+    let umask = process.and_then(|process| process.user.as_ref()).is_some_and(|user| user.umask.is_some());
+    let unified = resources.is_some_and(|resources| !resources.unified.is_empty());
+    let fields = [
+        (!domainname.is_empty(), "domainname"),
+        (umask, "process.user.umask"),
+        (unified, "linux.resources.unified"),
+    ];
+    fields.into_iter().find_map(|(given, field)| given.then_some(field))
 }
 
 fn field<T, W>(value: Option<&T>, convert: impl Fn(&T) -> W) -> MessageField<W> {
@@ -111,6 +129,7 @@ fn user(user: &oci::User) -> wire::User {
     wire::User {
         uid: user.uid(),
         gid: user.gid(),
+        umask: user.umask(),
         additional_gids: user.additional_gids().clone().unwrap_or_default(),
         username: text(user.username()),
         ..Default::default()

@@ -1,15 +1,18 @@
-//! The host files that the guest sees: one shared directory for the pod, one directory in it for each container.
+//! The host files that the guest sees: one shared directory for the pod, with the roots of its containers and its volumes.
 //!
-//! A root file system on disks does not come this way, see [`rootfs`].
+//! A root file system on disks does not come this way, see [`rootfs`], and neither does every volume, see [`volume`].
 //!
 //! ```text
 //!   <bundle>/rootfs ◀── overlay, … (the mounts of Task.Create)
 //!         │ clone                              <run_dir>/shared          served by kata-virtiofsd
 //!         └──────────────────────────────────▶   <container>/rootfs
-//!   volume on the host ── clone, read-only ──▶   <container>/mounts/<n>
+//!   volume on the host ── clone, read-only ──▶   .volumes/<n>
 //!                                                │ read-only mount of
 //!                                              <run_dir>/places          where mount points are made
 //! ```
+//!
+//! To the guest each of these is a file system of its own. So a volume that several containers mount is there once: what
+//! lives in its inodes (sockets, locks, mapped pages) is the same for all of them.
 //!
 //! `shared` is a mount of its own with shared propagation: the daemon's mount namespace follows it, so that what is bound
 //! here later shows up there, and what is taken down here does not stay busy there. Each clone is cut off from its origin
@@ -18,27 +21,34 @@
 //! `shared` itself is read-only, whatever is mounted below it. A guest that could write there would put a symbolic link
 //! where the next container's mount point is made, and have root follow it anywhere on the host.
 
+pub(crate) mod block_device;
 mod copy;
+pub(crate) mod direct;
 mod disk;
 mod loop_device;
+mod mirror;
 mod mount;
+mod places;
 pub(crate) mod rootfs;
+pub(crate) mod volume;
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use kata_hypervisor::HypervisorError;
 use kata_hypervisor::process::{Record, RecordError};
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use crate::agent_client::AgentError;
 use crate::error::ErrorKind;
-use crate::guest_spec::{ROOTFS, Volume};
+use crate::guest_spec::ROOTFS;
 use crate::pod::RootfsMount;
 
 pub(crate) use copy::copy;
-pub(crate) use disk::claim;
+pub(crate) use disk::{PodDisks, empty_dir, plug};
+pub(crate) use mirror::{Changes, Mirror};
+use places::Places;
 
 /// Why a container's files could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +57,10 @@ pub enum StorageError {
     #[error("{path} does not exist on the host", path = .0.display())]
     Absent(PathBuf),
     /// A device node would mean another device in the guest.
-    #[error("{path} is a device: devices of the host cannot be mounted into a container yet", path = .0.display())]
+    #[error(
+        "{path} is a device: bound as a file it would be another device in the guest; ask for it as a device",
+        path = .0.display()
+    )]
     Device(PathBuf),
     /// A rootfs mount that leads out of the rootfs.
     #[error("rootfs mount target {0:?} is not below the rootfs")]
@@ -89,6 +102,12 @@ pub enum StorageError {
     /// A disk that somebody else uses.
     #[error("{path} is in use on the host: unmount it, or end what holds it", path = .0.display())]
     Busy(PathBuf),
+    /// A device that is in the machine, and not to be written there.
+    #[error(
+        "{path} cannot be written: another container of the pod has it read-only, and the machine has it once",
+        path = .0.display()
+    )]
+    ReadOnly(PathBuf),
     /// The machine did not take a disk.
     #[error("cannot attach {path} to the virtual machine", path = .path.display())]
     Attach {
@@ -101,11 +120,37 @@ pub enum StorageError {
     /// There is no way for files into the guest.
     #[error(
         "{path} cannot reach the guest: hypervisor.qemu.shared_fs is \"none\", which leaves block devices and copies \
-         of files up to {limit} KiB; set it to \"virtio-fs\"",
+         of files up to {limit} KiB and of config volumes; set it to \"virtio-fs\"",
         path = .0.display(),
         limit = copy::SIZE_MAX / 1024
     )]
     NoShare(PathBuf),
+    /// A volume of huge pages without a bound.
+    #[error(
+        "{path} has no bound: the guest sets huge pages aside before they are used, so the container needs a limit of \
+         them (hugepages-2Mi)",
+        path = .0.display()
+    )]
+    HugePages(PathBuf),
+    /// What a storage driver has written of a direct volume makes none.
+    #[error("direct volume {path} cannot be used: {reason}", path = .path.display())]
+    DirectVolume {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file system could not be made.
+    #[error("cannot make a file system in {path}: {reason}", path = .path.display())]
+    Mkfs {
+        /// The image.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A volume that is never the same.
+    #[error("{path} changes all the while, so no copy of it is whole", path = .0.display())]
+    Restless(PathBuf),
     /// The agent did not take a copy.
     #[error("cannot copy {path} into the guest", path = .path.display())]
     Copy {
@@ -127,14 +172,20 @@ impl StorageError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
             // Not NotFound: that says "no such command" to whoever creates a container.
-            Self::Absent(_) | Self::Target(_) | Self::Options { .. } => ErrorKind::InvalidArgument,
+            Self::Absent(_)
+            | Self::Target(_)
+            | Self::Options { .. }
+            | Self::HugePages(_)
+            | Self::DirectVolume { .. } => ErrorKind::InvalidArgument,
             Self::Device(_) | Self::NoShare(_) => ErrorKind::Unimplemented,
-            Self::Busy(_) => ErrorKind::FailedPrecondition,
+            Self::Busy(_) | Self::ReadOnly(_) => ErrorKind::FailedPrecondition,
             Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {
                 ErrorKind::Unimplemented
             }
             Self::Copy { source, .. } => source.kind(),
             Self::Attach { .. }
+            | Self::Mkfs { .. }
+            | Self::Restless(_)
             | Self::Mount { .. }
             | Self::File { .. }
             | Self::Interrupted
@@ -154,6 +205,7 @@ pub(crate) struct Share {
     dir: PathBuf,
     /// The directory behind it.
     places: PathBuf,
+    volumes: Places,
     record: Record,
 }
 
@@ -173,7 +225,8 @@ impl Share {
             rustix::mount::mount_change(&dir, change)
                 .map_err(|error| StorageError::file("set the propagation of", &dir, error))?;
         }
-        Ok(Self { dir, places, record: record.clone() })
+        let volumes = Places::new(&dir, &places, record);
+        Ok(Self { dir, places, volumes, record: record.clone() })
     }
 
     /// Where it is on the host.
@@ -187,12 +240,14 @@ impl Share {
         &self,
         id: &str,
         root: Option<&SharedRoot>,
-        volumes: &[Volume],
+        volumes: &[SharedVolume],
     ) -> Result<SharedFiles, StorageError> {
         let mut files = SharedFiles {
             dir: self.dir.join(id),
-            places: self.places.join(id),
+            place: self.places.join(id),
             mounts: Vec::new(),
+            volumes: Vec::new(),
+            all: self.volumes.clone(),
             record: self.record.clone(),
         };
         match files.fill(root, volumes) {
@@ -203,6 +258,16 @@ impl Share {
             }
         }
     }
+}
+
+/// A path of the host as it is to be shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SharedVolume {
+    pub(crate) source: PathBuf,
+    /// Whether not even the guest's kernel can write it.
+    pub(crate) readonly: bool,
+    /// Whether mounts made on the host later shall appear.
+    pub(crate) follows_host: bool,
 }
 
 /// A root file system that is shared.
@@ -219,30 +284,44 @@ pub(crate) struct SharedRoot {
 pub(crate) struct SharedFiles {
     dir: PathBuf,
     /// The same directory, where it can be written.
-    places: PathBuf,
+    place: PathBuf,
     /// Newest last.
     mounts: Vec<PathBuf>,
+    /// Numbers of its volumes among the pod's, in the order of the request.
+    volumes: Vec<u32>,
+    all: Places,
     record: Record,
 }
 
 impl SharedFiles {
-    fn fill(&mut self, root: Option<&SharedRoot>, volumes: &[Volume]) -> Result<(), StorageError> {
-        if let Some(SharedRoot { path, mounts }) = root.filter(|root| !root.mounts.is_empty()) {
+    /// Its volumes' names in the share, in the order of the request.
+    pub(crate) fn volumes(&self) -> impl Iterator<Item = PathBuf> {
+        self.volumes.iter().map(|number| places::name(*number))
+    }
+
+    fn fill(&mut self, root: Option<&SharedRoot>, volumes: &[SharedVolume]) -> Result<(), StorageError> {
+        if let Some(root) = root {
+            self.share_root(root)?;
+        }
+        for volume in volumes {
+            self.volumes.push(self.all.add(volume)?);
+        }
+        Ok(())
+    }
+
+    fn share_root(&mut self, SharedRoot { path, mounts }: &SharedRoot) -> Result<(), StorageError> {
+        if !mounts.is_empty() {
             make_dir(path, 0o755)?;
             mounts.iter().try_for_each(|part| self.mount_rootfs(path, part))?;
         }
-        self.record.dir(&self.places)?;
-        make_dir(&self.places, 0o700)?;
-        if let Some(root) = root {
-            self.clone_in(&Volume {
-                source: root.path.clone(),
-                name: PathBuf::from(ROOTFS),
-                // The agent makes mount points in it, and then makes it read-only where that is asked.
-                readonly: false,
-                follows_host: false,
-            })?;
-        }
-        volumes.iter().try_for_each(|volume| self.clone_in(volume))
+        self.record.dir(&self.place)?;
+        make_dir(&self.place.join(ROOTFS), 0o700)?;
+        let target = self.dir.join(ROOTFS);
+        self.record.mount(&target)?;
+        // The agent makes mount points in it, and then makes it read-only where that is asked.
+        mount::clone(path, &target, false, false)?;
+        self.mounts.push(target);
+        Ok(())
     }
 
     fn mount_rootfs(&mut self, rootfs: &Path, part: &RootfsMount) -> Result<(), StorageError> {
@@ -256,53 +335,44 @@ impl SharedFiles {
         Ok(())
     }
 
-    /// Makes `volume` appear in the share.
-    fn clone_in(&mut self, volume: &Volume) -> Result<(), StorageError> {
-        let (target, place) = (self.dir.join(&volume.name), self.places.join(&volume.name));
-        let stat = rustix::fs::stat(&volume.source).map_err(|error| match error {
-            rustix::io::Errno::NOENT => StorageError::Absent(volume.source.clone()),
-            error => StorageError::file("look at", &volume.source, error),
-        })?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => make_dir(&place, 0o700)?,
-            FileType::CharacterDevice | FileType::BlockDevice => {
-                return Err(StorageError::Device(volume.source.clone()));
-            }
-            kind => {
-                if kind != FileType::RegularFile {
-                    tracing::warn!(volume = %volume.source.display(), "a socket or FIFO of the host is seen in the guest, and cannot be spoken to");
-                }
-                if let Some(parent) = place.parent() {
-                    make_dir(parent, 0o700)?;
-                }
-                std::fs::File::create(&place).map_err(|error| StorageError::file("create", &place, error))?;
-            }
-        }
-        self.record.mount(&target)?;
-        mount::clone(&volume.source, &target, volume.readonly, volume.follows_host)?;
-        self.mounts.push(target);
-        Ok(())
-    }
-
     /// Takes everything down again, newest first. What fails stays in the leak record for the teardown.
     pub(crate) fn release(&mut self) {
+        for number in self.volumes.drain(..).rev() {
+            self.all.release(number);
+        }
         while let Some(target) = self.mounts.pop() {
-            match rustix::mount::unmount(&target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-                Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
-                Err(error) => {
-                    // Removing below a mount that is still up would delete what somebody shared with the pod.
-                    tracing::warn!(mount = %target.display(), %error, "cannot unmount; left to the teardown");
-                    return;
-                }
+            // Removing below a mount that is still up would delete what somebody shared with the pod.
+            if !take_down(&target) {
+                return;
             }
         }
-        match std::fs::remove_dir_all(&self.places) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => {
-                tracing::warn!(dir = %self.places.display(), %error, "cannot remove a container's directory; left to the teardown");
-            }
+        remove(&self.place);
+    }
+}
+
+/// Whether nothing is mounted there any more.
+fn take_down(target: &Path) -> bool {
+    match rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => true,
+        Err(error) => {
+            tracing::warn!(mount = %target.display(), %error, "cannot unmount; left to the teardown");
+            false
         }
+    }
+}
+
+/// Removes a place that nothing is mounted on.
+fn remove(place: &Path) {
+    let removed = match std::fs::symlink_metadata(place) {
+        Ok(found) if found.is_dir() => std::fs::remove_dir_all(place),
+        Ok(_) => std::fs::remove_file(place),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(place = %place.display(), %error, "cannot remove what was mounted on; left to the teardown");
+        }
+        _ => {}
     }
 }
 

@@ -11,6 +11,7 @@ use kata_hypervisor::process::{Record, RecordError, Released};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::agent_client::Agent;
+use crate::blocking::blocking;
 use crate::error::SandboxError;
 use crate::lifecycle::Pod;
 use crate::stdio::Streams;
@@ -67,14 +68,15 @@ impl Teardown {
             Some(network) => network.release().await,
             None => Ok(()),
         };
+        self.pod.resources.leave();
         let run_dir = self.pod.run_dir.clone();
-        let released = tokio::task::spawn_blocking(move || release(&run_dir)).await;
+        let released = blocking(move || release(&run_dir)).await;
         let failed =
             |error: Box<dyn std::error::Error + Send + Sync>| SandboxError::Teardown(Arc::from(error));
         match released {
-            Ok(Ok(released)) => tracing::info!(pod = %self.pod.id, ?released, "nothing is left"),
-            Ok(Err(error)) => return Err(failed(error.into())),
-            Err(error) => return Err(failed(error.into())),
+            Some(Ok(released)) => tracing::info!(pod = %self.pod.id, ?released, "nothing is left"),
+            Some(Err(error)) => return Err(failed(error.into())),
+            None => return Err(failed("the release of what the pod had was interrupted".into())),
         }
         unplugged.map_err(|error| failed(error.into()))?;
         // The VMM's processes are in the record as well: a machine that would not stop was killed.

@@ -40,11 +40,35 @@ impl Pod {
 
     /// An interface as a network plugin makes it.
     fn add_interface(&self) {
-        self.netns.veth("eth0");
-        self.netns.run("ip link set eth0 address 02:00:00:00:00:01");
+        self.interface("eth0", 1);
         self.netns.run("ip addr add 10.1.0.2/24 dev eth0");
         self.netns.run("ip route add default via 10.1.0.1");
         self.netns.run("ip neigh add 10.1.0.7 lladdr 02:00:00:00:00:07 dev eth0 nud permanent");
+    }
+
+    /// A link that is up, with a hardware address of this last byte.
+    fn interface(&self, name: &str, number: u8) {
+        let outside = self.netns.outside();
+        let address = format!("02:00:00:00:00:0{number}");
+        self.netns.run(&format!(
+            "ip link add {name} address {address} type veth peer name out-{name} netns {outside}"
+        ));
+        self.netns.run_outside(&format!("ip link set out-{name} up"));
+        self.netns.run(&format!("ip link set {name} up"));
+    }
+
+    /// What the agent knows of an interface: its addresses, as far as it is known at all.
+    fn addresses(&self, name: &str) -> Option<Vec<String>> {
+        let known = self.rig.agent.network().interfaces;
+        let interface = known.iter().rev().find(|interface| interface.name == name)?;
+        Some(interface.ip_addresses.iter().map(|ip| format!("{}/{}", ip.address, ip.mask)).collect())
+    }
+
+    /// Destinations and gateways that the agent knows.
+    fn routes(&self) -> Vec<String> {
+        let route =
+            |route: &kata_api::types::Route| format!("{} {} {}", route.dest, route.gateway, route.device);
+        self.rig.agent.network().routes.iter().map(route).collect()
     }
 
     /// A hook that is a shell script, and leaves its input beside itself.
@@ -125,7 +149,17 @@ impl Vm for Slotted {
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
-        self.vm.remove_device(id).await
+        let mut nics = self.nics.as_ref().map(|nics| nics.lock().unwrap());
+        let at = nics.as_ref().and_then(|nics| nics.iter().position(|nic| nic.id == id));
+        match (&mut nics, at) {
+            (Some(nics), Some(at)) => drop(nics.remove(at)),
+            _ => return Err(HypervisorError::UnknownDevice { id: id.to_owned() }),
+        }
+        Ok(())
+    }
+
+    async fn resize(&self, size: kata_hypervisor::Size) -> Result<kata_hypervisor::Layout, HypervisorError> {
+        self.vm.resize(size).await
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {
@@ -194,17 +228,95 @@ async fn interface_that_comes_after_the_create_is_plugged_in_at_the_start() {
     pod.start(&init()).await.unwrap();
     assert_eq!(nics.lock().unwrap()[0].mac, [2, 0, 0, 0, 0, 1]);
     assert_eq!(world.rig.agent.network().interfaces[0].device_path, "02/00");
-    let expected = [
-        "CreateSandbox",
-        "CreateContainer",
-        "UpdateInterface",
-        "UpdateRoutes",
-        "AddARPNeighbors",
-        "StartContainer",
-    ];
-    assert_eq!(world.calls(), expected);
+    assert_eq!(world.addresses("eth0").unwrap(), ["10.1.0.2/24"]);
+    assert_eq!(world.routes(), [" 10.1.0.1 eth0"]);
+    // All of it, before the container runs.
+    assert_eq!(world.calls().last().unwrap(), "StartContainer");
     soon(pod.shutdown()).await.unwrap();
     world.assert_clean();
+}
+
+/// A pod that runs a container, whose machine takes interfaces.
+async fn running(world: &Pod) -> (Sandbox, Arc<Mutex<Vec<Nic>>>) {
+    let nics = Arc::new(Mutex::new(Vec::new()));
+    let vm = Slotted { vm: world.rig.guest(), nics: Some(nics.clone()) };
+    let pod = Sandbox::launch(world.rig.spec(), Box::new(vm)).await.unwrap();
+    world.rig.announce().await;
+    world.create(&pod).await.unwrap();
+    pod.start(&init()).await.unwrap();
+    (pod, nics)
+}
+
+/// Waits for what the kernel's word brings about.
+async fn comes(what: &str, mut is_there: impl FnMut() -> bool) {
+    let begin = std::time::Instant::now();
+    while !is_there() {
+        assert!(begin.elapsed() < std::time::Duration::from_secs(8), "{what} does not come");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn interface_of_a_running_pod_comes_changes_and_goes_by_itself() {
+    let Some(world) = Pod::new().await else { return };
+    world.add_interface();
+    let (pod, nics) = running(&world).await;
+    world.interface("eth1", 2);
+    world.netns.run("ip addr add 10.2.0.2/24 dev eth1");
+    world.netns.run("ip route add 10.3.0.0/16 via 10.2.0.1");
+    comes("the interface", || world.addresses("eth1").is_some_and(|all| all == ["10.2.0.2/24"])).await;
+    comes("its route", || world.routes() == [" 10.1.0.1 eth0", "10.3.0.0/16 10.2.0.1 eth1"]).await;
+    assert_eq!(nics.lock().unwrap().iter().map(|nic| nic.mac[5]).collect::<Vec<_>>(), [2]);
+
+    world.netns.run("ip addr add fd02::2/64 dev eth1 nodad");
+    comes("its second address", || world.addresses("eth1").unwrap() == ["10.2.0.2/24", "fd02::2/64"]).await;
+    world.netns.run("ip neigh add 10.2.0.7 lladdr 02:00:00:00:00:07 dev eth1 nud permanent");
+    let neighbours = || world.rig.agent.network().neighbours;
+    comes("its neighbour", || neighbours().iter().any(|one| one.device == "eth1")).await;
+
+    // Another hardware address is another device.
+    world.netns.run("ip link set eth1 address 02:00:00:00:00:03");
+    comes("it anew", || nics.lock().unwrap().iter().map(|nic| nic.mac[5]).eq([3])).await;
+
+    world.netns.run("ip link del eth1");
+    comes("its end", || nics.lock().unwrap().is_empty()).await;
+    comes("the end of its route", || world.routes() == [" 10.1.0.1 eth0"]).await;
+    soon(pod.shutdown()).await.unwrap();
+    world.assert_clean();
+    world.rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn interface_that_the_machine_cannot_give_back_is_left_bare_and_taken_up_again() {
+    let Some(world) = Pod::new().await else { return };
+    world.add_interface();
+    let (pod, nics) = running(&world).await;
+    world.netns.run("ip link del eth0");
+    comes("no address", || world.addresses("eth0").unwrap().is_empty() && world.routes().is_empty()).await;
+    world.add_interface();
+    comes("its address again", || world.addresses("eth0").unwrap() == ["10.1.0.2/24"]).await;
+    comes("its route again", || world.routes() == [" 10.1.0.1 eth0"]).await;
+    assert!(nics.lock().unwrap().is_empty(), "it is the same device");
+    soon(pod.shutdown()).await.unwrap();
+    world.assert_clean();
+}
+
+#[tokio::test]
+async fn storm_of_changes_is_a_few_looks() {
+    let Some(world) = Pod::new().await else { return };
+    world.add_interface();
+    let (pod, _) = running(&world).await;
+    let before = world.calls().len();
+    let begin = std::time::Instant::now();
+    for number in 0..200 {
+        world.netns.run(&format!("ip addr add 10.9.{number}.2/24 dev eth0"));
+    }
+    comes("the last of them", || world.addresses("eth0").unwrap().len() == 201).await;
+    // One look in 100 ms, with a call for the interface and one for the routes that go with its addresses.
+    let looks = begin.elapsed().as_millis() / 100 + 2;
+    let calls = world.calls().len() - before;
+    assert!(calls as u128 <= 3 * looks, "{calls} calls in {looks} tenths of a second");
+    soon(pod.shutdown()).await.unwrap();
 }
 
 #[tokio::test]

@@ -134,7 +134,7 @@ async fn volumes_of_a_root_on_a_disk_are_shared() {
     let mut container = on_disk(&rig, &image, "ext4", &["loop"]);
     bind(&mut container, rig.dir.path(), "/data");
     pod.create_container(container).await.unwrap();
-    assert!(rig.run_dir().join("shared/c/mounts/0/disk.img").exists());
+    assert!(rig.run_dir().join("shared/.volumes/0/disk.img").exists());
     assert!(!rig.run_dir().join("shared/c/rootfs").exists());
     pod.shutdown().await.unwrap();
     rig.assert_clean().await;
@@ -226,7 +226,7 @@ async fn pod_without_a_share_runs_from_a_disk_with_small_files_copied() {
 
     let copied = rig.agent.copied();
     assert_eq!(copied.len(), 1);
-    assert_eq!(copied[0].path, "/run/kata-containers/shared/containers/c/mounts/0");
+    assert_eq!(copied[0].path, "/run/kata-containers/c/volumes/0");
     assert_eq!((copied[0].data.as_slice(), copied[0].file_size), (&b"127.0.0.1 localhost\n"[..], 20));
     assert_eq!(copied[0].file_mode & 0o170_000, 0o100_000);
     assert_eq!(source_of(&rig.agent.created()[0], "/etc/hosts"), copied[0].path);
@@ -275,7 +275,7 @@ async fn shared_memory_is_one_for_the_pod_and_of_the_hosts_size() {
     assert_eq!(created[0].storages, created[1].storages);
     assert!(created[0].storages[0].options.contains(&"size=8388608".to_owned()));
     assert_eq!(source_of(&created[1], "/dev/shm"), "/run/kata-containers/sandbox/shm");
-    assert!(!rig.run_dir().join("shared/a/mounts").exists());
+    assert!(!rig.run_dir().join("shared/.volumes").exists());
     pod.shutdown().await.unwrap();
     rig.assert_clean().await;
 }

@@ -1,7 +1,14 @@
 //! `delete`: ends a pod and removes what it has, whether its owner lives or not.
 //!
-//! An owner that can be connected to lives, and is asked. One that cannot may be about to leave: it is given time to.
-//! After that the leak record alone decides what is undone.
+//! ```text
+//!  connect ── refused ─▶ wait for the process to leave ─────────────┐
+//!     │                                                             ▼
+//!     └─▶ does it answer? ── no ─▶ kill it ─▶ wait for its end ─▶ undo what the leak record names
+//!            └ yes ─▶ Destroy ─▶ wait for its end
+//! ```
+//!
+//! An owner that can be connected to and answers is asked. One that cannot be connected to may be about to leave: it is given
+//! time to. One that lives and says nothing, because it was stopped or hangs, is killed: containerd gives this program 5 s.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,19 +16,22 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use kata_api::control::DestroyRequest;
+use kata_api::control::{DestroyRequest, InspectRequest};
 use kata_api::control_ttrpc::ControlClient;
 use kata_sandbox::State;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use thiserror::Error;
 use ttrpc::asynchronous::{Client, transport::Socket};
 
 use crate::ground::{Ground, GroundError};
 
+/// Who does not answer a question by then hangs. Of the 5 s that containerd gives, something is left for the clean-up.
+const ANSWER_BOUND: Duration = Duration::from_secs(2);
 /// Bound on the orderly end of a pod.
 const DESTROY_BOUND: Duration = Duration::from_secs(60);
 /// Bound on the owner's exit after that.
@@ -35,6 +45,8 @@ pub(crate) enum DeleteError {
     Refused { pid: i32, source: Box<ttrpc::Error> },
     #[error("owner process {pid} lives and cannot be reached; end the process, then delete again")]
     Unreachable { pid: i32 },
+    #[error("owner process {pid} answers nothing and cannot be killed")]
+    Hangs { pid: i32, source: io::Error },
     #[error("cannot reach the owner")]
     Connect(#[source] io::Error),
     #[error("cannot hold the pod's directory")]
@@ -50,15 +62,21 @@ pub(crate) fn run(id: &str) -> Result<(), DeleteError> {
     delete(&Ground::of(id))
 }
 
-/// Whether somebody answers at the pod's socket.
-pub(crate) fn owner_lives(ground: &Ground) -> bool {
-    UnixStream::connect(ground.socket()).is_ok()
+/// Whether somebody serves the pod's socket, and answers.
+pub(crate) fn owner_answers(ground: &Ground) -> bool {
+    let Ok(Reached::Owner(stream)) = reach(ground) else { return false };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return true };
+    runtime.block_on(async {
+        let Ok(stream) = tokio::net::UnixStream::from_std(stream) else { return true };
+        let client = ControlClient::new(Client::new(Socket::new(stream)));
+        matches!(Spoken::of(client).await, Spoken::Answered(_))
+    })
 }
 
 /// Deletes the pod on `ground`.
 pub(crate) fn delete(ground: &Ground) -> Result<(), DeleteError> {
-    match UnixStream::connect(ground.socket()) {
-        Ok(stream) => match destroy(stream) {
+    match reach(ground).map_err(DeleteError::Connect)? {
+        Reached::Owner(stream) => match destroy(stream) {
             // Nothing is left then, and what has the name from now on is another pod.
             Ok(()) => return Ok(()),
             // It was dying when it was asked, and is dead by now or soon: a big process takes its time.
@@ -66,14 +84,20 @@ pub(crate) fn delete(ground: &Ground) -> Result<(), DeleteError> {
                 let gone = Pid::from_raw(pid).is_none_or(left);
                 gone.then_some(()).ok_or(DeleteError::Refused { pid, source })?;
             }
+            Err(DeleteError::Unreachable { pid }) => end(pid)?,
             Err(error) => return Err(error),
         },
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+        // More have asked than it could take note of.
+        Reached::Hangs => {
+            if let Some(pid) = recorded_owner(&ground.run_dir) {
+                end(pid.as_raw_pid())?;
+            }
+        }
+        Reached::Nobody => {
             if let Some(pid) = recorded_owner(&ground.run_dir) {
                 left(pid).then_some(()).ok_or(DeleteError::Unreachable { pid: pid.as_raw_pid() })?;
             }
         }
-        Err(error) => return Err(DeleteError::Connect(error)),
     }
     // Called for each container of a dead owner's pod at once: they take turns, and the first does it.
     match hold(&ground.run_dir).map_err(DeleteError::Hold)? {
@@ -111,9 +135,62 @@ fn hold(dir: &Path) -> io::Result<Turn> {
     })
 }
 
+/// What is at the pod's socket.
+enum Reached {
+    /// Somebody who may answer.
+    Owner(UnixStream),
+    /// Somebody who does not even take connections.
+    Hangs,
+    Nobody,
+}
+
+/// Connects without waiting: the queue of an owner that hangs may be full.
+fn reach(ground: &Ground) -> io::Result<Reached> {
+    let address = SocketAddrUnix::new(ground.socket())?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &address) {
+        Ok(()) => Ok(Reached::Owner(socket.into())),
+        Err(Errno::AGAIN) => Ok(Reached::Hangs),
+        Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(Reached::Nobody),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What an owner did when it was asked something that is answered at once.
+enum Spoken {
+    Answered(ControlClient),
+    HungUp(ttrpc::Error),
+    Nothing,
+}
+
+impl Spoken {
+    async fn of(client: ControlClient) -> Self {
+        let bound = ttrpc::context::with_duration(DESTROY_BOUND);
+        match tokio::time::timeout(ANSWER_BOUND, client.inspect(bound, &InspectRequest::new())).await {
+            // One without a pod says so.
+            Ok(Ok(_) | Err(ttrpc::Error::RpcStatus(_))) => Self::Answered(client),
+            Ok(Err(error)) => Self::HungUp(error),
+            Err(_) => Self::Nothing,
+        }
+    }
+}
+
+/// Ends an owner that answers nothing. Its number is that of the process at the other end of a connection, or of the one that
+/// wrote the pod's state and still runs.
+fn end(pid: i32) -> Result<(), DeleteError> {
+    tracing::warn!(pid, "the owner answers nothing, and is killed");
+    let fault = |error: Errno| DeleteError::Hangs { pid, source: error.into() };
+    let Some(owner) = Pid::from_raw(pid) else { return Ok(()) };
+    match pidfd_open(owner, PidfdFlags::empty()).and_then(|fd| pidfd_send_signal(fd, Signal::KILL)) {
+        Ok(()) | Err(Errno::SRCH) => left(owner).then_some(()).ok_or_else(|| fault(Errno::TIMEDOUT)),
+        Err(error) => Err(fault(error)),
+    }
+}
+
 /// Makes room for a pod on `ground`: removes what a dead owner left, and waits a moment for one that is leaving.
 pub(crate) fn make_room(ground: &Ground) -> Result<(), DeleteError> {
-    if owner_lives(ground)
+    if owner_answers(ground)
         && recorded_owner(&ground.run_dir).is_none_or(|owner| !left_within(owner, &LEAVING_BOUND))
     {
         // Whoever takes the name is told that it is taken.
@@ -125,15 +202,20 @@ pub(crate) fn make_room(ground: &Ground) -> Result<(), DeleteError> {
 /// Asks the owner at the other end to end the pod, and waits for it to leave.
 fn destroy(stream: UnixStream) -> Result<(), DeleteError> {
     let owner = socket_peercred(&stream).map_err(|error| DeleteError::Connect(error.into()))?.pid;
-    stream.set_nonblocking(true).map_err(DeleteError::Connect)?;
+    let pid = owner.as_raw_pid();
+    let refused = |source| DeleteError::Refused { pid, source: Box::new(source) };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(DeleteError::Connect)?;
     runtime.block_on(async {
         let stream = tokio::net::UnixStream::from_std(stream).map_err(DeleteError::Connect)?;
-        let bound = ttrpc::context::with_duration(DESTROY_BOUND);
         let client = ControlClient::new(Client::new(Socket::new(stream)));
-        let destroyed = client.destroy(bound, &DestroyRequest::new()).await;
-        destroyed.map_err(|source| DeleteError::Refused { pid: owner.as_raw_pid(), source: Box::new(source) })
+        let client = match Spoken::of(client).await {
+            Spoken::Answered(client) => client,
+            Spoken::HungUp(error) => return Err(refused(error)),
+            Spoken::Nothing => return Err(DeleteError::Unreachable { pid }),
+        };
+        let bound = ttrpc::context::with_duration(DESTROY_BOUND);
+        client.destroy(bound, &DestroyRequest::new()).await.map(drop).map_err(refused)
     })?;
     // Hangs up: the owner stays as long as a client does.
     drop(runtime);
@@ -205,6 +287,36 @@ mod tests {
         write_state(&ground, std::process::id(), 1);
         delete(&ground).unwrap();
         assert!(!ground.run_dir.exists() && !ground.state_dir.exists() && !elsewhere.exists());
+    }
+
+    #[test]
+    fn an_owner_that_hangs_is_killed_and_what_it_had_removed_within_containerds_bound() {
+        for asked_before in [0, 3] {
+            let dir = tempfile::tempdir().unwrap();
+            let ground = ground(dir.path());
+            let listener = ground.claim("p").unwrap();
+            rustix::net::listen(&listener, 1).unwrap();
+            // It holds the socket as an owner does, and says nothing.
+            let spawn =
+                |stdin: OwnedFd| std::process::Command::new("/bin/sleep").arg("600").stdin(stdin).spawn();
+            let mut hangs = spawn(listener.into()).unwrap();
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", hangs.id())).unwrap();
+            let start_time = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse();
+            write_state(&ground, hangs.id(), start_time.unwrap());
+            // A full queue of connections must not hold anybody up.
+            let waiting: Vec<_> = (0..asked_before).map(|_| reach(&ground).unwrap()).collect();
+            // The peer of a listener is who made it, which is this process: the state names the one that hangs.
+            let begin = std::time::Instant::now();
+            if asked_before == 0 {
+                assert!(!owner_answers(&ground));
+                end(i32::try_from(hangs.id()).unwrap()).unwrap();
+            }
+            let child = std::thread::spawn(move || hangs.wait().unwrap());
+            delete(&ground).unwrap();
+            assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+            assert!(!child.join().unwrap().success() && !ground.run_dir.exists());
+            drop(waiting);
+        }
     }
 
     #[test]

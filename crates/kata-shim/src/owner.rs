@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kata_hypervisor::Vm;
-use kata_sandbox::{Sandbox, SandboxError, SandboxSpec};
+use kata_sandbox::{ResourceSpec, Sandbox, SandboxError, SandboxSpec};
 use thiserror::Error;
 use ttrpc::asynchronous::Server;
 
@@ -92,6 +92,8 @@ fn own(
         started,
         choice: plan.choice,
         network: None,
+        // The caller sets the size by the configuration, and the processes stay in its cgroup.
+        resources: ResourceSpec::default(),
     };
     let pod = Pod { ground: ground.clone(), rm: args.rm, client: args.client_pid };
     let served = runtime.block_on(async {

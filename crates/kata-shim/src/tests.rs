@@ -138,6 +138,7 @@ fn spec(dir: &Path, ground: &Ground) -> SandboxSpec {
             reason: "a test".to_owned(),
         },
         network: None,
+        resources: kata_sandbox::ResourceSpec::default(),
     }
 }
 

@@ -25,13 +25,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kata_api::agent::{
     AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest,
-    DestroySandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest, OOMEvent, PauseContainerRequest,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    DestroySandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest, GuestDetailsRequest,
+    GuestDetailsResponse, OOMEvent, OnlineCPUMemRequest, PauseContainerRequest, ReadStreamRequest,
+    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
+use kata_api::files::{RemoveRequest, RemoveResponse};
+use kata_api::files_ttrpc::{Files, create_files};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
 use kata_api::health_ttrpc::{Health, create_health};
 use kata_api::types::{ARPNeighbor, Interface, Route};
@@ -66,6 +69,7 @@ struct State {
     calls: Mutex<Vec<String>>,
     created: Mutex<Vec<CreateContainerRequest>>,
     copied: Mutex<Vec<CopyFileRequest>>,
+    removed: Mutex<Vec<String>>,
     sandbox: Mutex<Option<CreateSandboxRequest>>,
     network: Mutex<Network>,
     streams: Mutex<HashMap<u32, UnixStream>>,
@@ -114,6 +118,7 @@ impl FakeAgent {
             calls: Mutex::default(),
             created: Mutex::default(),
             copied: Mutex::default(),
+            removed: Mutex::default(),
             sandbox: Mutex::default(),
             network: Mutex::default(),
             streams: Mutex::default(),
@@ -127,7 +132,8 @@ impl FakeAgent {
             .bind(&format!("unix://{}", agent.socket().display()))
             .unwrap()
             .register_service(create_agent_service(Arc::new(Service(Arc::downgrade(&agent.0)))))
-            .register_service(create_health(Arc::new(Service(Arc::downgrade(&agent.0)))));
+            .register_service(create_health(Arc::new(Service(Arc::downgrade(&agent.0)))))
+            .register_service(create_files(Arc::new(Service(Arc::downgrade(&agent.0)))));
         server.start().await.unwrap();
         *agent.0.server.lock().unwrap() = Some(server);
         agent
@@ -178,6 +184,11 @@ impl FakeAgent {
     /// The chunks of files copied so far.
     pub fn copied(&self) -> Vec<CopyFileRequest> {
         self.0.copied.lock().unwrap().clone()
+    }
+
+    /// The copies removed so far.
+    pub fn removed(&self) -> Vec<String> {
+        self.0.removed.lock().unwrap().clone()
     }
 
     /// The sandbox asked for.
@@ -374,6 +385,14 @@ impl Service {
 }
 
 #[async_trait]
+impl Files for Service {
+    async fn remove(&self, _: &TtrpcContext, request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
+        self.enter("Remove")?.removed.lock().unwrap().push(request.path);
+        Ok(RemoveResponse::new())
+    }
+}
+
+#[async_trait]
 impl Health for Service {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<HealthCheckResponse> {
         let hangs = self.enter("Check")?.script.lock().unwrap().hang_check;
@@ -515,6 +534,19 @@ impl AgentService for Service {
 
     async fn update_container(&self, _: &TtrpcContext, _: UpdateContainerRequest) -> ttrpc::Result<Empty> {
         self.enter("UpdateContainer").map(|_| Empty::new())
+    }
+
+    async fn get_guest_details(
+        &self,
+        _: &TtrpcContext,
+        _: GuestDetailsRequest,
+    ) -> ttrpc::Result<GuestDetailsResponse> {
+        self.enter("GetGuestDetails")?;
+        Ok(GuestDetailsResponse { mem_block_size_bytes: 128 << 20, ..Default::default() })
+    }
+
+    async fn online_cpu_mem(&self, _: &TtrpcContext, _: OnlineCPUMemRequest) -> ttrpc::Result<Empty> {
+        self.enter("OnlineCPUMem").map(|_| Empty::new())
     }
 
     async fn tty_win_resize(&self, _: &TtrpcContext, _: TtyWinResizeRequest) -> ttrpc::Result<Empty> {

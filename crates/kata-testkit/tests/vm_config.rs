@@ -148,7 +148,7 @@ fn a_migrated_file_of_upstreams_makes_a_pod() {
     let migrate = host.output([Path::new("config"), Path::new("migrate"), Path::new("--output"), &new, &old]);
     assert!(migrate.status.success(), "{}", stderr(&migrate));
     for told in [
-        "dropped  hypervisor.qemu.memory_slots",
+        "dropped  hypervisor.qemu.queue_size",
         "dropped  hypervisor.qemu.virtio_fs_daemon",
         "dropped  hypervisor.qemu.image",
         "kept     runtime.disable_guest_seccomp",

@@ -21,6 +21,9 @@ with_each_containerd!(
     killed_file_server_is_an_exit_with_the_reason,
     stopped_machine_is_an_exit_with_the_reason,
     stopped_file_server_is_an_exit_with_the_reason,
+    killed_vsock_device_is_an_exit_with_the_reason,
+    stopped_vsock_device_is_an_exit_with_the_reason,
+    stopped_owner_is_cleaned_up_after_within_containerds_bound,
     cancelled_create_leaves_nothing,
     twenty_rounds_leave_nothing,
     five_pods_start_at_once,
@@ -121,7 +124,7 @@ fn part_gets(rig: &Containerd, part: &str, signal: Signal, reason: &[&str]) {
         return;
     }
     // What hangs is noticed by the agent's silence.
-    rig.host().configure("[agent.kata]\nhealth_timeout_ms = 6000\n");
+    rig.host().configure("[agent.kata]\nhealth_timeout_ms = 3000\n");
     let events = Events::of(rig);
     rig.detached(&[], "box", "exec sleep 1000");
     let parts = rig.host().pids_of(part);
@@ -156,6 +159,37 @@ fn stopped_machine_is_an_exit_with_the_reason(rig: &mut Containerd) {
 
 fn stopped_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
     part_gets(rig, "kata-virtiofsd", Signal::STOP, &["virtiofsd"]);
+}
+
+fn killed_vsock_device_is_an_exit_with_the_reason(rig: &mut Containerd) {
+    part_gets(rig, "kata-vmm", Signal::KILL, &["vsock"]);
+}
+
+fn stopped_vsock_device_is_an_exit_with_the_reason(rig: &mut Containerd) {
+    part_gets(rig, "kata-vmm", Signal::STOP, &["vsock", "health_timeout_ms"]);
+}
+
+fn stopped_owner_is_cleaned_up_after_within_containerds_bound(rig: &mut Containerd) {
+    if !rig.has_machines() {
+        return;
+    }
+    rig.detached(&[], "box", "exec sleep 1000");
+    let owners = rig.host().pids_of("containerd-shim");
+    assert_eq!(owners.len(), 1, "{owners:?}");
+    send(owners[0], Signal::STOP);
+    // As containerd calls it: in the bundle, which it gives 5 s.
+    let bundle = rig.bundle("box");
+    let mut delete = std::process::Command::new(rig.host().program("containerd-shim-kata-v2"));
+    rig.host().enter(&mut delete);
+    delete.args(["-namespace", "default", "-address"]).arg(rig.socket());
+    delete.args(["-id", "box", "-bundle"]).arg(&bundle).arg("delete").current_dir(&bundle);
+    let begin = std::time::Instant::now();
+    let output = delete.output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    wait_for("the task to be gone", NOTICED, || rig.status("box").is_none().then_some(()));
+    nothing_of_a_pod(rig);
+    rig.ok(["container", "rm", "box"]);
 }
 
 fn cancelled_create_leaves_nothing(rig: &mut Containerd) {

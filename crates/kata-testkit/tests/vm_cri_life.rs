@@ -93,13 +93,8 @@ fn container_out_of_memory_is_told_as_such_and_the_pod_lives() {
     v2(|cri| {
         let pod = cri.pod("oom").run();
         let other = pod.container("other").idle().start();
-        let script = "echo up; head -c 200000000 /dev/zero | tail -c 200000000 > /dev/null";
-        let greedy = pod.container("greedy").limits(48, 1000).command(&[
-            "sh",
-            "-c",
-            &format!("exec {}", "tail -c 200000000 /dev/zero"),
-        ]);
-        let _ = script;
+        let greedy =
+            pod.container("greedy").limits(48, 1000).command(&["tail", "-c", "200000000", "/dev/zero"]);
         let greedy = greedy.start();
         let status = greedy.wait();
         assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{status:?}");

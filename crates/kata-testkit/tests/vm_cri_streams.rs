@@ -6,7 +6,7 @@ use std::time::Duration;
 use kata_testkit::cri::Cri;
 use kata_testkit::with_each_cri;
 
-with_each_cri!(processes_have_streams_terminals_and_sizes);
+with_each_cri!(processes_have_streams_terminals_and_sizes, ports_of_the_pods_loopback_are_forwarded);
 
 const STDOUT: usize = 1;
 const STDERR: usize = 2;
@@ -64,5 +64,31 @@ fn processes_have_streams_terminals_and_sizes(cri: &mut Cri) {
     attached.send("typed\n");
     attached.wait_for(STDOUT, "got typed");
     assert_eq!(terminal.wait().exit_code, 0);
+    pod.remove();
+}
+
+fn ports_of_the_pods_loopback_are_forwarded(cri: &mut Cri) {
+    if !cri.containerd().has_machines() {
+        return;
+    }
+    let pod = cri.pod("ports").run();
+    // Only on its loopback, which nobody outside of the machine has.
+    let script = "mkdir /www; head -c 300000 /dev/zero | tr '\\0' x > /www/index.html; exec httpd -f -p 127.0.0.1:80 -h /www";
+    let server = pod.container("server").sh(script).start();
+    server.until("wget -q -O /dev/null http://127.0.0.1/");
+    for _ in 0..2 {
+        let mut client = pod.forward(80);
+        client.send("GET / HTTP/1.0\r\n\r\n");
+        client.wait_for(0, &"x".repeat(300_000));
+        client.close();
+    }
+    // Where nobody listens the connection ends, and the next one is none the worse for it.
+    let mut nobody = pod.forward(81);
+    nobody.send("anybody?");
+    nobody.wait();
+    let mut client = pod.forward(80);
+    client.send("GET /missing HTTP/1.0\r\n\r\n");
+    client.wait_for(0, "404");
+    client.close();
     pod.remove();
 }

@@ -11,6 +11,7 @@ mod containerd;
 mod cri;
 mod exec;
 mod memory;
+mod network;
 mod plot;
 mod storage;
 mod table;
@@ -73,7 +74,7 @@ impl Bench {
 
 /// Builds what is measured.
 pub fn prepare(kernel: &str) -> Chores {
-    packages::for_test()?;
+    packages::for_bench()?;
     if kernel == COMPILED_KERNEL {
         packages::for_kernel()?;
     }
@@ -122,6 +123,8 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     rows.extend(transfer::measure(&bench)?);
     say("storage, beside runc");
     rows.extend(storage::measure(&bench)?);
+    say("network, beside runc");
+    rows.extend(network::measure(&bench)?);
     say("pods under the CRI, beside runc");
     let (of_cri, picture) = cri::measure(&bench, &[1, 5, 10, 20])?;
     rows.extend(of_cri);

@@ -4,6 +4,7 @@
 
 pub mod configuration;
 pub mod deprecations;
+pub mod oci;
 
 use crate::shell::{ChoreError, at, tree};
 use crate::{Chores, say};
@@ -14,6 +15,7 @@ pub type Generated = Vec<(&'static str, String)>;
 fn generated() -> Chores<Generated> {
     let mut all = configuration::generate()?;
     all.extend(deprecations::generate()?);
+    all.extend(oci::generate()?);
     Ok(all)
 }
 

@@ -10,6 +10,7 @@
 //!  bounding set, ids    capabilities kept, but not effective beyond the plan
 //!  lookup               with the rights the command will have
 //!  ── gate ──           a created container waits here
+//!  startContainer       hooks of a created container
 //!  seccomp              needs no_new_privs, or CAP_SYS_ADMIN that is regained for it
 //!  capabilities         the final sets
 //!  execve
@@ -75,7 +76,10 @@ fn become_process(
     rustix::process::setsid().map_err(|error| Failure::setup("make a session", error))?;
     leave_session_keyring()?;
     rustix::process::umask(Mode::empty());
-    let gated = matches!(place, Place::New { .. });
+    let hooks = match &place {
+        Place::New { plan, .. } => Some(plan.hooks.clone()),
+        Place::Existing { .. } => None,
+    };
     let terminal = match place {
         Place::New { plan, prepared, sysctls } => furnish(&plan, prepared, sysctls, process.terminal)?,
         Place::Existing { cgroup_namespace } => settle(cgroup_namespace, process.terminal)?,
@@ -95,8 +99,9 @@ fn become_process(
     let command = process.args.first().map_or("", String::as_str);
     let program = lookup::find(command, &env)?;
     let call = Call::new(&program, &process.args, &env)?;
-    if gated {
+    if let Some(hooks) = hooks {
         wait_at_gate(socket)?;
+        hooks.run(&hooks.start, "created")?;
     }
     restrict(process, filter, permitted)?;
     let error = call.exec();

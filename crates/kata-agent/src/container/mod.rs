@@ -21,7 +21,7 @@
 //!
 //! What a spec asks for and this engine does not do is refused by [`EngineError::Unsupported`] before anything is
 //! made. Hooks that belong to the host side (`prestart`, `createRuntime`, `poststart`, `poststop`) are the business of
-//! the runtime there and are not looked at.
+//! the runtime there and are not looked at; for the others see `hooks`.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -38,6 +38,7 @@ mod devices;
 mod engine;
 mod error;
 mod filesystem;
+mod hooks;
 mod init;
 mod lookup;
 mod namespaces;

@@ -47,6 +47,7 @@ pub(super) fn enter(
         devices::populate(&tree, &plan.devices)?;
     }
     let terminal = terminal.map(|terminal| console(&tree, terminal)).transpose()?;
+    plan.hooks.run(&plan.hooks.create, "creating")?;
     protect(&tree, plan)?;
     pivot(&tree, plan)?;
     Ok(terminal)

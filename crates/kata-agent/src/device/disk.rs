@@ -11,8 +11,8 @@ use super::pci::{self, PciPath, PciPathError};
 use super::uevent::Uevents;
 use crate::modules::{ModuleError, Modules};
 
-/// The driver of the disks that a host plugs in.
-const DRIVER: &str = "virtio_blk";
+/// The drivers of the disks that a host plugs in: behind virtio themselves, behind a SCSI controller, memory.
+const DRIVERS: [&[&str]; 3] = [&["virtio_blk"], &["virtio_scsi", "sd_mod"], &["nfit", "nd_pmem"]];
 
 /// A disk that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +20,9 @@ pub enum DiskError {
     /// What the request calls it is neither of the two forms.
     #[error("a disk is called by its PCI path or by /dev/NAME")]
     Source(#[from] PciPathError),
+    /// What the request calls a SCSI disk is none.
+    #[error("{0:?} is not the address of a SCSI disk: target and unit, as in 0:1")]
+    Address(String),
     /// The driver's module.
     #[error("the driver of disks")]
     Driver(#[source] ModuleError),
@@ -73,6 +76,9 @@ pub enum Missing {
         /// Vendor and device number.
         id: String,
     },
+    /// No controller has such a SCSI disk.
+    #[error("no SCSI controller has a disk {0}")]
+    Scsi(String),
     /// The block device is not open to anybody yet.
     #[error("opening {node:?}")]
     Node {
@@ -108,11 +114,23 @@ impl Disks {
     /// # Errors
     /// [`DiskError`]; [`DiskError::Absent`] after the timeout.
     pub async fn find(&self, disk: &str) -> Result<PathBuf, DiskError> {
-        let place = Place::parse(disk)?;
+        self.appear(disk, Place::parse(disk)?).await
+    }
+
+    /// The block device of the SCSI disk at `address`, target and unit, once it can be opened.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub async fn find_scsi(&self, address: &str) -> Result<PathBuf, DiskError> {
+        self.appear(address, Place::scsi(address)?).await
+    }
+
+    async fn appear(&self, disk: &str, place: Place) -> Result<PathBuf, DiskError> {
         // Before the driver: its disks must not appear unheard.
         let uevents = Uevents::listen().map_err(DiskError::Listen)?;
-        let modules = self.modules.clone();
-        let loaded = tokio::task::spawn_blocking(move || modules.want(DRIVER)).await;
+        let (modules, drivers) = (self.modules.clone(), place.drivers());
+        let load = move || drivers.iter().try_for_each(|driver| modules.want(driver));
+        let loaded = tokio::task::spawn_blocking(load).await;
         loaded.map_err(|_| interrupted(disk))?.map_err(DiskError::Driver)?;
         self.wait(disk, &place, &uevents).await
     }
@@ -147,6 +165,8 @@ enum Place {
     Pci(PciPath),
     /// Below `/dev`.
     Name(String),
+    /// Target and unit behind a SCSI controller.
+    Scsi(u16, u16),
 }
 
 impl Place {
@@ -156,6 +176,22 @@ impl Place {
                 Ok(Self::Name(name.to_owned()))
             }
             _ => disk.parse().map(Self::Pci),
+        }
+    }
+
+    fn scsi(address: &str) -> Result<Self, DiskError> {
+        let parts = address.split_once(':');
+        let parsed =
+            parts.and_then(|(target, unit)| Some(Self::Scsi(target.parse().ok()?, unit.parse().ok()?)));
+        parsed.ok_or_else(|| DiskError::Address(address.to_owned()))
+    }
+
+    fn drivers(&self) -> &'static [&'static str] {
+        let [virtio, scsi, memory] = DRIVERS;
+        match self {
+            Self::Scsi(..) => scsi,
+            Self::Name(name) if name.starts_with("pmem") => memory,
+            Self::Pci(_) | Self::Name(_) => virtio,
         }
     }
 }
@@ -172,6 +208,7 @@ impl Tree {
         let name = match place {
             Place::Name(name) => name.clone(),
             Place::Pci(path) => disk_of(&path.directory(&self.sys)?)?,
+            Place::Scsi(target, unit) => self.scsi_disk(*target, *unit)?,
         };
         let node = self.dev.join(name);
         // In sysfs it is before it can be opened: the kernel's last step is the first that is of use.
@@ -179,6 +216,24 @@ impl Tree {
             Ok(_) => Ok(node),
             Err(error) => Err(Missing::Node { node, source: error.into() }),
         }
+    }
+}
+
+impl Tree {
+    /// The name of the disk that some controller has there: `HOST:0:TARGET:UNIT/block/NAME`.
+    fn scsi_disk(&self, target: u16, unit: u16) -> Result<String, Missing> {
+        let devices = self.sys.join("bus/scsi/devices");
+        let end = format!(":0:{target}:{unit}");
+        let mut found = pci::names(&devices).filter(|name| name.ends_with(&end));
+        let disk = found.find_map(|name| pci::names(&devices.join(name).join("block")).next());
+        disk.ok_or_else(|| {
+            // A controller that tells of nothing by itself is told to look. Where none is, nothing is lost.
+            for host in pci::names(&self.sys.join("class/scsi_host")) {
+                let scan = self.sys.join("class/scsi_host").join(host).join("scan");
+                let _ = std::fs::write(scan, format!("0 {target} {unit}"));
+            }
+            Missing::Scsi(format!("{target}:{unit}"))
+        })
     }
 }
 

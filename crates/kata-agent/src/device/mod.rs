@@ -12,9 +12,11 @@
 //! between is not missed; an event says only that it is worth looking again.
 
 mod disk;
+mod passed;
 mod pci;
 mod uevent;
 
 pub use disk::{DiskError, Disks, Missing};
+pub use passed::{DRIVERS, DeviceError, Passed, Passing, check};
 pub use pci::{PciPath, PciPathError};
 pub use uevent::Uevents;

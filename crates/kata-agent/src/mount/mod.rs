@@ -1,7 +1,10 @@
 //! Mounts of the guest: the option words shared with the container engine, and the storages that requests ask for.
 
+mod group;
+mod hugepages;
 pub mod options;
 pub mod share;
 mod storage;
+mod watch;
 
 pub use storage::{DRIVERS, StorageError, Storages};

@@ -4,20 +4,61 @@
 //! container, its last process would take the file system down on its way out, with the answers to its closed files still
 //! due. Linux does not wait for those (seen in 6.1: "Busy inodes after unmount", and a process that never ends). So the
 //! agent looks first, and lets go when the container is gone and the daemon has answered everything.
+//!
+//! Containers that use the same volume share one mount of it, and with it one set of inodes: sockets, locks and mapped
+//! pages are the same for all of them. The last one lets go.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use oci_spec::runtime::Spec;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, openat, statfs, statx};
 use rustix::mount::{UnmountFlags, unmount};
 
-/// Mounts what a container of `spec` uses below `share`, and gives what is mounted there, for [`release`]. May wait for the
-/// host.
-pub fn hold(spec: &Spec, share: &Path) -> Vec<PathBuf> {
-    let root = spec.root().as_ref().map(|root| root.path().clone());
-    let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone());
-    let inside = |path: &PathBuf| path.starts_with(share) && path != share;
-    root.into_iter().chain(sources).filter(inside).filter(|path| is_mounted(path)).collect()
+/// The mounts that are held, each with the number of its holders.
+#[derive(Debug, Default)]
+pub struct Held(Mutex<HashMap<PathBuf, usize>>);
+
+impl Held {
+    /// Mounts what a container of `spec` uses below `share`, and gives what is mounted there, for
+    /// [`release`](Self::release). May wait for the host.
+    pub fn hold(&self, spec: &Spec, share: &Path) -> Vec<PathBuf> {
+        let root = spec.root().as_ref().map(|root| root.path().clone());
+        let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone());
+        let inside = |path: &PathBuf| path.starts_with(share) && path != share;
+        // For as long as it takes: a mount must not go between the look and the count.
+        let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held: Vec<PathBuf> =
+            root.into_iter().chain(sources).filter(inside).filter(|path| is_mounted(path)).collect();
+        for path in &held {
+            *holders.entry(path.clone()).or_default() += 1;
+        }
+        held
+    }
+
+    /// Lets go of what [`hold`](Self::hold) gave, the last first. May wait for the host.
+    pub fn release(&self, held: &[PathBuf]) {
+        let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for path in held.iter().rev() {
+            match holders.get_mut(path) {
+                Some(others) if *others > 1 => *others -= 1,
+                Some(_) => {
+                    holders.remove(path);
+                    let_go(path);
+                }
+                None => {}
+            }
+        }
+    }
+}
+
+fn let_go(path: &Path) {
+    // An answer to this comes after those to all that was asked before. A daemon that is gone answers none of them.
+    let _ = statfs(path);
+    if let Err(error) = unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+        tracing::debug!(path = %path.display(), %error, "a mount of the share is gone already");
+    }
 }
 
 /// Whether a directory is the root of a mount, which is made by looking. What cannot be looked into, the container will be
@@ -28,17 +69,6 @@ fn is_mounted(path: &Path) -> bool {
     let Ok(dir) = openat(CWD, path, flags, Mode::empty()) else { return false };
     let found = statx(&dir, "", AtFlags::EMPTY_PATH, StatxFlags::empty());
     found.is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
-}
-
-/// Lets go of what [`hold`] gave, the last first. May wait for the host.
-pub fn release(held: &[PathBuf]) {
-    for path in held.iter().rev() {
-        // An answer to this comes after those to all that was asked before. A daemon that is gone answers none of them.
-        let _ = statfs(path);
-        if let Err(error) = unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
-            tracing::debug!(path = %path.display(), %error, "a mount of the share is gone already");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -73,13 +103,18 @@ mod tests {
             .mounts([&volume, &plain, &outside, &absent].map(|source| bind(source)).to_vec())
             .build()
             .unwrap();
-        let held = hold(&spec, &share);
+        let all = Held::default();
+        let held = all.hold(&spec, &share);
         assert_eq!(held, [root.clone(), volume.clone()]);
-        release(&held);
-        assert!(hold(&spec, &share).is_empty());
+        // Another container of the pod has the same.
+        assert_eq!(all.hold(&spec, &share), held);
+        all.release(&held);
+        assert!(is_mounted(&root) && is_mounted(&volume));
+        all.release(&held);
+        assert!(all.hold(&spec, &share).is_empty());
         // Once more does no harm.
-        release(&held);
+        all.release(&held);
         assert!(is_mounted(&outside));
-        release(&[outside]);
+        let_go(&outside);
     }
 }

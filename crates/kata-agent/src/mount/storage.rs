@@ -1,14 +1,18 @@
 //! Storages: what the host asks to be mounted in the guest for a sandbox or a container.
 //!
-//! A storage that several containers name by the same mount point is made once and goes with the last of them.
+//! A storage that several containers name by the same mount point is made once and goes with the last of them, or, where
+//! the request says that it is `shared`, with the sandbox: an emptyDir outlives every container that uses it.
 //!
 //! | driver | `source` | is |
 //! |---|---|---|
 //! | `blk` | PCI path or `/dev/NAME` | the file system on a disk, waited for: see [`crate::device`] |
+//! | `mmioblk`, `nvdimm` | `/dev/NAME` | the same behind another bus |
+//! | `scsi` | target and unit, `0:1` | the same behind a SCSI controller |
 //! | `virtio-fs` | tag | a share of the host |
 //! | `overlayfs` | | layers, each a directory by then |
 //! | `bind` | path | the same file or directory again |
-//! | `ephemeral` | | a tmpfs |
+//! | `watchable-bind` | path | a small directory copied, and kept like the original: see [`super::watch`] |
+//! | `ephemeral` | | a tmpfs, or a hugetlbfs with pages set aside for it |
 //! | `local` | | a directory |
 //!
 //! Storages are made in the order of the request, so one may stand on those before it, and are undone in reverse. A
@@ -27,23 +31,43 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use kata_api::agent::Storage;
-use rustix::fs::{Gid, Mode, chmod, chown};
+use rustix::fs::{Mode, chmod};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount,
 };
 use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
 
+use super::hugepages::{self, Reserved};
 use super::options::{self, MountOptions};
+use super::{group, watch};
 use crate::device::{DiskError, Disks};
 use crate::modules::{ModuleError, Modules};
 
 /// Drivers that are served, as told to the host.
-pub const DRIVERS: [&str; 6] = ["blk", "virtio-fs", "ephemeral", "local", "overlayfs", "bind"];
+pub const DRIVERS: [&str; 10] = [
+    "blk",
+    "mmioblk",
+    "scsi",
+    "nvdimm",
+    "virtio-fs",
+    "ephemeral",
+    "local",
+    "overlayfs",
+    "bind",
+    "watchable-bind",
+];
 
-/// Drivers of the protocol that this agent does not serve.
-const UNSUPPORTED: [&str; 7] =
-    ["blk-ccw", "mmioblk", "scsi", "nvdimm", "watchable-bind", "image_guest_pull", "erofs.multi-layer"];
+/// Those of them that are file systems on disks.
+const DISKS: [&str; 4] = ["blk", "mmioblk", "scsi", "nvdimm"];
+
+/// Drivers of the protocol that this agent does not serve, and why.
+const UNSUPPORTED: [(&str, &str); 3] = [
+    ("blk-ccw", "this machine has no channel subsystem"),
+    ("image_guest_pull", "this guest has no service that pulls images"),
+    ("erofs.multi-layer", "layers are asked for one by one, by blk and overlayfs"),
+];
 
 /// Driver option that asks for a directory of an overlay (upper, work) to be made first.
 const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory";
@@ -55,10 +79,12 @@ const OPTIONS_FIT: usize = 4095;
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
     /// The driver is one of the protocol's that this agent has not.
-    #[error("storage driver {driver:?} is not supported")]
+    #[error("storage driver {driver:?} is not supported: {reason}")]
     Unsupported {
         /// As asked.
         driver: String,
+        /// What it would take.
+        reason: &'static str,
     },
     /// The request makes no sense.
     #[error("storage at {mount_point:?}: {reason}")]
@@ -135,7 +161,7 @@ pub enum StorageError {
     },
 }
 
-fn system<'a, E: Into<std::io::Error>>(
+pub(super) fn system<'a, E: Into<std::io::Error>>(
     what: &'static str,
     path: &'a Path,
 ) -> impl Fn(E) -> StorageError + use<'a, E> {
@@ -149,6 +175,11 @@ struct Made {
     /// Whether its directory was made for it and goes with it.
     own_directory: bool,
     users: usize,
+    /// Whether it stays without users, until the sandbox goes.
+    kept: bool,
+    pages: Option<Reserved>,
+    /// Keeps a copy up to date.
+    follower: Option<AbortHandle>,
 }
 
 /// All storages of the guest. Clones share them.
@@ -189,7 +220,8 @@ impl Storages {
     async fn add_one(&self, storage: Storage) -> Result<PathBuf, StorageError> {
         let point = mount_point(&storage)?;
         // Before the lock: others need not wait for this one's disk.
-        let storage = if storage.driver == "blk" { self.with_disk(storage).await? } else { storage };
+        let storage =
+            if DISKS.contains(&storage.driver.as_str()) { self.with_disk(storage).await? } else { storage };
         let mut all = self.made.lock().await;
         if let Some(made) = all.get_mut(&point) {
             made.users += 1;
@@ -209,12 +241,16 @@ impl Storages {
         let wrong = [
             (storage.fstype.is_empty(), "a disk needs the type of its file system"),
             (!storage.driver_options.is_empty(), "a disk takes no driver options"),
-            (storage.fs_group.is_some(), "the files of a disk are not given to a group"),
         ];
         if let Some((_, reason)) = wrong.into_iter().find(|(is, _)| *is) {
             return Err(invalid(&storage, reason));
         }
-        match self.disks.find(&storage.source).await {
+        let found = if storage.driver == "scsi" {
+            self.disks.find_scsi(&storage.source).await
+        } else {
+            self.disks.find(&storage.source).await
+        };
+        match found {
             Ok(node) => Ok(Storage { source: node.to_string_lossy().into_owned(), ..storage }),
             Err(source) => Err(StorageError::Disk { mount_point: storage.mount_point, source }),
         }
@@ -239,6 +275,20 @@ impl Storages {
         Ok(())
     }
 
+    /// Undoes all that is kept until the sandbox goes, what lies deeper first. All are tried.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub async fn remove_kept(&self) -> Result<(), StorageError> {
+        let mut points = Vec::new();
+        for (point, made) in self.made.lock().await.iter_mut().filter(|(_, made)| made.kept) {
+            (made.kept, made.users) = (false, 1);
+            points.push(point.clone());
+        }
+        points.sort();
+        self.remove(points).await
+    }
+
     /// Gives up `points` in reverse order; what nobody else uses is unmounted. All are tried.
     ///
     /// # Errors
@@ -248,8 +298,9 @@ impl Storages {
         let mut result = Ok(());
         for point in points.into_iter().rev() {
             let Some(made) = all.get_mut(&point) else { continue };
-            made.users -= 1;
+            made.users = made.users.saturating_sub(1);
             if made.users == 0
+                && !made.kept
                 && let Some(made) = all.remove(&point)
             {
                 let name = point.display().to_string();
@@ -279,27 +330,29 @@ fn mount_point(storage: &Storage) -> Result<PathBuf, StorageError> {
 
 fn make(storage: &Storage, point: &Path, modules: &Modules) -> Result<Made, StorageError> {
     let driver = storage.driver.as_str();
-    if UNSUPPORTED.contains(&driver) {
-        return Err(StorageError::Unsupported { driver: driver.to_owned() });
+    if let Some((_, reason)) = UNSUPPORTED.iter().find(|(name, _)| *name == driver) {
+        return Err(StorageError::Unsupported { driver: driver.to_owned(), reason });
     }
     if !DRIVERS.contains(&driver) && driver != "tmpfs" {
         return Err(invalid(storage, format!("unknown storage driver {driver:?}")));
     }
     let own_directory = !point.exists();
-    let made = Made { mounted: driver != "local", own_directory, users: 1 };
+    let (mut pages, mut follower) = (None, None);
     let done = match driver {
         "local" => make_local(storage, point),
         "bind" => make_bind(storage, point),
-        "blk" => mount_filesystem(storage, point, modules, &storage.fstype),
+        "watchable-bind" => make_copy(storage, point, modules).map(|it| follower = it),
         "virtio-fs" => mount_filesystem(storage, point, modules, "virtiofs"),
         "overlayfs" => make_overlay(storage, point, modules),
-        _ => make_ephemeral(storage, point, modules),
+        "ephemeral" | "tmpfs" => make_ephemeral(storage, point, modules).map(|it| pages = it),
+        _ => make_disk(storage, point, modules),
     };
     if done.is_err() && own_directory {
         // The failure is what matters; an empty directory left behind is not.
         let _ = std::fs::remove_dir(point);
     }
-    done.map(|()| made)
+    let mounted = driver != "local";
+    done.map(|()| Made { mounted, own_directory, users: 1, kept: storage.shared, pages, follower })
 }
 
 fn make_directory(path: &Path) -> Result<(), StorageError> {
@@ -376,11 +429,60 @@ fn make_bind(storage: &Storage, point: &Path) -> Result<(), StorageError> {
     propagate(point, &options)
 }
 
-fn make_ephemeral(storage: &Storage, point: &Path, modules: &Modules) -> Result<(), StorageError> {
+/// The file system on a disk, whose files may be a group's.
+fn make_disk(storage: &Storage, point: &Path, modules: &Modules) -> Result<(), StorageError> {
+    mount_filesystem(storage, point, modules, &storage.fstype)?;
+    let readonly = options::parse(&storage.options).flags.contains(MountFlags::RDONLY);
+    let Some(group) = storage.fs_group.as_ref().filter(|_| !readonly) else { return Ok(()) };
+    group::give_tree(point, group).inspect_err(|_| take_down(point))
+}
+
+/// A copy of a small directory that the container may not write; anything else is bound.
+fn make_copy(
+    storage: &Storage,
+    point: &Path,
+    modules: &Modules,
+) -> Result<Option<AbortHandle>, StorageError> {
+    let source = Path::new(&storage.source);
+    let readonly = options::parse(&storage.options).flags.contains(MountFlags::RDONLY);
+    let tree = if readonly && source.is_dir() {
+        watch::scan(source).map_err(system("looking through", source))?
+    } else {
+        None
+    };
+    let Some(tree) = tree else { return make_bind(storage, point).map(|()| None) };
+    let mode = format!("mode={:o}", mode_of(source)?.as_raw_mode());
+    let options = ["nosuid", "nodev", "size=4m", &mode].map(str::to_owned).to_vec();
+    mount_filesystem(&Storage { options, ..Default::default() }, point, modules, "tmpfs")?;
+    watch::sync(source, &tree, point).map_err(system("copying", source)).inspect_err(|_| take_down(point))?;
+    Ok(Some(watch::follow(source.to_owned(), point.to_owned())))
+}
+
+fn make_ephemeral(
+    storage: &Storage,
+    point: &Path,
+    modules: &Modules,
+) -> Result<Option<Reserved>, StorageError> {
     let (group, options) = take_group(storage)?;
+    let pages =
+        (storage.fstype == hugepages::FILE_SYSTEM).then(|| Reserved::new(point, &options)).transpose()?;
     let plain = Storage { options, ..storage.clone() };
-    mount_filesystem(&plain, point, modules, "tmpfs")?;
-    give_to_group(point, group)
+    let made = mount_filesystem(&plain, point, modules, "tmpfs");
+    let made = made.and_then(|()| group::give_directory(point, group).inspect_err(|_| take_down(point)));
+    match (made, pages) {
+        (Ok(()), pages) => Ok(pages),
+        (Err(error), pages) => {
+            if let Some(Err(undo)) = pages.map(|pages| pages.release()) {
+                tracing::warn!(error = crate::chain(&undo), "huge pages stay set aside");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Unmounts what was mounted just now, after a failure that matters more.
+fn take_down(point: &Path) {
+    let _ = unmount(point, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
 }
 
 /// A directory on the guest's own root, gone with the sandbox.
@@ -395,7 +497,7 @@ fn make_local(storage: &Storage, point: &Path) -> Result<(), StorageError> {
             u32::from_str_radix(mode, 8).map_err(|_| invalid(storage, format!("bad mode {mode:?}")))?;
         chmod(point, Mode::from_raw_mode(mode)).map_err(system("setting the mode of", point))?;
     }
-    give_to_group(point, group)
+    group::give_directory(point, group)
 }
 
 /// Splits `fsgid=`, which is ours, from the filesystem's options; the request's group wins over it.
@@ -414,20 +516,15 @@ fn take_group(storage: &Storage) -> Result<(Option<u32>, Vec<String>), StorageEr
     Ok((storage.fs_group.as_ref().map(|wanted| wanted.group_id).or(group), options))
 }
 
-/// Makes the directory the group's, with its new files inheriting that.
-fn give_to_group(point: &Path, group: Option<u32>) -> Result<(), StorageError> {
-    let Some(group) = group else { return Ok(()) };
-    chown(point, None, Some(Gid::from_raw(group))).map_err(system("giving to its group", point))?;
-    let mode = Mode::from_raw_mode(0o2770) | mode_of(point)?;
-    chmod(point, mode).map_err(system("setting the mode of", point))
-}
-
 fn mode_of(path: &Path) -> Result<Mode, StorageError> {
     let status = rustix::fs::stat(path).map_err(system("looking at", path))?;
     Ok(Mode::from_raw_mode(status.st_mode & 0o7777))
 }
 
 fn undo(point: &Path, made: &Made) -> Result<(), StorageError> {
+    if let Some(follower) = &made.follower {
+        follower.abort();
+    }
     if made.mounted {
         match unmount(point, UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
@@ -438,6 +535,9 @@ fn undo(point: &Path, made: &Made) -> Result<(), StorageError> {
             }
             Err(error) => return Err(system("unmounting", point)(error)),
         }
+    }
+    if let Some(pages) = &made.pages {
+        pages.release()?;
     }
     if !made.own_directory {
         return Ok(());

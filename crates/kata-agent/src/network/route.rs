@@ -82,8 +82,8 @@ pub fn list() -> Result<Vec<Route>, NetworkError> {
     Ok(entries.into_iter().filter_map(named).collect())
 }
 
-/// Gives the devices that are named in `routes` these routes in place of those that they have. The kernel's own stay:
-/// they come and go with addresses and with the words of routers.
+/// Gives the guest these routes in place of those that it has, so that none is left of a device which has lost its last. The
+/// kernel's own stay: they come and go with addresses and with the words of routers.
 ///
 /// # Errors
 /// [`NetworkError::NoDevice`] before anything is changed; [`NetworkError::Netlink`] with the route.
@@ -94,8 +94,7 @@ pub fn replace(mut routes: Vec<Route>) -> Result<(), NetworkError> {
     routes.sort_by_key(|route| route.gateway.is_some());
     let wanted = to_entries(routes, &links)?;
     for old in entries(&mut netlink)? {
-        let named = wanted.iter().any(|new| new.link == old.link);
-        if !named || [RTPROT_KERNEL, RTPROT_RA].contains(&old.protocol) {
+        if [RTPROT_KERNEL, RTPROT_RA].contains(&old.protocol) {
             continue;
         }
         match netlink.change(&old.request(RTM_DELROUTE, 0)) {

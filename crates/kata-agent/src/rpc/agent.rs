@@ -9,11 +9,13 @@ use rustix::process::Pid;
 use tokio::sync::{Notify, mpsc};
 
 use super::error::RpcError;
+use super::hooks::GuestHooks;
 use crate::cmdline::Settings;
 use crate::container::{Engine, PodNamespaces};
-use crate::device::Disks;
+use crate::device::{Disks, Passing};
 use crate::modules::Modules;
 use crate::mount::Storages;
+use crate::mount::share::Held;
 use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
 use crate::stdio::Attached;
 use crate::stream::Streams;
@@ -160,6 +162,8 @@ pub struct SandboxParts {
     pub namespaces: Arc<PodNamespaces>,
     /// Whether all containers are in one pid namespace, and not only those for which it is said.
     pub shares_pids: bool,
+    /// Programs of the image that are run for each.
+    pub hooks: Arc<GuestHooks>,
 }
 
 /// Containers by id. `None` is one in the making.
@@ -175,6 +179,10 @@ pub struct Agent {
     pub streams: Streams,
     /// Mounts.
     pub storages: Storages,
+    /// Mounts of the pod's share.
+    pub shared: Arc<Held>,
+    /// Devices for containers.
+    pub devices: Passing,
     /// Kernel modules for later.
     pub modules: Arc<Modules>,
     /// What the agent was told at boot.
@@ -192,11 +200,14 @@ impl Agent {
     pub fn new(engine: Arc<dyn Engine>, reaper: Reaper, modules: Arc<Modules>, settings: Settings) -> Self {
         let (sender, receiver) = mpsc::channel(OOM_KILLS);
         let disks = Disks::new(modules.clone(), settings.hotplug_timeout);
+        let devices = Passing::new(modules.clone(), settings.hotplug_timeout);
         Self {
             engine,
             reaper,
             streams: Streams::default(),
             storages: Storages::new(modules.clone(), disks),
+            shared: Arc::default(),
+            devices,
             modules,
             settings,
             done: Notify::new(),
@@ -230,6 +241,13 @@ impl Agent {
             .as_ref()
             .and_then(|sandbox| sandbox.made.as_ref())
             .is_some_and(|parts| parts.shares_pids)
+    }
+
+    /// The image's hooks for containers; none without a sandbox.
+    pub fn guest_hooks(&self) -> Arc<GuestHooks> {
+        let sandbox = self.sandbox();
+        let parts = sandbox.as_ref().and_then(|sandbox| sandbox.made.as_ref());
+        parts.map(|parts| parts.hooks.clone()).unwrap_or_default()
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {

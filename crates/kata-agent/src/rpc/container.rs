@@ -16,7 +16,7 @@ use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
 use crate::container::Spawned;
-use crate::mount::share;
+use crate::device;
 use crate::stdio::{self, Ports};
 
 /// Makes a container; its init waits for [`start`].
@@ -57,9 +57,7 @@ fn check_id(id: &str) -> Result<(), RpcError> {
 }
 
 fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError> {
-    if !request.devices.is_empty() {
-        return Err(RpcError::Unsupported("passing devices to a container"));
-    }
+    device::check(&request.devices)?;
     if !request.shared_mounts.is_empty() {
         return Err(RpcError::Unsupported("sharing mounts between containers"));
     }
@@ -83,10 +81,11 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     } else if request.sandbox_pidns {
         return Err(RpcError::State("there is no sandbox whose pid namespace could be joined".to_owned()));
     }
+    agent.devices.find(&request.devices).await?.update(&mut spec)?;
     let joins_pids = joins_pids(&spec);
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
-    let (spec, shared) = hold_shared(spec).await?;
+    let (spec, shared) = hold_shared(agent, spec).await?;
     let made = make_init(agent, &request.container_id, &spec, ports).await;
     match made {
         Ok(init) => {
@@ -99,7 +98,7 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
             Ok(Container::new(init, mounts, shared))
         }
         Err(error) => {
-            release_shared(shared).await;
+            release_shared(agent, shared).await;
             if let Err(undo) = agent.storages.remove(mounts).await {
                 tracing::warn!(error = crate::chain(&undo), "undoing the storages of a container");
             }
@@ -117,10 +116,13 @@ fn joins_pids(spec: &Spec) -> bool {
 
 /// The kernel ends a container's processes with its init only where that is the first of a pid namespace.
 fn end_all_with(agent: &Arc<Agent>, id: &str, init: &Process) {
-    let (agent, id, exit) = (agent.clone(), id.to_owned(), init.exit.clone());
+    let (agent, id, exit, pid) = (agent.clone(), id.to_owned(), init.exit.clone(), init.pid);
     tokio::spawn(async move {
         exit.wait().await;
-        // One that is gone already has nothing left to end.
+        // One that is gone already has nothing left to end, and by now another may have its name.
+        if !agent.container(&id).is_ok_and(|container| container.init.pid == pid) {
+            return;
+        }
         if let Err(error) = agent.engine.signal_all(&id, Signal::KILL).await {
             tracing::debug!(container = id, error = crate::chain(&error), "ending what the init has left");
         }
@@ -128,19 +130,21 @@ fn end_all_with(agent: &Arc<Agent>, id: &str, init: &Process) {
 }
 
 /// Both may wait for the host: not on the thread that serves everybody else.
-async fn hold_shared(spec: Spec) -> Result<(Spec, Vec<PathBuf>), RpcError> {
+async fn hold_shared(agent: &Agent, spec: Spec) -> Result<(Spec, Vec<PathBuf>), RpcError> {
+    let shared = agent.shared.clone();
     let hold = move || {
-        let held = share::hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
+        let held = shared.hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
         (spec, held)
     };
     let held = tokio::task::spawn_blocking(hold).await;
     held.map_err(|_| RpcError::State("the agent is ending".to_owned()))
 }
 
-async fn release_shared(held: Vec<PathBuf>) {
+async fn release_shared(agent: &Agent, held: Vec<PathBuf>) {
     if !held.is_empty() {
+        let shared = agent.shared.clone();
         // It can only fail with the agent itself.
-        let _ = tokio::task::spawn_blocking(move || share::release(&held)).await;
+        let _ = tokio::task::spawn_blocking(move || shared.release(&held)).await;
     }
 }
 
@@ -151,11 +155,17 @@ async fn make_init(agent: &Agent, id: &str, spec: &Spec, ports: Ports) -> Result
     let Spawned { pid, terminal } = agent.engine.create(id, spec, &bundle, io).await?;
     let exit = agent.reaper.register(pid);
     tracing::info!(container = id, pid = pid.as_raw_nonzero().get(), "container created");
-    match stdio.attach(&exit, terminal) {
+    let hooks = agent.guest_hooks();
+    let attached = match hooks.created(&agent.reaper, id, pid, spec).await {
+        Ok(()) => stdio.attach(&exit, terminal).map_err(RpcError::from),
+        Err(error) => Err(error),
+    };
+    match attached {
         Ok(stdio) => Ok(Process::new(pid, exit, stdio)),
         Err(error) => {
             agent.engine.delete(id).await?;
-            Err(error.into())
+            hooks.removed(&agent.reaper, id).await;
+            Err(error)
         }
     }
 }
@@ -182,7 +192,9 @@ fn watch_oom(agent: &Arc<Agent>, id: &str) {
 /// The engine's.
 pub async fn start(agent: &Agent, id: &str) -> Result<(), RpcError> {
     agent.container(id)?;
-    Ok(agent.engine.start(id).await?)
+    agent.engine.start(id).await?;
+    agent.guest_hooks().started(&agent.reaper, id).await;
+    Ok(())
 }
 
 /// Kills what is left of the container and removes all of it, within the request's time (seconds; zero is no limit).
@@ -201,8 +213,9 @@ pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(
             |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
         tokio::time::timeout(limit, delete).await.map_err(late)??;
     }
-    release_shared(container.shared.clone()).await;
+    release_shared(agent, container.shared.clone()).await;
     agent.forget(id);
+    agent.guest_hooks().removed(&agent.reaper, id).await;
     agent.storages.remove(container.mounts.clone()).await?;
     tracing::info!(container = id, "container removed");
     Ok(())

@@ -6,7 +6,7 @@ use ttrpc::Code;
 
 use super::spec::SpecError;
 use crate::container::{EngineError, Fault};
-use crate::device::DiskError;
+use crate::device::{DeviceError, DiskError};
 use crate::modules::ModuleError;
 use crate::mount::StorageError;
 use crate::network::NetworkError;
@@ -54,6 +54,9 @@ pub enum RpcError {
     /// A mount for the sandbox or the container.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A device for the container.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A kernel module.
     #[error(transparent)]
     Module(#[from] ModuleError),
@@ -114,6 +117,7 @@ impl RpcError {
             Self::TimedOut(_) => Code::DEADLINE_EXCEEDED,
             Self::Engine(error) => of_fault(error.fault()),
             Self::Storage(error) => of_storage(error),
+            Self::Device(error) => of_device(error),
             Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
             Self::Module(ModuleError::Parameters { .. }) => Code::INVALID_ARGUMENT,
             Self::Network(NetworkError::NoLink { .. } | NetworkError::NoDevice { .. }) => Code::NOT_FOUND,
@@ -149,13 +153,32 @@ fn of_storage(error: &StorageError) -> Code {
     match error {
         StorageError::Unsupported { .. } | StorageError::NoFileSystem { .. } => Code::UNIMPLEMENTED,
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
-        StorageError::Disk { source: DiskError::Source(_), .. } => Code::INVALID_ARGUMENT,
-        StorageError::Disk { source: DiskError::Absent { .. }, .. } => Code::DEADLINE_EXCEEDED,
+        StorageError::Disk { source, .. } => of_disk(source),
         StorageError::Module { .. }
-        | StorageError::Disk { .. }
         | StorageError::Mount { .. }
         | StorageError::System { .. }
         | StorageError::Interrupted { .. } => Code::INTERNAL,
+    }
+}
+
+fn of_disk(error: &DiskError) -> Code {
+    match error {
+        DiskError::Source(_) | DiskError::Address(_) => Code::INVALID_ARGUMENT,
+        DiskError::Absent { .. } => Code::DEADLINE_EXCEEDED,
+        DiskError::Driver(_) | DiskError::Listen(_) | DiskError::Interrupted { .. } => Code::INTERNAL,
+    }
+}
+
+fn of_device(error: &DeviceError) -> Code {
+    match error {
+        DeviceError::Unsupported(..) => Code::UNIMPLEMENTED,
+        DeviceError::Invalid { .. } | DeviceError::Path { .. } => Code::INVALID_ARGUMENT,
+        DeviceError::Disk(error) => of_disk(error),
+        DeviceError::Absent { .. } => Code::DEADLINE_EXCEEDED,
+        DeviceError::Driver(_)
+        | DeviceError::Listen(_)
+        | DeviceError::File { .. }
+        | DeviceError::NotBound { .. } => Code::INTERNAL,
     }
 }
 

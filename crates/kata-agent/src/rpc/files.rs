@@ -1,10 +1,11 @@
-//! Files copied into the guest, in chunks, below the containers' directory and nowhere else.
+//! Files copied into the guest, in chunks, and removed again, below the containers' directory and nowhere else.
 //!
 //! Every path is walked by the kernel with symbolic links refused (`openat2`), so what a container left lying there
-//! cannot lead a copy astray. A regular file grows beside its place and is put there whole.
+//! cannot lead a copy astray. A regular file grows beside its place and is put there whole; so is a symbolic link, since
+//! Kubernetes changes the whole of a volume by changing the one link that all names in it lead through.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
@@ -26,17 +27,11 @@ const TEMPORARY: &str = ".partial";
 /// A path outside of `base`, a chunk that does not fit, or what the system says.
 pub fn copy(base: &Path, request: &CopyFileRequest) -> Result<(), RpcError> {
     let path = Path::new(&request.path);
-    let outside = || RpcError::Invalid(format!("{path:?} is not below {base:?}"));
-    let inside = path.strip_prefix(base).map_err(|_| outside())?;
-    let plain = inside.components().all(|part| matches!(part, Component::Normal(_)));
-    let (Some(name), true) = (inside.file_name(), plain) else { return Err(outside()) };
+    let (parents, name) = inside(base, path)?;
     let failed = |what| RpcError::file::<Errno>(what, path);
     std::fs::create_dir_all(base).map_err(RpcError::file("making directory", base))?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = openat2(CWD, base, flags, Mode::empty(), ResolveFlags::empty())
-        .map_err(failed("opening the base of"))?;
-    let parent = make_parents(root, inside.parent().unwrap_or_else(|| Path::new("")), request.dir_mode)
-        .map_err(failed("making the directory of"))?;
+    let root = open_base(base).map_err(failed("opening the base of"))?;
+    let parent = make_parents(root, parents, request.dir_mode).map_err(failed("making the directory of"))?;
     let mode = Mode::from_raw_mode(request.file_mode & 0o7777);
     match FileType::from_raw_mode(request.file_mode) {
         FileType::Directory => {
@@ -46,6 +41,46 @@ pub fn copy(base: &Path, request: &CopyFileRequest) -> Result<(), RpcError> {
         FileType::RegularFile | FileType::Unknown => write_chunk(&parent, name, mode, request, path),
         other => Err(RpcError::Invalid(format!("{path:?}: a {other:?} cannot be copied"))),
     }
+}
+
+/// Removes what is at `path`, which is below `base`, with all that is in it. Nothing there is no failure.
+///
+/// # Errors
+/// A path outside of `base`, or what the system says.
+pub fn remove(base: &Path, path: &Path) -> Result<(), RpcError> {
+    let (parents, name) = inside(base, path)?;
+    let gone = |error: Errno| if error == Errno::NOENT { Ok(()) } else { Err(error) };
+    let attempt = || -> Result<(), Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = open_base(base)?;
+        let parent = if parents.as_os_str().is_empty() {
+            root
+        } else {
+            openat2(&root, parents, flags, Mode::empty(), confined())?
+        };
+        match unlinkat(&parent, name, AtFlags::empty()) {
+            Err(Errno::ISDIR) => {}
+            done => return done,
+        }
+        // The standard library follows no links on its way down either.
+        let directory = Path::new("/proc/self/fd").join(parent.as_raw_fd().to_string()).join(name);
+        std::fs::remove_dir_all(directory).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    };
+    attempt().or_else(gone).map_err(RpcError::file("removing", path))
+}
+
+/// The directories between `base` and what is called `path`, and its own name.
+fn inside<'a>(base: &Path, path: &'a Path) -> Result<(&'a Path, &'a OsStr), RpcError> {
+    let outside = || RpcError::Invalid(format!("{path:?} is not below {base:?}"));
+    let below = path.strip_prefix(base).map_err(|_| outside())?;
+    let plain = below.components().all(|part| matches!(part, Component::Normal(_)));
+    let (Some(name), true) = (below.file_name(), plain) else { return Err(outside()) };
+    Ok((below.parent().unwrap_or_else(|| Path::new("")), name))
+}
+
+fn open_base(base: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat2(CWD, base, flags, Mode::empty(), ResolveFlags::empty())
 }
 
 fn confined() -> ResolveFlags {
@@ -90,13 +125,16 @@ fn make_directory(
 }
 
 fn make_link(parent: &OwnedFd, name: &OsStr, request: &CopyFileRequest) -> Result<(), Errno> {
-    match unlinkat(parent, name, AtFlags::empty()) {
+    let mut growing = name.to_owned();
+    growing.push(TEMPORARY);
+    match unlinkat(parent, &growing, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(error) => return Err(error),
     }
-    symlinkat(OsStr::from_bytes(&request.data), parent, name)?;
+    symlinkat(OsStr::from_bytes(&request.data), parent, &growing)?;
     let (uid, gid) = owner(request);
-    chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+    chownat(parent, &growing, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
+    renameat(parent, &growing, parent, name)
 }
 
 fn write_chunk(

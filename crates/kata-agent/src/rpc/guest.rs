@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::error::RpcError;
-use crate::{entropy, mount};
+use crate::{device, entropy, mount};
 
 const CPUS: &str = "/sys/devices/system/cpu";
 const MEMORY: &str = "/sys/devices/system/memory";
@@ -34,6 +34,7 @@ pub fn details(request: &GuestDetailsRequest) -> Result<GuestDetailsResponse, Rp
     let mut agent = AgentDetails::new();
     agent.version = env!("CARGO_PKG_VERSION").to_owned();
     agent.init_daemon = std::process::id() == 1;
+    agent.device_handlers = device::DRIVERS.map(str::to_owned).into();
     agent.storage_handlers = mount::DRIVERS.map(str::to_owned).into();
     agent.supports_seccomp = true;
     response.agent_details = Some(agent).into();
@@ -179,6 +180,7 @@ mod tests {
             GuestDetailsRequest { mem_block_size: true, mem_hotplug_probe: true, ..Default::default() };
         let details = details(&request).unwrap();
         assert_eq!(details.agent_details.storage_handlers, mount::DRIVERS);
+        assert_eq!(details.agent_details.device_handlers, device::DRIVERS);
         assert!(!details.agent_details.init_daemon && details.agent_details.supports_seccomp);
     }
 

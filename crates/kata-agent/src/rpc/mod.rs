@@ -5,6 +5,7 @@ mod container;
 mod error;
 mod files;
 mod guest;
+pub mod hooks;
 mod metrics;
 mod network;
 mod process;
@@ -21,6 +22,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kata_api::agent as wire;
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
+use kata_api::files::{RemoveRequest, RemoveResponse};
+use kata_api::files_ttrpc::{Files, create_files};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response};
 use kata_api::health_ttrpc::{Health, create_health};
 use kata_api::types;
@@ -35,7 +38,7 @@ const PROTOCOL_VERSION: &str = "0.0.1";
 
 /// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
 /// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
-const SERVED: [&str; 34] = [
+const SERVED: [&str; 35] = [
     "CreateContainer",
     "StartContainer",
     "RemoveContainer",
@@ -66,17 +69,19 @@ const SERVED: [&str; 34] = [
     "GetGuestDetails",
     "SetGuestDateTime",
     "CopyFile",
+    "Remove",
     "GetOOMEvent",
     "UpdateEphemeralMounts",
     "Check",
     "Version",
 ];
 
-/// Both services, for a ttrpc server.
+/// All services, for a ttrpc server.
 #[must_use]
 pub fn services(agent: &Arc<Agent>) -> HashMap<String, Service> {
     let mut services = create_agent_service(Arc::new(Handlers(agent.clone())));
     services.extend(create_health(Arc::new(Handlers(agent.clone()))));
+    services.extend(create_files(Arc::new(Handlers(agent.clone()))));
     for service in services.values_mut() {
         service.methods.retain(|name, _| SERVED.contains(&name.as_str()));
     }
@@ -316,6 +321,14 @@ impl AgentService for Handlers {
             self.0.oom_kill().await.ok_or_else(|| RpcError::State("the agent is ending".to_owned()));
         let event = |container_id| wire::OOMEvent { container_id, ..Default::default() };
         answer("GetOOMEvent", container.map(event))
+    }
+}
+
+#[async_trait]
+impl Files for Handlers {
+    async fn remove(&self, _: &TtrpcContext, req: RemoveRequest) -> Answer<RemoveResponse> {
+        let removed = files::remove(Path::new(kata_api::guest::CONTAINER_DIR), Path::new(&req.path));
+        answer("Remove", removed.map(|()| RemoveResponse::new()))
     }
 }
 

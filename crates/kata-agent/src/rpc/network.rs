@@ -41,7 +41,7 @@ pub fn list_interfaces() -> Result<wire::Interfaces, RpcError> {
     Ok(wire::Interfaces { interfaces, ..Default::default() })
 }
 
-/// Replaces the routes of the devices that are named, and answers all there are.
+/// Replaces the routes of all devices, and answers all there are.
 ///
 /// # Errors
 /// Texts that mean nothing, a device that is not there, or what the kernel says.

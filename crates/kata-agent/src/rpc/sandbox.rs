@@ -9,6 +9,7 @@ use kata_api::guest;
 use super::agent::{Agent, Sandbox, SandboxParts};
 use super::container;
 use super::error::RpcError;
+use super::hooks::GuestHooks;
 use crate::container::PodNamespaces;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -20,9 +21,6 @@ const REMOVE_WITHIN: u32 = 10;
 /// # Errors
 /// A second sandbox, an unsupported part, or the step that failed. Nothing stays mounted then.
 pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result<(), RpcError> {
-    if !request.guest_hook_path.is_empty() {
-        return Err(RpcError::Unsupported("a directory of guest hooks"));
-    }
     {
         let mut sandbox = agent.sandbox();
         if let Some(sandbox) = sandbox.as_ref() {
@@ -68,8 +66,9 @@ async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxP
     std::fs::create_dir_all(shared).map_err(RpcError::file("making directory", shared))?;
     // They begin with the host name that was just set.
     let namespaces = Arc::new(PodNamespaces::new()?);
+    let hooks = Arc::new(GuestHooks::below(&request.guest_hook_path)?);
     let mounts = agent.storages.add(request.storages).await?;
-    Ok(SandboxParts { mounts, namespaces, shares_pids: request.sandbox_pidns })
+    Ok(SandboxParts { mounts, namespaces, shares_pids: request.sandbox_pidns, hooks })
 }
 
 /// Lines of a resolv.conf as they are; bare addresses become name servers.
@@ -102,6 +101,7 @@ pub async fn destroy(agent: &Arc<Agent>) -> Result<(), RpcError> {
         let unmounted = agent.storages.remove(mounts).await.map_err(RpcError::from);
         result = result.and(unmounted);
     }
+    result = result.and(agent.storages.remove_kept().await.map_err(RpcError::from));
     // May take as long as the host's disks do.
     let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
     agent.done.notify_one();

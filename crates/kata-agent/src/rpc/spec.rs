@@ -59,6 +59,7 @@ pub fn spec(wire: wire::Spec) -> Result<oci::Spec> {
     spec.set_root(Some(root))
         .set_process(Some(process(process_wire)?))
         .set_hostname(text(wire.hostname))
+        .set_domainname(text(wire.domainname))
         .set_mounts(Some(wire.mounts.into_iter().map(mount).collect()))
         .set_hooks(wire.hooks.into_option().map(hooks))
         .set_annotations(map(wire.annotations))
@@ -103,7 +104,8 @@ pub fn resources(wire: wire::LinuxResources) -> Result<oci::LinuxResources> {
         .set_cpu(wire.cpu.into_option().map(cpu))
         .set_block_io(wire.block_io.into_option().map(block_io).transpose()?)
         .set_hugepage_limits(list(each(wire.hugepage_limits, hugepage_limit)?))
-        .set_network(wire.network.into_option().map(network));
+        .set_network(wire.network.into_option().map(network))
+        .set_unified(map(wire.unified));
     if let Some(pids) = wire.pids.into_option() {
         let mut limit = oci::LinuxPids::default();
         limit.set_limit(pids.limit);
@@ -149,6 +151,7 @@ fn user(wire: MessageField<wire::User>) -> oci::User {
     let mut user = oci::User::default();
     user.set_uid(wire.uid)
         .set_gid(wire.gid)
+        .set_umask(wire.umask)
         .set_additional_gids(list(wire.additional_gids))
         .set_username(text(wire.username));
     user

@@ -216,6 +216,12 @@ async fn what_is_not_served_is_unimplemented() {
     assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
     let answer = guest.client.set_policy(context(), &wire::SetPolicyRequest::new()).await;
     assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
+    let answer = guest.client.mem_agent_memcg_set(context(), &wire::MemAgentMemcgConfig::new()).await;
+    assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
+    let answer = guest.client.mem_agent_compact_set(context(), &wire::MemAgentCompactConfig::new()).await;
+    assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
+    let answer = guest.client.add_swap(context(), &wire::AddSwapRequest::new()).await;
+    assert_eq!(code(answer).0, Code::UNIMPLEMENTED);
 }
 
 #[tokio::test]

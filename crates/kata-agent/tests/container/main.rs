@@ -15,6 +15,7 @@ mod world;
 
 mod exec;
 mod figures;
+mod hooks;
 mod isolation;
 mod lifecycle;
 mod limits;

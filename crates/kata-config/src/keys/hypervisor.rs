@@ -1,7 +1,7 @@
 //! `[hypervisor.*]`: upstream's keys that this version does not act on.
 
 use super::Reach::{Arguments, Path, Program};
-use super::kind::Kind::{Boolean, List, Number, Tables, Text, Word};
+use super::kind::Kind::{Boolean, List, Tables, Text, Word};
 use super::{HYPERVISOR, Key, Kind};
 
 const COUNT: Kind = Kind::COUNT;
@@ -50,26 +50,9 @@ pub(super) const KEYS: &[Key] = &[
     key("guest_extension_images", Tables, "[]", "Further images for the guest, each with `name`, `path` and dm-verity parameters.")
         .rust()
         .on(QEMU),
-    key("guest_hook_path", PATH, "\"\"", "Directory in the guest with OCI hooks for every container.").annotated(),
     // How large.
-    key("default_maxvcpus", COUNT, "0", "Most processors that a machine can grow to; 0 is the host's number. Machines here do not grow.")
-        .annotation("default_max_vcpus")
-        .inert(),
-    key("overhead_vcpus", Number { least: 0.0, most: 255.0 }, "0.2", "Processors for the guest itself, added to the pod's limits.")
-        .rust()
-        .inert(),
-    key("default_maxmemory", COUNT, "0", "Most memory that a machine can grow to; 0 is the host's. Machines here do not grow.")
-        .unit("MiB")
-        .inert(),
-    key("overhead_memory", COUNT, "32", "Memory for the guest itself, added to the pod's limits.").rust().unit("MiB").inert(),
-    key("memory_slots", COUNT, "10", "How often memory can be added. Machines here do not grow.").annotated().inert(),
     key("memory_offset", COUNT, "0", "Address space set aside for NVDIMMs.").unit("MiB").annotated(),
     key("enable_virtio_mem", Boolean, "false", "Lets memory grow and shrink by virtio-mem.").annotated(),
-    key("enable_mem_prealloc", Boolean, "false", "Takes all memory from the host before the guest starts.").annotated(),
-    key("enable_hugepages", Boolean, "false", "Backs the guest's memory with huge pages.").annotated(),
-    key("hugepage_type", Word(&["hugetlbfs", "thp"]), "\"hugetlbfs\"", "Kind of huge pages.").rust().annotated().inert(),
-    key("reclaim_guest_freed_memory", Boolean, "false", "Gives memory that the guest frees back to the host, by a balloon.")
-        .annotated(),
     key("enable_guest_swap", Boolean, "false", "Gives the guest a swap device.").on(SWAP).annotated(),
     key("guest_swap_path", PATH, "\"/run/kata-containers/swap\"", "Directory of the guests' swap files on the host.").rust().on(SWAP).inert(),
     key("guest_swap_size_percent", COUNT, "100", "Size of the swap device, in parts of the memory.").rust().on(SWAP).unit("%").inert(),
@@ -137,9 +120,6 @@ pub(super) const KEYS: &[Key] = &[
     key("disable_vhost_net", Boolean, "false", "Serves the network without the host kernel's vhost-net, as this version always does.")
         .harmless(&["true"])
         .annotated(),
-    key("network_queues", integer(0, 256), "1", "Queue pairs of a network device.").rust().annotated(),
-    key("rx_rate_limiter_max_rate", COUNT, "0", "Bandwidth into the pod; 0 is without a bound.").unit("bit/s").annotated(),
-    key("tx_rate_limiter_max_rate", COUNT, "0", "Bandwidth out of the pod; 0 is without a bound.").unit("bit/s").annotated(),
     // Confinement and confidence.
     key("rootless", Boolean, "false", "Runs the machine monitor as a user of its own, as this version always does: see runtime.uid_range.")
         .harmless(&["true"])

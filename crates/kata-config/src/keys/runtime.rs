@@ -19,13 +19,6 @@ pub(super) const KEYS: &[Key] = &[
     .rust()
     .annotated(),
     key("agent_name", Text, "\"kata\"", "Section of the agent.").rust().annotated(),
-    key(
-        "internetworking_model",
-        Word(&["tcfilter", "none", "macvtap", "l3forwarding"]),
-        "\"tcfilter\"",
-        "How the pod's interfaces are joined to the machine's.",
-    )
-    .annotated(),
     key("disable_new_netns", Boolean, "false", "Leaves the machine in the host's network namespace.")
         .annotated(),
     key(
@@ -36,23 +29,6 @@ pub(super) const KEYS: &[Key] = &[
     )
     .inert(),
     key(
-        "sandbox_cgroup_only",
-        Boolean,
-        "true",
-        "All of a pod's processes on the host in the pod's own cgroup.",
-    )
-    .harmless(&["false"])
-    .annotated(),
-    key(
-        "static_sandbox_resource_mgmt",
-        Boolean,
-        "true",
-        "Sizes the machine once, before it boots, as this version always does.",
-    )
-    .harmless(&["false"]),
-    key("enable_vcpus_pinning", Boolean, "false", "Keeps each virtual processor on one of the host's.")
-        .annotated(),
-    key(
         "vfio_mode",
         Word(&["guest-kernel", "vfio"]),
         "\"guest-kernel\"",
@@ -60,13 +36,6 @@ pub(super) const KEYS: &[Key] = &[
     )
     .harmless(&["\"vfio\""])
     .annotated(),
-    key(
-        "emptydir_mode",
-        Word(&["shared-fs", "block-plain", "block-encrypted"]),
-        "\"shared-fs\"",
-        "What an emptyDir volume is made of.",
-    )
-    .rust(),
     key("sandbox_bind_mounts", List, "[]", "Paths of the host that every pod's shared directory holds.")
         .annotated(),
     key("shared_mounts", List, "[]", "Mounts of one container that others of the pod see.")

@@ -120,10 +120,33 @@ pub struct PolicySetArgs {
 /// `volume`
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {
+    /// Have pods plug in a device where they are given the path of a volume
+    Add(VolumeAddArgs),
+    /// Forget what was added
+    Remove(VolumeRemoveArgs),
     /// Tell how full a volume is
     Stats(VolumeStatsArgs),
     /// Have the guest take note of a volume's new size
     Resize(VolumeResizeArgs),
+}
+
+/// `volume add`
+#[derive(Debug, Args)]
+#[command(after_help = "INFO is JSON, as CSI drivers write it:\n  \
+        {\"volume-type\": \"directvol\", \"device\": \"/dev/sdf\", \"fstype\": \"ext4\", \
+        \"options\": [\"noatime\"], \"metadata\": {\"fsGroup\": \"1000\"}}")]
+pub struct VolumeAddArgs {
+    /// The path that a pod is given
+    pub path: PathBuf,
+    /// What to plug in, and how to mount it
+    pub info: String,
+}
+
+/// `volume remove`
+#[derive(Debug, Args)]
+pub struct VolumeRemoveArgs {
+    /// The path that was added
+    pub path: PathBuf,
 }
 
 /// `volume stats`
@@ -134,7 +157,7 @@ pub struct VolumeStatsArgs {
     pub json: bool,
     /// Name of the pod
     pub name: String,
-    /// Where the volume is in the guest
+    /// Where the volume is in the guest, or the path that was added
     pub path: String,
 }
 
@@ -143,7 +166,7 @@ pub struct VolumeStatsArgs {
 pub struct VolumeResizeArgs {
     /// Name of the pod
     pub name: String,
-    /// Where the volume is in the guest
+    /// Where the volume is in the guest, or the path that was added
     pub path: String,
     /// Its size
     #[arg(value_name = "BYTES")]

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use kata_config::direct_volume::{Entry, MountInfo};
 use serde::{Deserialize, Serialize};
 
 use super::{Outcome, named};
@@ -36,6 +37,17 @@ pub async fn policy(command: &PolicyCommand) -> Outcome {
 /// `volume`
 pub async fn volume(command: &VolumeCommand) -> Outcome {
     match command {
+        VolumeCommand::Add(args) => {
+            let info: MountInfo = serde_json::from_str(&args.info)
+                .map_err(|error| Failure::text(format!("what is to be plugged in is not told: {error}")))?;
+            let written = entry(&args.path)?.write(&info);
+            written.map_err(|error| Failure::text(format!("cannot add {}: {error}", args.path.display())))?;
+        }
+        VolumeCommand::Remove(args) => {
+            let removed = entry(&args.path)?.remove();
+            removed
+                .map_err(|error| Failure::text(format!("cannot remove {}: {error}", args.path.display())))?;
+        }
         VolumeCommand::Stats(args) => {
             let query =
                 form_urlencoded::Serializer::new(String::new()).append_pair("path", &args.path).finish();
@@ -54,6 +66,14 @@ pub async fn volume(command: &VolumeCommand) -> Outcome {
         }
     }
     Ok(0)
+}
+
+/// Paths are compared as pods are given them: absolute, and otherwise as they are.
+fn entry(path: &Path) -> Result<Entry, Failure> {
+    if !path.is_absolute() {
+        return Err(Failure::text(format!("{} is not an absolute path", path.display())));
+    }
+    Entry::of(path).map_err(|error| Failure::text(format!("{}: {error}", path.display())))
 }
 
 async fn call(name: &str, request: (&str, &str), body: Vec<u8>) -> Result<Vec<u8>, Failure> {

@@ -18,7 +18,7 @@ mod spec;
 mod store;
 mod unpack;
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 pub use blob::{BlobError, Interrupt};
@@ -113,6 +113,9 @@ pub enum ImageError {
          use oci:DIR or docker-archive:FILE, or build with the default cargo feature `registry`"
     )]
     NoRegistrySupport(String),
+    /// The host has no thread left for the work.
+    #[error("cannot start a thread to prepare the image; see the limits of processes (ulimit -u, pids.max)")]
+    Thread(#[source] io::Error),
     /// The user pressed Ctrl-C, or the like.
     #[error("interrupted while preparing the image")]
     Interrupted,
@@ -143,8 +146,11 @@ pub async fn fetch(source: ImageSource, store: Store, options: RegistryOptions) 
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
 ) -> Result<T, ImageError> {
-    // A task of this kind ends without a result only where the runtime is being shut down.
-    tokio::task::spawn_blocking(work).await.unwrap_or(Err(ImageError::Interrupted))
+    // The runtime's own pool panics where the host has no thread left.
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let work = move || drop(answer.send(work()));
+    std::thread::Builder::new().spawn(work).map_err(ImageError::Thread)?;
+    answered.await.unwrap_or(Err(ImageError::Interrupted))
 }
 
 /// One layer, as a manifest describes it.

@@ -2,7 +2,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::*;
 use crate::process::Identity;
-use crate::vm::{Accelerator, Machine as MachineType};
+use crate::vm::{Accelerator, Backing, Machine as MachineType};
 
 struct Place {
     dir: tempfile::TempDir,
@@ -30,6 +30,8 @@ impl Place {
             kernel_params: Vec::new(),
             vcpus: 1,
             memory_mib: 128,
+            growth: None,
+            backing: Backing::default(),
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),

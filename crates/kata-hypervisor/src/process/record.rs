@@ -18,6 +18,10 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+/// How long a cgroup may still be in use by processes that have ended.
+const EMPTY_BOUND: Duration = Duration::from_secs(5);
+/// Between two looks whether it is.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// How long a killed process may take to be gone. Only one that hangs in the kernel takes long.
 const DEATH_BOUND: Duration = Duration::from_secs(10);
 
@@ -28,6 +32,7 @@ enum Entry {
     Mount { path: PathBuf },
     Dir { path: PathBuf },
     File { path: PathBuf },
+    Cgroup { path: PathBuf },
 }
 
 /// An open leak record; clones append to the same file.
@@ -47,7 +52,7 @@ pub struct Released {
     pub processes: usize,
     /// Mounts taken down.
     pub mounts: usize,
-    /// Files and directories removed.
+    /// Files, directories and cgroups removed.
     pub paths: usize,
 }
 
@@ -126,6 +131,14 @@ impl Record {
         self.append(&Entry::File { path: path.into() })
     }
 
+    /// A cgroup of the host about to be made at `path`; left alone where others are in it by the time it is released.
+    ///
+    /// # Errors
+    /// [`RecordError::Io`]
+    pub fn cgroup(&self, path: impl Into<PathBuf>) -> Result<(), RecordError> {
+        self.append(&Entry::Cgroup { path: path.into() })
+    }
+
     fn append(&self, entry: &Entry) -> Result<(), RecordError> {
         let write = || {
             let mut line = serde_json::to_vec(entry)?;
@@ -157,6 +170,7 @@ impl Record {
                 Entry::File { path } => {
                     done.paths += tally(remove(fs::remove_file(path)), "file", path, &mut left)
                 }
+                Entry::Cgroup { path } => done.paths += tally(remove_cgroup(path), "cgroup", path, &mut left),
                 Entry::Process { .. } | Entry::Mount { .. } => {}
             }
         }
@@ -170,6 +184,37 @@ impl Record {
         })?;
         Ok(done)
     }
+}
+
+/// A killed process keeps its cgroup until it is reaped. Where others live in it, or in one below, it is theirs now: the last
+/// one removes it.
+fn remove_cgroup(path: &Path) -> io::Result<bool> {
+    let deadline = Instant::now() + EMPTY_BOUND;
+    loop {
+        match remove(fs::remove_dir(path)) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                if in_use(path) {
+                    tracing::debug!(cgroup = %path.display(), "left to those who are in it");
+                    return Ok(false);
+                }
+                if Instant::now() > deadline {
+                    return Err(error);
+                }
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Whether others are in a cgroup, or have one below. This process may not be among them: it has to leave first.
+fn in_use(path: &Path) -> bool {
+    let inside = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    let own = std::process::id().to_string();
+    let others =
+        inside.lines().any(|pid| pid != own && Path::new("/proc").join(pid).join("exe").read_link().is_ok());
+    let mut below = fs::read_dir(path).into_iter().flatten().flatten();
+    others || below.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
 }
 
 /// A writer that died in the middle of a line must not spoil the next one.

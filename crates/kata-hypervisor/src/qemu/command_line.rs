@@ -19,7 +19,7 @@
 use std::os::fd::RawFd;
 
 use crate::slots::BRIDGE_SLOT;
-use crate::vm::{Accelerator, Machine};
+use crate::vm::{Accelerator, Backing, Growth, Machine};
 
 /// Identifier of the bridge of a q35 that devices are plugged into while it runs. The root bus itself takes none then.
 pub(super) const BRIDGE: &str = "bridge";
@@ -51,6 +51,8 @@ pub(super) struct Plan<'a> {
     pub accelerator: Accelerator,
     pub vcpus: u32,
     pub memory_mib: u64,
+    pub growth: Option<Growth>,
+    pub backing: Backing,
     pub kernel_params: &'a [String],
     pub shared_fs_tag: Option<&'a str>,
     pub nics: &'a [NicPlan],
@@ -122,13 +124,30 @@ fn machine(plan: &Plan<'_>, line: &mut Line) {
             line.option("-cpu", "max");
         }
     }
-    line.option("-smp", plan.vcpus.to_string());
+    line.option(
+        "-smp",
+        match plan.growth.filter(|growth| growth.vcpus > plan.vcpus) {
+            Some(growth) => format!("{},maxcpus={}", plan.vcpus, growth.vcpus),
+            None => plan.vcpus.to_string(),
+        },
+    );
 }
 
 fn memory_and_kernel(plan: &Plan<'_>, line: &mut Line) {
-    line.option("-m", format!("{}M", plan.memory_mib));
+    let room = match plan.growth.filter(|growth| growth.slots > 0 && growth.memory_mib > plan.memory_mib) {
+        Some(growth) => format!(",slots={},maxmem={}M", growth.slots, growth.memory_mib),
+        None => String::new(),
+    };
+    line.option("-m", format!("{}M{room}", plan.memory_mib));
     // vhost-user back ends map the guest's memory, so it has to be shareable.
-    line.option("-object", format!("memory-backend-memfd,id=ram,size={}M,share=on", plan.memory_mib));
+    let mut ram = format!("memory-backend-memfd,id=ram,size={}M,share=on", plan.memory_mib);
+    if plan.backing.prealloc {
+        ram.push_str(",prealloc=on");
+    }
+    if plan.backing.hugepages {
+        ram.push_str(",hugetlb=on");
+    }
+    line.option("-object", ram);
     line.option("-kernel", open_file(plan.fds.kernel));
     if let Some(initrd) = plan.fds.initrd {
         line.option("-initrd", open_file(initrd));
@@ -162,7 +181,8 @@ fn kernel_command_line(plan: &Plan<'_>) -> String {
 /// its own, and spares an idle guest wake-ups as well. With more processors each needs a timer of its own, and KVM brings a
 /// better one.
 fn ticks_by_hpet(plan: &Plan<'_>) -> bool {
-    plan.machine == Machine::Q35 && plan.accelerator == Accelerator::Tcg && plan.vcpus == 1
+    let most = plan.growth.map_or(plan.vcpus, |growth| growth.vcpus.max(plan.vcpus));
+    plan.machine == Machine::Q35 && plan.accelerator == Accelerator::Tcg && most == 1
 }
 
 fn channels(plan: &Plan<'_>, line: &mut Line) {
@@ -179,6 +199,9 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
     };
     line.option("-object", "rng-builtin,id=rng");
     line.option("-device", format!("virtio-rng-{bus},rng=rng"));
+    if plan.backing.reporting {
+        line.option("-device", format!("virtio-balloon-{bus},free-page-reporting=on"));
+    }
     line.option("-chardev", format!("socket,id=vsock,fd={}", plan.fds.vsock));
     line.option("-device", format!("vhost-user-vsock-{bus},chardev=vsock"));
     if let (Some(tag), Some(fd)) = (plan.shared_fs_tag, plan.fds.shared_fs) {

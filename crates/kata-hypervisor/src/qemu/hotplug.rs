@@ -219,7 +219,12 @@ fn placed(mut device: Value, name: &str, slot: u8) -> Value {
 }
 
 /// Asks the guest to let go of a device, and waits until it has.
-async fn give_back(qmp: &Qmp, name: &str, id: &str, bound: Duration) -> Result<(), HypervisorError> {
+pub(super) async fn give_back(
+    qmp: &Qmp,
+    name: &str,
+    id: &str,
+    bound: Duration,
+) -> Result<(), HypervisorError> {
     let mut events = qmp.subscribe();
     match qmp.execute("device_del", json!({ "id": name }), COMMAND_BOUND).await {
         // The guest let go of it after an earlier try had given up.

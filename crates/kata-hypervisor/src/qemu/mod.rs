@@ -14,6 +14,7 @@ mod command_line;
 mod files;
 mod hotplug;
 pub(crate) mod qmp;
+mod resize;
 mod supervisor;
 
 use std::os::fd::OwnedFd;
@@ -33,10 +34,12 @@ use self::command_line::{Fds, NicPlan, Plan, command_line};
 use self::files::{open_for, with_kvm};
 use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
+use self::resize::Resizer;
 use self::supervisor::{LastWords, explain, listen, supervise};
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, Tail, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Machine, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, PciPath, ProcessInfo, Size, Vm,
+    VmExit, VmSpec,
 };
 use crate::vsock::Sockets;
 
@@ -55,6 +58,8 @@ struct Shared {
     state: Mutex<State>,
     /// Devices are added and removed one after the other.
     plugged: tokio::sync::Mutex<Plugged>,
+    /// Changes of the size come one after the other, too.
+    resizer: tokio::sync::Mutex<Resizer>,
     console: Tail,
     exit: watch::Sender<Option<VmExit>>,
 }
@@ -63,6 +68,8 @@ struct Shared {
 struct State {
     /// Which machine was asked for; `None` before [`Vm::boot`].
     machine: Option<Machine>,
+    /// Whether CPUs and memory can be added.
+    grows: (bool, bool),
     stopping: bool,
     qmp: Option<Qmp>,
     listener: Option<JoinHandle<()>>,
@@ -105,6 +112,7 @@ impl QemuVm {
         Self(Arc::new(Shared {
             state: Mutex::default(),
             plugged: tokio::sync::Mutex::default(),
+            resizer: tokio::sync::Mutex::default(),
             console: Tail::new(CONSOLE_LIMIT),
             exit: watch::channel(None).0,
         }))
@@ -222,10 +230,13 @@ fn takes_devices(machine: Machine) -> bool {
 #[async_trait]
 impl Vm for QemuVm {
     fn capabilities(&self) -> Capabilities {
-        let plugs = self.0.state().machine.is_some_and(takes_devices);
+        let state = self.0.state();
+        let plugs = state.machine.is_some_and(takes_devices);
         Capabilities {
             shared_fs: true,
             pause: true,
+            hotplug_cpu: state.grows.0,
+            hotplug_memory: state.grows.1,
             hotplug_block: plugs,
             hotplug_network: plugs,
             ..Capabilities::default()
@@ -238,6 +249,9 @@ impl Vm for QemuVm {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
         }
         let program = spec.program.clone();
+        let resizer = Resizer::new(&spec);
+        self.0.state().grows = resizer.grows();
+        *self.0.resizer.lock().await = resizer;
         let outcome = match self.start(spec, record).await {
             Ok(started) => self.greet(&program, started).await,
             Err(error) => Err(error),
@@ -280,6 +294,11 @@ impl Vm for QemuVm {
         self.0.plugged.lock().await.remove(&qmp, id, REMOVAL_BOUND).await
     }
 
+    async fn resize(&self, size: Size) -> Result<Layout, HypervisorError> {
+        let qmp = self.control("changing the size")?;
+        self.0.resizer.lock().await.resize(&qmp, size).await
+    }
+
     async fn stop(&self) -> Result<(), HypervisorError> {
         self.abandon().await;
         Ok(())
@@ -301,6 +320,14 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     let reason = match spec {
         VmSpec { vcpus: 0, .. } => "it has no virtual CPU",
         VmSpec { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
+        VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => {
+            return Err(HypervisorError::Unsupported {
+                operation: "growing while it runs",
+                driver: "QEMU's machine microvm; set hypervisor.qemu.machine_type to \"q35\", or \
+                         runtime.static_sandbox_resource_mgmt to true"
+                    .to_owned(),
+            });
+        }
         VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
         _ => match spec.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
             Some((nic, reason)) => {
@@ -387,6 +414,8 @@ fn spawn_qemu(
         accelerator: spec.accelerator,
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
+        growth: spec.growth,
+        backing: spec.backing,
         kernel_params: &spec.kernel_params,
         shared_fs_tag: shared_fs_tag.as_deref(),
         nics: &nics,

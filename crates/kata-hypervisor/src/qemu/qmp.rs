@@ -79,6 +79,8 @@ pub(crate) enum Event {
     Resume,
     /// A device is gone: the guest has let go of it, or it was never told of it.
     DeviceDeleted { device: String },
+    /// The guest has taken a CPU or memory that was added, status 0, or has not.
+    Taken { device: String, status: i64 },
 }
 
 #[derive(Debug, Deserialize)]
@@ -326,6 +328,11 @@ fn known(event: &str, data: &Value) -> Option<Event> {
         "DEVICE_DELETED" => {
             let device = data.get("device").and_then(Value::as_str)?;
             Some(Event::DeviceDeleted { device: device.to_owned() })
+        }
+        "ACPI_DEVICE_OST" => {
+            let info = data.get("info")?;
+            let device = info.get("device").and_then(Value::as_str)?.to_owned();
+            Some(Event::Taken { device, status: info.get("status").and_then(Value::as_i64)? })
         }
         _ => None,
     }

@@ -34,7 +34,7 @@ pub(super) async fn listen(shared: Arc<Shared>, mut events: broadcast::Receiver<
         match events.recv().await {
             Ok(Event::Shutdown { reason }) => shared.state().last_words.reason = Some(reason),
             Ok(Event::GuestPanicked) => shared.state().last_words.panicked = true,
-            Ok(Event::Stop | Event::Resume | Event::DeviceDeleted { .. }) => {}
+            Ok(Event::Stop | Event::Resume | Event::DeviceDeleted { .. } | Event::Taken { .. }) => {}
             Err(broadcast::error::RecvError::Lagged(_)) => {}
             Err(broadcast::error::RecvError::Closed) => return,
         }

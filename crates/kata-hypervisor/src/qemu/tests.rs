@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::process::Exit;
-use crate::vm::Machine;
+use crate::vm::{Backing, Machine};
 
 const NOBODY: u32 = 65_534;
 
@@ -69,6 +69,8 @@ impl Bench {
             kernel_params: vec!["console=ttyS0".to_owned()],
             vcpus: 1,
             memory_mib: 64,
+            growth: None,
+            backing: Backing::default(),
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),

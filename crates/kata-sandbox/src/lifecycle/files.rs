@@ -4,24 +4,30 @@
 //! |---|---|
 //! | a root on disks, see [`rootfs`] | attached to the machine; the agent mounts it |
 //! | any other root | through the share |
-//! | a volume | through the share; without one, a small file is copied |
-//! | `/dev/shm` of the pod | a tmpfs of the guest, made with the first container that takes part and gone with the last |
+//! | a volume | as [`volume`] chooses |
+//! | `/dev/shm` of the pod | a tmpfs of the guest, made with the first container that takes part |
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use kata_api::agent::Storage;
+use kata_api::agent::{Device, Storage};
+use kata_api::guest;
+use kata_config::direct_volume::Entry;
 use kata_hypervisor::{Disk, PciPath};
 use rustix::fs::FsWord;
 use tokio::sync::watch;
 
 use super::{Link, Pod};
-use crate::error::SandboxError;
-use crate::guest_spec::{self, GuestSpec, ROOTFS};
+use crate::agent_client::Agent;
+use crate::blocking::blocking;
+use crate::error::{SandboxError, chain};
+use crate::guest_spec::{self, GuestSpec, ROOTFS, Volume};
 use crate::pod::ProcessId;
+use crate::storage::block_device::{self, BlockDevice};
 use crate::storage::rootfs::{self, Block, Rootfs};
-use crate::storage::{self, SharedFiles, SharedRoot, StorageError};
+use crate::storage::volume::{self, Ground, Way};
+use crate::storage::{self, Mirror, SharedFiles, SharedRoot, SharedVolume, StorageError};
 
 /// Size of a pod's shared memory where the host's own tells none, in bytes.
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
@@ -34,23 +40,57 @@ pub(crate) struct ContainerFiles {
     shared: Option<SharedFiles>,
     /// Names of its disks among the machine's devices.
     disks: Vec<String>,
+    /// Devices of its direct and raw volumes, with what the host says of the former.
+    devices: Vec<(PathBuf, Option<Entry>)>,
+    mirrors: Vec<Mirror>,
+    /// Where the guest has its copies.
+    copies: Option<String>,
 }
 
-/// Chooses the way of the root.
+/// The ways of a container's files.
+pub(super) struct Ways {
+    root: Rootfs,
+    volumes: Vec<(Volume, Way)>,
+    devices: Vec<BlockDevice>,
+}
+
+/// What the agent is asked for, for a container's files.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    pub(super) storages: Vec<Storage>,
+    pub(super) devices: Vec<Device>,
+}
+
+/// Chooses the ways of the root and of the volumes.
 pub(super) async fn choose(
+    pod: &Pod,
     id: &ProcessId,
     root: &SharedRoot,
     guest: &GuestSpec,
-) -> Result<Rootfs, SandboxError> {
+) -> Result<Ways, SandboxError> {
     let (mounts, readonly) = (root.mounts.clone(), guest.root_readonly());
+    let (volumes, ground) = (guest.volumes.clone(), Ground::new(&pod.config, &guest.spec));
+    let spec = guest.spec.clone();
+    let choose = move || -> Result<Ways, StorageError> {
+        let root = Rootfs::classify(&mounts, readonly, rootfs::find)?;
+        let ways = volumes.into_iter().map(|volume| {
+            let way = volume::choose(&volume, &ground)?;
+            Ok((volume, way))
+        });
+        let volumes = ways.collect::<Result<_, StorageError>>()?;
+        Ok(Ways { root, volumes, devices: block_device::asked(&spec)? })
+    };
     // A look at a file of a dead server takes long.
-    let chosen = tokio::task::spawn_blocking(move || Rootfs::classify(&mounts, readonly, rootfs::find)).await;
+    let chosen = blocking(choose).await;
     chosen.unwrap_or(Err(StorageError::Interrupted)).map_err(|source| storage_error(id, source))
 }
 
 /// Whether the files cannot be prepared before the guest is up.
-pub(super) fn need_guest(pod: &Pod, way: &Rootfs, guest: &GuestSpec) -> bool {
-    matches!(way, Rootfs::Block(_)) || (pod.share.is_none() && !guest.volumes.is_empty())
+pub(super) fn need_guest(ways: &Ways) -> bool {
+    let waits = |way: &Way| !matches!(way, Way::Share { .. } | Way::Guest { .. });
+    matches!(ways.root, Rootfs::Block(_))
+        || !ways.devices.is_empty()
+        || ways.volumes.iter().any(|(_, way)| waits(way))
 }
 
 /// Prepares a container's files, and says what the agent has to mount. What was made before a failure is undone.
@@ -58,14 +98,14 @@ pub(super) async fn add(
     pod: &Arc<Pod>,
     link: &watch::Receiver<Link>,
     id: &ProcessId,
-    root: (Rootfs, SharedRoot),
+    files: (Ways, SharedRoot),
     guest: &mut GuestSpec,
-) -> Result<(ContainerFiles, Vec<Storage>), SandboxError> {
-    let mut files = ContainerFiles::default();
-    match files.fill(pod, link, id, root, guest).await {
-        Ok(storages) => Ok((files, storages)),
+) -> Result<(ContainerFiles, Wanted), SandboxError> {
+    let mut own = ContainerFiles::default();
+    match own.fill(pod, link, id, files, guest).await {
+        Ok(wanted) => Ok((own, wanted)),
         Err(error) => {
-            files.release(pod, link).await;
+            own.release(pod, link).await;
             Err(match &*link.borrow() {
                 Link::Down(cause) => cause.clone(),
                 Link::Pending | Link::Up(_) => error,
@@ -77,7 +117,7 @@ pub(super) async fn add(
 impl ContainerFiles {
     /// Whether some of them are on disks of the machine.
     pub(super) fn has_disks(&self) -> bool {
-        !self.disks.is_empty()
+        !self.disks.is_empty() || !self.devices.is_empty()
     }
 
     async fn fill(
@@ -85,16 +125,67 @@ impl ContainerFiles {
         pod: &Arc<Pod>,
         link: &watch::Receiver<Link>,
         id: &ProcessId,
-        (way, root): (Rootfs, SharedRoot),
+        (ways, root): (Ways, SharedRoot),
         guest: &mut GuestSpec,
-    ) -> Result<Vec<Storage>, SandboxError> {
+    ) -> Result<Wanted, SandboxError> {
         let name = &id.container;
         let failed = |source| storage_error(id, source);
         let mut storages: Vec<Storage> = guest.shm.as_deref().map(pod_shm).into_iter().collect();
-        let shared = match way {
+        let shared = self.root(pod, name, (ways.root, root), guest, &mut storages).await.map_err(failed)?;
+        let mut through_share = Vec::new();
+        for (number, (volume, way)) in ways.volumes.into_iter().enumerate() {
+            let path = match way {
+                Way::Share { own } => {
+                    through_share.push((volume, own));
+                    continue;
+                }
+                Way::Guest { storages: wanted, path } => {
+                    storages.extend(wanted);
+                    path
+                }
+                Way::Mirror | Way::Copy => {
+                    let agent = Link::agent(link).await?;
+                    let follows = way == Way::Mirror;
+                    self.copy(pod, &agent, name, number, &volume, follows).await.map_err(failed)?
+                }
+                Way::Direct(direct) => {
+                    let (device, entry) = (direct.device.clone(), direct.entry.clone());
+                    let at = self.device(pod, device, direct.readonly, Some(entry)).await.map_err(failed)?;
+                    storages.push(direct.storage(at));
+                    direct.in_guest()
+                }
+                Way::EmptyDisk { volume, part } => {
+                    let disk = pod.disks.of_empty_dir(&*pod.vm, &pod.record, disk_id(pod), &volume).await;
+                    let (wanted, path) =
+                        disk.and_then(|disk| storage::empty_dir(disk, &volume, &part)).map_err(failed)?;
+                    storages.extend(wanted);
+                    path
+                }
+            };
+            guest.place(&volume, path);
+        }
+        let mut devices = Vec::with_capacity(ways.devices.len());
+        for device in ways.devices {
+            let at = self.device(pod, device.path.clone(), device.readonly, None).await.map_err(failed)?;
+            devices.push(device.device(at));
+        }
+        self.share(pod, name, shared, through_share, guest).await.map_err(failed)?;
+        Ok(Wanted { storages, devices })
+    }
+
+    /// Brings the root on its way; what comes back has to be shared.
+    async fn root(
+        &mut self,
+        pod: &Pod,
+        name: &str,
+        (way, root): (Rootfs, SharedRoot),
+        guest: &mut GuestSpec,
+        storages: &mut Vec<Storage>,
+    ) -> Result<Option<SharedRoot>, StorageError> {
+        let root = match way {
             Rootfs::Share => Some(root),
             Rootfs::Block(block) if pod.vm.capabilities().hotplug_block => {
-                let disks = self.attach(pod, &block).await.map_err(failed)?;
+                let disks = self.attach(pod, &block).await?;
                 storages.extend(block.storages(name, &disks));
                 guest.set_root(&rootfs::root(name), block.readonly || guest.root_readonly());
                 tracing::info!(container = name, disks = ?block.images, "its root is attached to the machine");
@@ -114,36 +205,59 @@ impl ContainerFiles {
                 Some(root)
             }
         };
-        if pod.share.is_some() {
-            self.share(pod, name, shared, guest).await.map_err(failed)?;
-        } else if let Some(root) = shared {
-            return Err(failed(StorageError::NoShare(root.path)));
-        } else {
-            let agent = Link::agent(link).await?;
-            for volume in &guest.volumes {
-                let target = guest_spec::in_share(name).join(&volume.name);
-                storage::copy(&agent, volume, &target).await.map_err(failed)?;
-            }
+        match root {
+            Some(root) if pod.share.is_none() => Err(StorageError::NoShare(root.path)),
+            root => Ok(root),
         }
-        Ok(storages)
     }
 
     async fn attach(&mut self, pod: &Pod, block: &Block) -> Result<Vec<PciPath>, StorageError> {
         let mut disks = Vec::with_capacity(block.images.len());
         for image in &block.images {
-            let (path, readonly) = (image.path.clone(), block.readonly);
-            let claimed = tokio::task::spawn_blocking(move || storage::claim(&path, readonly)).await;
-            claimed.unwrap_or(Err(StorageError::Interrupted))?;
-            let id = format!("disk{}", pod.next_disk.fetch_add(1, Ordering::Relaxed));
-            let disk = Disk { id: id.clone(), path: image.path.clone(), readonly };
-            let added = pod.vm.add_disk(disk).await;
-            disks.push(added.map_err(|source| StorageError::Attach {
-                path: image.path.clone(),
-                source: Box::new(source),
-            })?);
+            let id = disk_id(pod);
+            let disk = Disk { id: id.clone(), path: image.path.clone(), readonly: block.readonly };
+            disks.push(storage::plug(&*pod.vm, disk).await?);
             self.disks.push(id);
         }
         Ok(disks)
+    }
+
+    /// Copies a volume; the answer is where the guest has it.
+    async fn copy(
+        &mut self,
+        pod: &Pod,
+        agent: &Agent,
+        name: &str,
+        number: usize,
+        volume: &Volume,
+        follows: bool,
+    ) -> Result<PathBuf, StorageError> {
+        let copies = Path::new(guest::CONTAINER_DIR).join(name).join("volumes");
+        let target = copies.join(number.to_string());
+        self.copies = Some(copies.display().to_string());
+        if follows {
+            self.mirrors.push(Mirror::start(agent, pod.changes(), &volume.source, &target).await?);
+        } else {
+            storage::copy(agent, volume, &target).await?;
+        }
+        Ok(target)
+    }
+
+    /// Has the machine take a device that others of the pod may use too.
+    async fn device(
+        &mut self,
+        pod: &Pod,
+        path: PathBuf,
+        readonly: bool,
+        entry: Option<Entry>,
+    ) -> Result<PciPath, StorageError> {
+        let disk = Disk { id: disk_id(pod), path: path.clone(), readonly };
+        let at = pod.disks.attach(&*pod.vm, disk).await?;
+        if let Some(Err(error)) = entry.as_ref().map(|entry| entry.claim(&pod.id)) {
+            tracing::warn!(device = %path.display(), %error, "the direct volume does not name its pod");
+        }
+        self.devices.push((path, entry));
+        Ok(at)
     }
 
     async fn share(
@@ -151,33 +265,69 @@ impl ContainerFiles {
         pod: &Arc<Pod>,
         name: &str,
         root: Option<SharedRoot>,
-        guest: &GuestSpec,
+        volumes: Vec<(Volume, bool)>,
+        guest: &mut GuestSpec,
     ) -> Result<(), StorageError> {
-        if root.is_none() && guest.volumes.is_empty() {
+        if root.is_none() && volumes.is_empty() {
             return Ok(());
         }
-        let (pod, name, volumes) = (pod.clone(), name.to_owned(), guest.volumes.clone());
+        let wanted = |(volume, own): &(Volume, bool)| SharedVolume {
+            source: volume.source.clone(),
+            readonly: volume.readonly && !own,
+            follows_host: volume.follows_host,
+        };
+        let (pod, name, shared) =
+            (pod.clone(), name.to_owned(), volumes.iter().map(wanted).collect::<Vec<_>>());
         let add =
-            move || pod.share.as_ref().map(|share| share.add(&name, root.as_ref(), &volumes)).transpose();
-        self.shared = tokio::task::spawn_blocking(add).await.unwrap_or(Err(StorageError::Interrupted))?;
+            move || pod.share.as_ref().map(|share| share.add(&name, root.as_ref(), &shared)).transpose();
+        self.shared = blocking(add).await.unwrap_or(Err(StorageError::Interrupted))?;
+        let names = self.shared.iter().flat_map(SharedFiles::volumes);
+        for ((volume, _), name) in volumes.iter().zip(names) {
+            guest.place(volume, Path::new(guest::SHARE_DIR).join(name));
+        }
         Ok(())
     }
 
     /// Gives everything back, once the agent has let go of it. A machine that has ended has no disks to give back.
     pub(super) async fn release(self, pod: &Pod, link: &watch::Receiver<Link>) {
-        for disk in self.disks.iter().rev() {
-            if matches!(&*link.borrow(), Link::Down(_)) {
-                break;
-            }
+        drop(self.mirrors);
+        let agent = match &*link.borrow() {
+            Link::Up(agent) => Some(agent.clone()),
+            Link::Pending | Link::Down(_) => None,
+        };
+        if let (Some(agent), Some(copies)) = (agent, &self.copies)
+            && let Err(error) = agent.remove_file(copies).await
+        {
+            tracing::debug!(pod = %pod.id, copies, %error, "copies of files stay in the guest");
+        }
+        let over = || matches!(&*link.borrow(), Link::Down(_));
+        let kept = |disk: &dyn std::fmt::Display, error: kata_hypervisor::HypervisorError| {
+            tracing::warn!(pod = %pod.id, %disk, error = %chain(&error), "the guest keeps a disk; the pod's end takes it");
+        };
+        for disk in self.disks.iter().rev().take_while(|_| !over()) {
             if let Err(error) = pod.vm.remove_device(disk).await {
-                tracing::warn!(pod = %pod.id, disk, error = %crate::error::chain(&error), "the guest keeps a disk; the pod's end takes it");
+                kept(disk, error);
+            }
+        }
+        for (device, entry) in self.devices.iter().rev() {
+            if !over()
+                && let Err(error) = pod.disks.detach(&*pod.vm, device).await
+            {
+                kept(&device.display(), error);
+            }
+            if let Some(entry) = entry {
+                entry.release(&pod.id);
             }
         }
         if let Some(mut shared) = self.shared {
             // It can only fail by a panic, and what is left then is in the leak record.
-            let _ = tokio::task::spawn_blocking(move || shared.release()).await;
+            let _ = blocking(move || shared.release()).await;
         }
     }
+}
+
+fn disk_id(pod: &Pod) -> String {
+    format!("disk{}", pod.next_disk.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The pod's shared memory, of the size that it has on the host: the agent makes it once, whoever asks.
@@ -193,6 +343,7 @@ fn pod_shm(host: &Path) -> Storage {
         fstype: "tmpfs".to_owned(),
         options: ["noexec", "nosuid", "nodev", "mode=1777", &size].map(str::to_owned).to_vec(),
         mount_point: guest_spec::pod_shm().display().to_string(),
+        shared: true,
         ..Default::default()
     }
 }

@@ -13,10 +13,8 @@ use super::message::{Created, Done, Launched};
 use super::{Actor, Link, Message, Phase, Reply, Request, work};
 use crate::agent_client::{Agent, AgentError};
 use crate::error::{ErrorKind, SandboxError};
-use crate::guest_spec;
 use crate::pod::{ContainerSpec, Event, Exit, ProcessId, Status, Stdio};
 use crate::process_table::{Container, Pending, Process, check_id};
-use crate::spec;
 use crate::stdio::Streams;
 
 /// Signals that end a creation: there is no process yet that could handle them.
@@ -430,18 +428,13 @@ impl Actor {
 
     fn update(&mut self, container: String, resources: LinuxResources, reply: Reply<()>) {
         let id = ProcessId::init(container);
-        let known = self.table.process(&id).map(drop);
-        match guest_spec::guest_resources(resources) {
-            Ok(resources) => {
-                let resources = spec::resources(&resources);
-                self.ask_agent("update", id, known, reply, |agent, id| async move {
-                    agent.update(&id.container, resources).await
-                });
-            }
-            Err(source) => {
-                answer(reply, Err(SandboxError::GuestSpec { process: id, source: Arc::new(source) }));
-            }
+        if let Err(error) = self.alive().and_then(|()| self.table.process(&id).map(drop)) {
+            return answer(reply, Err(error));
         }
+        let (pod, link) = (self.pod.clone(), self.link.subscribe());
+        tokio::spawn(async move {
+            answer(reply, work::update(&pod, &link, &id, resources).await);
+        });
     }
 
     fn pids_of(&mut self, container: &str) -> Result<Vec<u32>, SandboxError> {

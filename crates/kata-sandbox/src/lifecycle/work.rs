@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kata_api::agent::{CreateContainerRequest, ExecProcessRequest};
+use oci_spec::runtime::LinuxResources;
 use tokio::sync::{Notify, watch};
 
 use super::files::{self, ContainerFiles};
@@ -17,6 +18,7 @@ use crate::guest_spec::{self, GuestSpecError};
 use crate::hooks::Hooks;
 use crate::pod::{ContainerSpec, Exit, ProcessId, RootfsMount, Stdio};
 use crate::process_table::Pending;
+use crate::resources::{self, ResourceError};
 use crate::spec;
 use crate::stdio::{Connected, StdioError, Streams};
 use crate::storage::SharedRoot;
@@ -59,6 +61,7 @@ pub(super) async fn create(
         hooks = hooks.created();
     }
     let hooks = Arc::new(hooks);
+    let share = resources::own_share(&spec);
     let prepared = prepare(pod, link, &id, bundle, spec, rootfs, &mut cancel).await;
     let Prepared { files, mut request, timeline } = match prepared {
         Ok(prepared) => prepared,
@@ -78,6 +81,11 @@ pub(super) async fn create(
     let make = async {
         let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
         hooks.create().await.map_err(failed)?;
+        if let Some(limits) = &share {
+            let agent = Link::agent(link).await?;
+            let admitted = pod.resources.admit(&name, limits.as_ref(), &*pod.vm, &agent).await;
+            admitted.map_err(|error| resource_error("create", &id, error, link))?;
+        }
         if let Pids::Of(other) = &pids {
             let joined = pids::join(&Link::agent(link).await?, other, &mut request).await;
             joined.map_err(|error| agent_error("find the processes for", &id, error, link))?;
@@ -100,6 +108,9 @@ pub(super) async fn create(
         }
     }
 }
+
+/// Kubernetes sets it for every container on hosts with control groups of version 2, so without it no pod would start.
+const OOM_GROUP: &str = "memory.oom.group";
 
 /// What the agent is to be asked for a container, and what it holds already.
 struct Prepared {
@@ -128,8 +139,8 @@ async fn prepare(
     let root = SharedRoot { path: root, mounts: rootfs };
     let mut guest =
         guest_spec::translate(name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
-    let way = files::choose(id, &root, &guest).await?;
-    if files::need_guest(pod, &way, &guest) {
+    let ways = files::choose(pod, id, &root, &guest).await?;
+    if files::need_guest(&ways) {
         tokio::select! {
             biased;
             _ = cancel.wait_for(Option::is_some) => return Err(SandboxError::CreateCancelled(id.clone())),
@@ -138,13 +149,14 @@ async fn prepare(
     }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
-    let (files, storages) = files::add(pod, link, id, (way, root), &mut guest).await?;
+    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest).await?;
     timeline.add(Layer::Host, format!("files of {name}"), start);
 
     let request = CreateContainerRequest {
         container_id: name.clone(),
         oci: Some(spec::spec(&guest.spec)).into(),
-        storages,
+        storages: wanted.storages,
+        devices: wanted.devices,
         ..Default::default()
     };
     Ok(Prepared { files, request, timeline })
@@ -161,6 +173,12 @@ async fn ask(
     created: &mut Created,
 ) -> Result<(), SandboxError> {
     let agent = Link::agent(link).await?;
+    if let Some(spec) = request.oci.as_mut() {
+        let resources = spec.linux.as_mut().and_then(|linux| linux.resources.as_mut());
+        let process = spec.process.as_ref();
+        understood(&agent, &spec.domainname, process, resources)
+            .map_err(|source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) })?;
+    }
     let start = Instant::now();
     let connected = Connected::open(&pod.hybrid, stdio).await.map_err(|source| stdio_error(id, source))?;
     let ports = connected.ports();
@@ -178,10 +196,35 @@ async fn ask(
     Ok(())
 }
 
+/// Refuses what only this project's agent understands where the guest has another.
+pub(super) fn understood(
+    agent: &Agent,
+    domainname: &str,
+    process: Option<&kata_api::oci::Process>,
+    mut resources: Option<&mut kata_api::oci::LinuxResources>,
+) -> Result<(), GuestSpecError> {
+    if agent.is_ours() {
+        return Ok(());
+    }
+    if let Some(unified) = resources.as_deref_mut().map(|resources| &mut resources.unified)
+        && unified.remove(OOM_GROUP).is_some()
+    {
+        tracing::info!("{OOM_GROUP} is not told to the guest: its agent is not this project's");
+    }
+    match spec::extension(domainname, process, resources.as_deref()) {
+        Some(field) => Err(GuestSpecError::Unsupported {
+            field,
+            reason: "the guest's agent is not this project's, and the protocol they share has no field for it",
+        }),
+        None => Ok(()),
+    }
+}
+
 /// Takes a container back that was made, or half made. The agent may not know it.
 pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
     let Created { files, hooks, streams, .. } = created;
     drop(streams);
+    pod.resources.dismiss(&id.container).await;
     let up = match &*link.borrow() {
         Link::Up(agent) => Some(agent.clone()),
         Link::Pending | Link::Down(_) => None,
@@ -269,6 +312,7 @@ pub(super) async fn launch(
     let connected = Connected::open(&pod.hybrid, &stdio).await.map_err(|source| stdio_error(id, source))?;
     let ports = connected.ports();
     let mut process = spec::process(&command);
+    understood(&agent, "", Some(&process), None).map_err(refused)?;
     process.terminal = stdio.terminal;
     let request = ExecProcessRequest {
         container_id: id.container.clone(),
@@ -296,6 +340,39 @@ pub(super) async fn freeze(
     let result =
         if to == Pending::Pause { agent.pause(container).await } else { agent.resume(container).await };
     result.map_err(|error| agent_error(to.as_str(), &ProcessId::init(container), error, link))
+}
+
+/// Changes a container's limits: room is made before the guest hears of them, and given back after it has.
+pub(super) async fn update(
+    pod: &Pod,
+    link: &watch::Receiver<Link>,
+    id: &ProcessId,
+    limits: LinuxResources,
+) -> Result<(), SandboxError> {
+    let refused = |source| SandboxError::GuestSpec { process: id.clone(), source: Arc::new(source) };
+    let mut in_guest = spec::resources(&guest_spec::guest_resources(limits.clone()).map_err(refused)?);
+    let agent = Link::agent(link).await?;
+    understood(&agent, "", None, Some(&mut in_guest)).map_err(refused)?;
+    let changed = pod.resources.change(&id.container, &limits, &*pod.vm, &agent).await;
+    let before = changed.map_err(|error| resource_error("update", id, error, link))?;
+    if let Err(error) = agent.update(&id.container, in_guest).await {
+        pod.resources.restore(before).await;
+        return Err(agent_error("update", id, error, link));
+    }
+    pod.resources.shrink(&*pod.vm).await;
+    Ok(())
+}
+
+fn resource_error(
+    action: &'static str,
+    process: &ProcessId,
+    error: ResourceError,
+    link: &watch::Receiver<Link>,
+) -> SandboxError {
+    match error {
+        ResourceError::Guest(error) => agent_error(action, process, error, link),
+        error => SandboxError::Limits { action, process: process.clone(), source: Arc::new(error) },
+    }
 }
 
 /// What the host has of a process that is to be removed.
@@ -330,6 +407,9 @@ pub(super) async fn delete(
     }
     if let Some(files) = files {
         files.release(pod, link).await;
+    }
+    if id.exec.is_none() {
+        pod.resources.dismiss(&id.container).await;
     }
     if let Some(hooks) = hooks {
         hooks.poststop().await;

@@ -9,26 +9,44 @@
 //! ```
 //!
 //! Each Ethernet link gets a tap, and each of the two sends on by the other whatever comes in on it, before the
-//! namespace's own protocol stack sees it (upstream calls this `tcfilter`). The machine gets the tap; the agent is told of
-//! addresses, routes and neighbours. What is there is looked at once while the pod boots and once at the start of each
-//! container, because some clients (`ctr run --cni`, Docker since 26) bring the interfaces between create and start. Nobody
-//! waits for an interface: a namespace without any costs one listing.
+//! namespace's own protocol stack sees it. That is `tcfilter`; how else the two can be joined is `internetworking_model`:
+//!
+//! | model | between link and machine |
+//! |---|---|
+//! | `tcfilter` | a tap, and filters that redirect each to the other |
+//! | `macvtap` | a macvtap on the link, in mode passthru: the kernel's own device for this |
+//! | `none` | a tap that is joined with nothing: whoever set the namespace up joins it |
+//! | a tap that was there | given to the machine as it is, in every model |
+//!
+//! The machine gets the tap; the agent is told of addresses, routes and neighbours. What is there is looked at while the pod
+//! boots, at the start of each container (some clients, as `ctr run --cni` and Docker since 26, bring the interfaces between
+//! create and start), and whenever the kernel tells of a change (`watch`). Nobody waits for an interface: a namespace without
+//! any costs one listing.
+//!
+//! ```text
+//!  scan ─▶ Attachments: what is there, what the machine has, what the agent knows ─▶ plug, unplug ─▶ tell the difference
+//! ```
 //!
 //! A tap lives as long as the files by which it is open, and a redirection as long as its link. So there is nothing to put
 //! into the leak record: what a killed owner leaves on a link, the next one to use it replaces.
 
+mod attachments;
+mod loopback;
+mod macvtap;
 mod netlink;
 mod scan;
 mod tap;
+mod watch;
 
 use std::io;
 
-use kata_api::types::Route;
+use kata_config::{Config, InternetworkingModel};
 use kata_hypervisor::{HypervisorError, Nic, Vm};
 use tokio::sync::Mutex;
 
-use self::netlink::Netlink;
-use self::scan::{Endpoint, foreign_tap, scan};
+use self::attachments::Attachments;
+pub(crate) use self::loopback::lead as lead_loopback;
+pub(crate) use self::watch::follow;
 use crate::agent_client::{Agent, AgentError};
 use crate::error::ErrorKind;
 use crate::pod::NetworkSpec;
@@ -53,6 +71,41 @@ pub enum NetworkError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// No macvtap.
+    #[error(
+        "cannot make a macvtap on {link} (runtime.internetworking_model = \"macvtap\"): {step} failed; \
+         \"tcfilter\" needs less of the kernel"
+    )]
+    MacVtap {
+        /// The link that it was for.
+        link: String,
+        /// What was tried.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A tap of the namespace that cannot be taken.
+    #[error("the tap {link} of the pod's network namespace cannot be opened")]
+    GivenTap {
+        /// Its name.
+        link: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A bound that the way of joining cannot keep.
+    #[error(
+        "{link} cannot be held to {key}: {reason}; use runtime.internetworking_model = \"tcfilter\", or set no rate"
+    )]
+    Rate {
+        /// The link.
+        link: String,
+        /// The setting.
+        key: &'static str,
+        /// Why.
+        reason: &'static str,
     },
     /// A link that no virtual machine can have.
     #[error("the link {link} cannot be given to the guest: {reason}")]
@@ -120,12 +173,43 @@ impl NetworkError {
     /// The class that a client sees.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Link { .. } | Self::Route { .. } | Self::InUse { .. } | Self::TooLate { .. } => {
-                ErrorKind::Unimplemented
-            }
+            Self::Link { .. }
+            | Self::Route { .. }
+            | Self::InUse { .. }
+            | Self::TooLate { .. }
+            | Self::Rate { .. } => ErrorKind::Unimplemented,
             Self::Agent { source, .. } => source.kind(),
             Self::Released => ErrorKind::Unavailable,
-            Self::Netlink { .. } | Self::Tap { .. } | Self::Plug { .. } => ErrorKind::Internal,
+            Self::Netlink { .. }
+            | Self::Tap { .. }
+            | Self::MacVtap { .. }
+            | Self::GivenTap { .. }
+            | Self::Plug { .. } => ErrorKind::Internal,
+        }
+    }
+}
+
+/// How links and the machine's interfaces are joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wiring {
+    model: InternetworkingModel,
+    /// Queue pairs of each interface, at least one.
+    queues: u16,
+    /// Bits a second into the pod; zero is without a bound.
+    into_pod: u64,
+    /// Bits a second out of the pod; zero is without a bound.
+    out_of_pod: u64,
+}
+
+impl Wiring {
+    /// As it is configured.
+    pub(crate) fn of(config: &Config) -> Self {
+        let qemu = &config.hypervisor.qemu;
+        Self {
+            model: config.runtime.internetworking_model,
+            queues: u16::try_from(qemu.network_queues).unwrap_or(u16::MAX).max(1),
+            into_pod: qemu.rx_rate_limiter_max_rate,
+            out_of_pod: qemu.tx_rate_limiter_max_rate,
         }
     }
 }
@@ -139,8 +223,8 @@ pub(crate) struct Network {
 
 impl Network {
     /// Nothing is done yet.
-    pub(crate) fn new(spec: NetworkSpec) -> Self {
-        Self { spec, attachments: Mutex::default() }
+    pub(crate) fn new(spec: NetworkSpec, wiring: Wiring) -> Self {
+        Self { spec, attachments: Mutex::new(Attachments::new(wiring)) }
     }
 
     /// What the owner was told of it.
@@ -158,158 +242,24 @@ impl Network {
         self.attachments.lock().await.tell(agent).await
     }
 
-    /// Plugs into the running machine what has come into the namespace since the last look, and tells the agent. The answer
-    /// is whether there was anything. After an error the next call tries again.
+    /// Brings the running machine to what is in the namespace now: plugs in what has come, takes out what has gone, and tells
+    /// the agent what is different. The answer is whether there was anything. After an error the next call tries again.
     pub(crate) async fn catch_up(&self, vm: &dyn Vm, agent: &Agent) -> Result<bool, NetworkError> {
         let mut attachments = self.attachments.lock().await;
-        attachments.plug(vm).await?;
+        attachments.plug(vm, true).await?;
+        attachments.tell(agent).await
+    }
+
+    /// The same for what the machine can take while it runs. What it cannot is the error of the next container's start.
+    async fn keep_up(&self, vm: &dyn Vm, agent: &Agent) -> Result<bool, NetworkError> {
+        let mut attachments = self.attachments.lock().await;
+        attachments.plug(vm, vm.capabilities().hotplug_network).await?;
         attachments.tell(agent).await
     }
 
     /// Takes every tap and redirection away, for good.
     pub(crate) async fn release(&self) -> Result<(), NetworkError> {
-        let mut attachments = self.attachments.lock().await;
-        attachments.released = true;
-        attachments.detach(0).await
-    }
-}
-
-/// The endpoints that the machine has or is about to get.
-#[derive(Default)]
-struct Attachments {
-    all: Vec<Attachment>,
-    released: bool,
-}
-
-struct Attachment {
-    endpoint: Endpoint,
-    /// The tap's link, once there is one.
-    tap: Option<u32>,
-    /// Whether the agent knows.
-    told: bool,
-}
-
-impl Attachments {
-    /// Attaches what is new. On an error nothing of it is left.
-    async fn attach(&mut self) -> Result<Vec<Nic>, NetworkError> {
-        if self.released {
-            return Err(NetworkError::Released);
-        }
-        let netlink = Netlink::open()?;
-        let known: Vec<u32> = self.all.iter().map(|attachment| attachment.endpoint.link).collect();
-        let first = self.all.len();
-        let mut nics = Vec::new();
-        let endpoints = scan(&netlink, &known).await?;
-        let own: Vec<u32> = self.all.iter().filter_map(|attachment| attachment.tap).collect();
-        // Before anything is redirected: it would be away from the other machine, for good.
-        if !endpoints.is_empty()
-            && let Some(tap) = foreign_tap(&netlink, &own).await?
-        {
-            return Err(NetworkError::InUse { tap });
-        }
-        for endpoint in endpoints {
-            if let Some(attachment) = self.all.iter_mut().find(|known| known.endpoint.link == endpoint.link) {
-                // A newcomer may have taken its default route.
-                attachment.endpoint.routes = endpoint.routes;
-                continue;
-            }
-            // First of all in the list: whatever is made of it from here on, teardown takes.
-            self.all.push(Attachment { endpoint, tap: None, told: false });
-            let Some(attachment) = self.all.last_mut() else { continue };
-            match attachment.connect(&netlink).await {
-                Ok(nic) => nics.push(nic),
-                Err(error) => {
-                    self.detach(first).await?;
-                    return Err(error);
-                }
-            }
-        }
-        Ok(nics)
-    }
-
-    async fn plug(&mut self, vm: &dyn Vm) -> Result<(), NetworkError> {
-        let first = self.all.len();
-        let nics = self.attach().await?;
-        for (at, nic) in (first..).zip(nics) {
-            let plugged = vm.add_nic(nic).await;
-            let Some(attachment) = self.all.get_mut(at) else { continue };
-            let interface = &mut attachment.endpoint.interface;
-            match plugged {
-                Ok(path) => interface.device_path = path.0,
-                Err(source) => {
-                    let link = interface.name.clone();
-                    self.detach(at).await?;
-                    return Err(match source {
-                        HypervisorError::Unsupported { .. } => {
-                            NetworkError::TooLate { link, source: source.into() }
-                        }
-                        source => NetworkError::Plug { link, source: source.into() },
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes away the attachments from the one at `first` on.
-    async fn detach(&mut self, first: usize) -> Result<(), NetworkError> {
-        if self.all.len() <= first {
-            return Ok(());
-        }
-        let netlink = Netlink::open()?;
-        let mut result = Ok(());
-        for Attachment { endpoint, tap, .. } in self.all.drain(first..) {
-            result = result.and(netlink.remove_redirection(endpoint.link).await);
-            if let Some(tap) = tap {
-                result = result.and(netlink.remove_link(tap).await);
-            }
-        }
-        result
-    }
-
-    async fn tell(&mut self, agent: &Agent) -> Result<bool, NetworkError> {
-        let new = || self.all.iter().filter(|attachment| !attachment.told).map(|new| &new.endpoint);
-        if new().next().is_none() {
-            return Ok(false);
-        }
-        for endpoint in new() {
-            let refused =
-                |source| NetworkError::Agent { what: format!("interface {}", endpoint.name()), source };
-            agent.update_interface(&endpoint.interface).await.map_err(refused)?;
-        }
-        let refused = |what: &str| {
-            let what = what.to_owned();
-            move |source| NetworkError::Agent { what, source }
-        };
-        // The agent replaces the routes it has, so it is told of all. What a gateway is reached by comes before it.
-        let mut routes: Vec<Route> =
-            self.all.iter().flat_map(|attachment| attachment.endpoint.routes.iter().cloned()).collect();
-        routes.sort_by_key(|route| !route.gateway.is_empty());
-        if !routes.is_empty() {
-            agent.update_routes(routes).await.map_err(refused("the routes"))?;
-        }
-        let neighbours: Vec<_> = new().flat_map(|endpoint| endpoint.neighbours.iter().cloned()).collect();
-        if !neighbours.is_empty() {
-            agent.add_neighbours(neighbours).await.map_err(refused("the neighbours"))?;
-        }
-        self.all.iter_mut().for_each(|attachment| attachment.told = true);
-        Ok(true)
-    }
-}
-
-impl Attachment {
-    /// Makes the tap and joins it with the link.
-    async fn connect(&mut self, netlink: &Netlink) -> Result<Nic, NetworkError> {
-        let Endpoint { link, mac, mtu, interface, .. } = &self.endpoint;
-        let tap = tap::open().map_err(|source| NetworkError::Tap { link: interface.name.clone(), source })?;
-        let index = netlink.index_of(&tap.name).await?;
-        self.tap = Some(index);
-        netlink.redirect(*link, index).await?;
-        netlink.redirect(index, *link).await?;
-        netlink.set_up(index, *mtu).await?;
-        tracing::info!(link = interface.name, tap = tap.name, "joined");
-        // By number: a link's name may hold what no device's name can.
-        Ok(Nic { id: format!("net{link}"), mac: *mac, mtu: *mtu, queues: vec![tap.file] })
+        self.attachments.lock().await.release().await
     }
 }
 

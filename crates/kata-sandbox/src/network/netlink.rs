@@ -3,14 +3,18 @@
 
 use std::io;
 
-use futures_util::{Stream, TryStreamExt};
-use rtnetlink::{Handle, LinkUnspec};
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use rtnetlink::packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::{Handle, LinkMacVtap, LinkUnspec};
 
+use self::packet::RouteNetlinkMessage;
 use self::packet::address::AddressMessage;
-use self::packet::link::LinkMessage;
+use self::packet::link::{LinkMessage, MacVtapMode};
 use self::packet::neighbour::NeighbourMessage;
 use self::packet::route::RouteMessage;
-use self::packet::tc::{TcAttribute, TcHandle};
+use self::packet::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use super::NetworkError;
 
 pub(super) use rtnetlink::packet_route as packet;
@@ -19,6 +23,15 @@ pub(super) use rtnetlink::packet_route as packet;
 const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 /// `ETH_P_ALL`, in network order: packets of every protocol.
 const EVERY_PROTOCOL: u16 = 0x0003_u16.to_be();
+
+/// What a bound of ours is called by.
+const LIMIT: TcHandle = TcHandle { major: 0x4b41, minor: 0 };
+/// Options of `tbf`: its parameters, a rate of more than 32 bits, and its burst in bytes.
+const TBF_PARMS: u16 = 1;
+const TBF_RATE64: u16 = 4;
+const TBF_BURST: u16 = 6;
+/// Least burst in bytes: a frame that a guest leaves to the host to cut.
+const LEAST_BURST: u32 = 64 << 10;
 
 /// A connection to the network namespace of the calling thread.
 pub(super) struct Netlink(Handle);
@@ -97,11 +110,80 @@ impl Netlink {
             .map_err(|source| failed(format!("remove the ingress qdisc of link {link}"), source))
     }
 
+    /// Holds what leaves by a link to so many bits a second. A bound that was left there gives way; another queueing discipline
+    /// does not.
+    pub(super) async fn limit(&self, link: u32, bits: u64) -> Result<(), NetworkError> {
+        match self.add_limit(link, bits).await {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.remove_limit(link).await?;
+                self.add_limit(link, bits).await
+            }
+            added => added,
+        }
+        .map_err(|source| failed(format!("hold link {link} to {bits} bit/s"), source))
+    }
+
+    async fn add_limit(&self, link: u32, bits: u64) -> io::Result<()> {
+        let mut message = TcMessage::with_index(signed(link));
+        (message.header.parent, message.header.handle) = (TcHandle::ROOT, LIMIT);
+        message.attributes.push(TcAttribute::Kind("tbf".to_owned()));
+        message.attributes.push(TcAttribute::Options(token_bucket(bits)));
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+        let mut answers = self.0.clone().request(request).map_err(errno)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload {
+                return if error.code.is_some() { Err(error.to_io()) } else { Ok(()) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what [`Self::limit`] made. It may be gone, and its link too.
+    pub(super) async fn remove_limit(&self, link: u32) -> Result<(), NetworkError> {
+        let mut request = self.0.qdisc().del(signed(link));
+        let message = request.message_mut();
+        (message.header.parent, message.header.handle) = (TcHandle::ROOT, LIMIT);
+        message.attributes.push(TcAttribute::Kind("tbf".to_owned()));
+        let removed = request.execute().await.map_err(errno);
+        unless(&[libc::ENODEV, libc::ENOENT, libc::EINVAL], removed)
+            .map_err(|source| failed(format!("remove the bound of link {link}"), source))
+    }
+
+    /// Puts a macvtap on a link, which then has all that comes in by it.
+    pub(super) async fn add_macvtap(&self, link: u32, name: &str) -> Result<(), NetworkError> {
+        let message = LinkMacVtap::new(name, link, MacVtapMode::Passthrough).build();
+        let added = self.0.link().add(message).execute().await;
+        added.map_err(|error| failed(format!("put the macvtap {name} on link {link}"), errno(error)))
+    }
+
     /// Removes a link, if it is there.
     pub(super) async fn remove_link(&self, link: u32) -> Result<(), NetworkError> {
         let removed = self.0.link().del(link).execute().await.map_err(errno);
         unless(&[libc::ENODEV], removed).map_err(|source| failed(format!("remove link {link}"), source))
     }
+}
+
+/// Options of a `tbf` of so many bits a second: bursts of 10 ms, and a queue of 50 ms behind them.
+fn token_bucket(bits: u64) -> Vec<TcOption> {
+    let bytes = (bits / 8).max(1);
+    let short = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+    let burst = short(bytes / 100).max(LEAST_BURST);
+    let limit = burst.saturating_add(short(bytes / 20).max(LEAST_BURST));
+    // struct tc_tbf_qopt: the rate, no peak rate, the limit, and two fields that the kernel takes from TBF_BURST.
+    let mut parameters = Vec::with_capacity(36);
+    // struct tc_ratespec: its last four bytes are the rate, its second says that links of Ethernet are meant.
+    parameters.extend([0, 1, 0, 0, 0, 0, 0, 0]);
+    parameters.extend(short(bytes).to_ne_bytes());
+    parameters.extend([0; 12]);
+    parameters.extend(limit.to_ne_bytes());
+    parameters.extend([0; 8]);
+    let option = |kind, value: Vec<u8>| TcOption::Other(DefaultNla::new(kind, value));
+    let mut options = vec![option(TBF_PARMS, parameters), option(TBF_BURST, burst.to_ne_bytes().into())];
+    if bytes >= u64::from(u32::MAX) {
+        options.push(option(TBF_RATE64, bytes.to_ne_bytes().into()));
+    }
+    options
 }
 
 /// A whole listing.

@@ -2,10 +2,14 @@
 //!
 //! | in the namespace | for the guest |
 //! |---|---|
-//! | Ethernet links that are up | endpoints |
-//! | loopback, taps, links that are down or a part of another link (bridge, bond) | nothing |
+//! | Ethernet links that are up: veth, macvlan, ipvlan, VLAN, a bridge, a card that was moved here | endpoints |
+//! | a tap that is up and that nobody has open | an endpoint; the machine gets the tap itself |
+//! | other links that are up (tunnels without Ethernet) | refused |
+//! | loopback, taps in use, links that are down or a part of another link (bridge, bond) | nothing |
 //! | addresses | addresses; not IPv6 link-local ones, which it makes itself |
 //! | unicast routes of the main table | routes; not the kernel's own, which come with the addresses |
+//! | routes of several hops, through another family, that drop what they match | refused |
+//! | routes of other tables, rules | nothing, and said so: the guest has one table |
 //! | permanent neighbours | neighbours |
 
 use std::net::IpAddr;
@@ -28,15 +32,32 @@ use super::netlink::packet::route::{
 use super::tap::is_of_a_machine;
 
 /// An interface that the guest shall have, and all that belongs to it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Endpoint {
     /// Its link in the namespace.
     pub(super) link: u32,
     pub(super) mac: [u8; 6],
     pub(super) mtu: u16,
+    /// The link is itself a tap that the machine can have.
+    pub(super) given_tap: bool,
     pub(super) interface: Interface,
-    pub(super) routes: Vec<Route>,
+    pub(super) routes: Vec<RankedRoute>,
     pub(super) neighbours: Vec<ARPNeighbor>,
+}
+
+/// A route, and how far it stands back behind others to the same network.
+#[derive(Clone, Debug)]
+pub(super) struct RankedRoute {
+    pub(super) metric: u32,
+    pub(super) route: Route,
+}
+
+/// What there is.
+pub(super) struct Scan {
+    /// Every link, whatever it is.
+    pub(super) links: Vec<u32>,
+    /// In the order of their links.
+    pub(super) endpoints: Vec<Endpoint>,
 }
 
 impl Endpoint {
@@ -44,15 +65,41 @@ impl Endpoint {
     pub(super) fn name(&self) -> &str {
         &self.interface.name
     }
+
+    /// Its name among the machine's devices. By number: a link's name may hold what no device's name can.
+    pub(super) fn device(&self) -> String {
+        format!("net{}", self.link)
+    }
+
+    /// Takes over what can change in the life of a device: not its hardware address, and no larger packets than it came with.
+    pub(super) fn refresh(&mut self, now: Self) {
+        let Self { mtu, interface, routes, neighbours, .. } = now;
+        self.interface = Interface {
+            hw_addr: std::mem::take(&mut self.interface.hw_addr),
+            device_path: std::mem::take(&mut self.interface.device_path),
+            mtu: mtu.min(self.mtu).into(),
+            ..interface
+        };
+        (self.routes, self.neighbours) = (routes, neighbours);
+    }
+
+    /// As a device without a link.
+    pub(super) fn bare(&mut self) {
+        self.interface.ip_addresses.clear();
+        self.routes.clear();
+        self.neighbours.clear();
+    }
 }
 
-/// All endpoints, by link, if there is one whose link is not among `known`; else none.
-pub(super) async fn scan(netlink: &Netlink, known: &[u32]) -> Result<Vec<Endpoint>, NetworkError> {
-    let links = netlink.links().await?;
-    let found: Result<Vec<Endpoint>, _> = links.iter().filter_map(endpoint).collect();
+/// Looks at the namespace, of whose links `known` are the machine's already.
+pub(super) async fn scan(netlink: &Netlink, known: &[u32]) -> Result<Scan, NetworkError> {
+    let messages = netlink.links().await?;
+    let links = messages.iter().map(|link| link.header.index).collect();
+    let found: Result<Vec<Endpoint>, _> =
+        messages.iter().filter_map(|link| endpoint(link, known.contains(&link.header.index))).collect();
     let mut endpoints = found?;
-    if endpoints.iter().all(|endpoint| known.contains(&endpoint.link)) {
-        return Ok(Vec::new());
+    if endpoints.is_empty() {
+        return Ok(Scan { links, endpoints });
     }
     endpoints.sort_by_key(|endpoint| endpoint.link);
     for address in netlink.addresses().await? {
@@ -68,7 +115,7 @@ pub(super) async fn scan(netlink: &Netlink, known: &[u32]) -> Result<Vec<Endpoin
             endpoint.neighbours.extend(permanent_neighbour(endpoint.name(), &neighbour));
         }
     }
-    Ok(endpoints)
+    Ok(Scan { links, endpoints })
 }
 
 /// A tap that is there for another machine than the one whose taps are `own`. It lives as long as that machine.
@@ -89,7 +136,7 @@ fn of_link(endpoints: &mut [Endpoint], link: u32) -> Option<&mut Endpoint> {
     endpoints.iter_mut().find(|endpoint| endpoint.link == link)
 }
 
-fn endpoint(link: &LinkMessage) -> Option<Result<Endpoint, NetworkError>> {
+fn endpoint(link: &LinkMessage, known: bool) -> Option<Result<Endpoint, NetworkError>> {
     let name = name(link).unwrap_or_default().to_owned();
     let (mut kind, mut mac, mut mtu) = (None, None, 0);
     for attribute in &link.attributes {
@@ -107,7 +154,13 @@ fn endpoint(link: &LinkMessage) -> Option<Result<Endpoint, NetworkError>> {
         }
     }
     let header = &link.header;
-    if header.link_layer_type != LinkLayerType::Ether || kind == Some(InfoKind::Tun) {
+    let given_tap = kind == Some(InfoKind::Tun);
+    if header.link_layer_type == LinkLayerType::Loopback || kind == Some(InfoKind::MacVtap) {
+        return None;
+    }
+    // Of a tap that somebody has open, the carrier is on.
+    let in_use = header.flags.contains(LinkFlags::LowerUp) && !known;
+    if given_tap && (in_use || is_of_a_machine(&name)) {
         return None;
     }
     if !header.flags.contains(LinkFlags::Up) {
@@ -115,6 +168,11 @@ fn endpoint(link: &LinkMessage) -> Option<Result<Endpoint, NetworkError>> {
         return None;
     }
     let unsupported = |reason| Some(Err(NetworkError::Link { link: name.clone(), reason }));
+    if header.link_layer_type != LinkLayerType::Ether {
+        return unsupported(
+            "it carries no Ethernet frames, and a machine's interfaces do; take it down if the pod does not need it",
+        );
+    }
     let Some(mac) = mac else { return unsupported("it has no hardware address of 6 bytes") };
     let Ok(mtu) = u16::try_from(mtu) else { return unsupported("its MTU is more than 65535 bytes") };
     let interface = Interface {
@@ -126,7 +184,8 @@ fn endpoint(link: &LinkMessage) -> Option<Result<Endpoint, NetworkError>> {
         raw_flags: (header.flags & LinkFlags::Noarp).bits(),
         ..Default::default()
     };
-    Some(Ok(Endpoint { link: header.index, mac, mtu, interface, routes: Vec::new(), neighbours: Vec::new() }))
+    let (routes, neighbours) = (Vec::new(), Vec::new());
+    Some(Ok(Endpoint { link: header.index, mac, mtu, given_tap, interface, routes, neighbours }))
 }
 
 fn add_address(endpoint: &mut Endpoint, message: &AddressMessage) {
@@ -145,13 +204,14 @@ fn add_address(endpoint: &mut Endpoint, message: &AddressMessage) {
     let mut length = message.header.prefix_len;
     // Of a point-to-point link the prefix is the other end's, and the guest is not told of that: a route has to say it.
     if let Some(remote) = remote.filter(|remote| *remote != address) {
-        endpoint.routes.push(Route {
+        let route = Route {
             dest: format!("{remote}/{length}"),
             device: endpoint.interface.name.clone(),
             scope: u8::from(RouteScope::Link).into(),
             family: family(remote).into(),
             ..Default::default()
-        });
+        };
+        endpoint.routes.push(RankedRoute { metric: 0, route });
         length = if address.is_ipv4() { 32 } else { 128 };
     }
     endpoint.interface.ip_addresses.push(ip_address(address, length.to_string()));
@@ -159,10 +219,18 @@ fn add_address(endpoint: &mut Endpoint, message: &AddressMessage) {
 
 fn add_route(endpoints: &mut [Endpoint], message: &RouteMessage) -> Result<(), NetworkError> {
     let header = &message.header;
-    if header.kind != RouteType::Unicast
-        || header.protocol == RouteProtocol::Kernel
-        || header.table != RouteHeader::RT_TABLE_MAIN
-    {
+    let drops = matches!(
+        header.kind,
+        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw
+    );
+    if header.protocol == RouteProtocol::Kernel || (header.kind != RouteType::Unicast && !drops) {
+        return Ok(());
+    }
+    if header.table != RouteHeader::RT_TABLE_MAIN {
+        tracing::debug!(
+            table = header.table,
+            "a route of another table than the main one is not the guest's"
+        );
         return Ok(());
     }
     let mut route = Route {
@@ -170,10 +238,11 @@ fn add_route(endpoints: &mut [Endpoint], message: &RouteMessage) -> Result<(), N
         flags: (header.flags & RouteFlags::Onlink).bits(),
         ..Default::default()
     };
-    let (mut link, mut unsupported, mut destination) = (None, None, None);
+    let (mut link, mut unsupported, mut destination, mut metric) = (None, None, None, 0);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(index) => link = Some(*index),
+            RouteAttribute::Priority(priority) => metric = *priority,
             RouteAttribute::Destination(address) => destination = ip(address),
             RouteAttribute::Gateway(address) => {
                 route.gateway = ip(address).map(|address| address.to_string()).unwrap_or_default();
@@ -190,18 +259,28 @@ fn add_route(endpoints: &mut [Endpoint], message: &RouteMessage) -> Result<(), N
             _ => {}
         }
     }
-    let Some(endpoint) = link.and_then(|link| of_link(endpoints, link)) else { return Ok(()) };
     // No destination is the default route.
     let dest = destination.map(|address| format!("{address}/{}", header.destination_prefix_length));
     route.dest = dest.unwrap_or_default();
-    if let Some(reason) = unsupported {
+    let refused = |route: Route, link: &str, reason| {
         let route = if route.dest.is_empty() { "default".to_owned() } else { route.dest };
-        return Err(NetworkError::Route { route, link: endpoint.name().to_owned(), reason });
+        Err(NetworkError::Route { route, link: link.to_owned(), reason })
+    };
+    if drops {
+        return refused(
+            route,
+            "the namespace",
+            "it drops what it matches, and the agent's protocol has no word for that",
+        );
+    }
+    let Some(endpoint) = link.and_then(|link| of_link(endpoints, link)) else { return Ok(()) };
+    if let Some(reason) = unsupported {
+        return refused(route, endpoint.name(), reason);
     }
     let v6 = header.address_family == super::netlink::packet::AddressFamily::Inet6;
     route.family = (if v6 { IPFamily::v6 } else { IPFamily::v4 }).into();
     endpoint.interface.name.clone_into(&mut route.device);
-    endpoint.routes.push(route);
+    endpoint.routes.push(RankedRoute { metric, route });
     Ok(())
 }
 

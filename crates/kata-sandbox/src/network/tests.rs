@@ -1,16 +1,28 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use kata_api::types::{ARPNeighbor, Interface};
+use kata_api::types::{ARPNeighbor, Interface, Route};
 use kata_testkit::netns::Netns;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::netlink::Netlink;
+use super::scan::{Endpoint, scan};
 use super::*;
 
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
+/// As it is without any configuration.
+fn wiring() -> Wiring {
+    Wiring::of(&Config::default())
+}
+
 fn network() -> Network {
-    Network::new(NetworkSpec { hooks: Vec::new(), bundle: "/nonexistent".into(), runtime_netns: None })
+    wired(wiring())
+}
+
+fn wired(wiring: Wiring) -> Network {
+    let spec = NetworkSpec { hooks: Vec::new(), bundle: "/nonexistent".into(), runtime_netns: None };
+    Network::new(spec, wiring)
 }
 
 /// A namespace with an eth0 that has 10.1.0.2, and 10.1.0.1 at its other end.
@@ -25,7 +37,7 @@ fn pod() -> Option<Netns> {
 
 /// What the guest is told of the one endpoint.
 async fn only_endpoint() -> Endpoint {
-    let mut endpoints = scan(&Netlink::open().unwrap(), &[]).await.unwrap();
+    let mut endpoints = scan(&Netlink::open().unwrap(), &[]).await.unwrap().endpoints;
     assert_eq!(endpoints.len(), 1, "{endpoints:?}");
     endpoints.remove(0)
 }
@@ -39,7 +51,8 @@ fn routes(endpoint: &Endpoint) -> Vec<String> {
     let mut routes: Vec<String> = endpoint
         .routes
         .iter()
-        .map(|route| {
+        .map(|ranked| {
+            let route = &ranked.route;
             assert_eq!(route.device, "eth0");
             let Route { dest, gateway, source, scope, flags, mtu, .. } = route;
             let family = route.family.enum_value().unwrap();
@@ -76,7 +89,6 @@ async fn routes_are_told_but_not_the_kernels_own() {
     netns.run("ip route add 10.9.0.0/16 via 192.0.2.1 dev eth0 onlink");
     netns.run("ip -6 route add default via fd00::1 dev eth0");
     netns.run("ip route add 10.77.0.0/16 via 10.1.0.1 table 77");
-    netns.run("ip route add blackhole 10.66.0.0/16");
     assert_eq!(
         routes(&only_endpoint().await),
         [
@@ -98,6 +110,18 @@ async fn route_with_two_next_hops_is_refused_by_name() {
         "the route 10.8.0.0/16 of eth0 cannot be given to the guest: it has several next hops"
     );
     assert_eq!(error.kind(), ErrorKind::Unimplemented);
+}
+
+#[tokio::test]
+async fn route_that_drops_packets_is_refused_by_name() {
+    let Some(netns) = pod() else { return };
+    netns.run("ip route add blackhole 10.66.0.0/16");
+    let error = network().attach().await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the route 10.66.0.0/16 of the namespace cannot be given to the guest: it drops what it matches, and the agent's \
+         protocol has no word for that"
+    );
 }
 
 #[tokio::test]
@@ -211,6 +235,160 @@ async fn filters_of_somebody_else_are_not_taken_away() {
     network.release().await.unwrap();
     assert!(netns.run("tc qdisc show dev eth0").contains("clsact"));
     assert_eq!(netns.run("ip link show type tun"), "");
+}
+
+#[tokio::test]
+async fn machine_gets_one_file_for_each_queue() {
+    let Some(netns) = pod() else { return };
+    let network = wired(Wiring { queues: 4, ..wiring() });
+    let nics = network.attach().await.unwrap();
+    assert_eq!(nics[0].queues.len(), 4);
+    let tap = netns.run("ip -d link show type tun");
+    assert!(tap.contains("multi_queue numqueues 4"), "{tap}");
+    network.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn link_without_ethernet_is_refused_unless_it_is_down() {
+    let Some(netns) = pod() else { return };
+    netns.run("ip tuntap add vpn0 mode tun");
+    assert_eq!(network().attach().await.unwrap().len(), 1);
+    netns.run("ip link set vpn0 up");
+    let error = network().attach().await.unwrap_err();
+    // A tun that nobody has open.
+    assert!(
+        error.to_string().starts_with("the link vpn0 cannot be given to the guest: it carries no Ethernet"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn tap_that_was_there_is_the_machines_own() {
+    let Some(netns) = Netns::enter() else { return };
+    netns.run("ip tuntap add tap7 mode tap");
+    netns.run("ip link set tap7 address 02:00:00:00:00:01 mtu 1400 up");
+    netns.run("ip addr add 10.1.0.2/24 dev tap7");
+    let network = network();
+    let nics = network.attach().await.unwrap();
+    let [nic] = nics.as_slice() else { panic!("{nics:?}") };
+    assert_eq!((nic.mac, nic.mtu, nic.queues.len()), (MAC, 1400, 1));
+    assert!(!netns.run("tc qdisc show").contains("ingress"));
+    // Now that it is in use, it is nobody else's, and still this machine's.
+    assert!(wired(wiring()).attach().await.unwrap().is_empty());
+    assert!(network.attach().await.unwrap().is_empty());
+    network.release().await.unwrap();
+    assert!(netns.run("ip link show type tun").contains("tap7"), "it is its maker's to remove");
+}
+
+#[tokio::test]
+async fn macvlan_is_an_endpoint_like_any_other() {
+    let Some(netns) = Netns::enter() else { return };
+    netns.run_outside("ip link add lower type veth peer name beyond");
+    let here = format!("/proc/{}/task/{}/ns/net", std::process::id(), rustix::thread::gettid().as_raw_pid());
+    netns.run_outside(&format!("ip link add link lower name eth0 netns {here} type macvlan mode bridge"));
+    netns.run("ip link set eth0 address 02:00:00:00:00:01 up");
+    netns.run("ip addr add 10.1.0.2/24 dev eth0");
+    netns.run_outside("ip addr add 10.1.0.1/24 dev beyond");
+    for link in ["lower", "beyond"] {
+        netns.run_outside(&format!("ip link set {link} up"));
+    }
+    let network = network();
+    let nics = network.attach().await.unwrap();
+    assert_eq!((nics.len(), nics[0].mac), (1, MAC));
+    resolve(&nics[0].queues[0]);
+    network.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn model_none_leaves_the_tap_for_somebody_else_to_join() {
+    let Some(netns) = pod() else { return };
+    let network = wired(Wiring { model: InternetworkingModel::None, ..wiring() });
+    let nics = network.attach().await.unwrap();
+    assert_eq!((nics.len(), nics[0].mac), (1, MAC));
+    assert!(!netns.run("tc qdisc show").contains("ingress"));
+    let tap = netns.run("ip -o link show type tun");
+    let tap = tap.split(": ").nth(1).unwrap();
+    // A bridge, as such a somebody would have.
+    netns.run("ip link add br0 type bridge");
+    netns.run("ip addr flush dev eth0");
+    netns.run("ip link set eth0 address 02:00:00:00:00:09");
+    for link in [tap, "eth0"] {
+        netns.run(&format!("ip link set {link} master br0"));
+    }
+    netns.run("ip link set br0 up");
+    resolve(&nics[0].queues[0]);
+    network.release().await.unwrap();
+}
+
+#[tokio::test]
+async fn model_macvtap_carries_frames_and_leaves_nothing() {
+    let Some(netns) = pod() else { return };
+    let macvtap = Wiring { model: InternetworkingModel::MacVtap, ..wiring() };
+    let network = wired(Wiring { queues: 2, ..macvtap });
+    assert_eq!(network.attach().await.unwrap()[0].queues.len(), 2);
+    network.release().await.unwrap();
+    let network = wired(macvtap);
+    let nics = network.attach().await.unwrap();
+    let [nic] = nics.as_slice() else { panic!("{nics:?}") };
+    assert_eq!((nic.mac, nic.mtu, nic.queues.len()), (MAC, 1400, 1));
+    let link = netns.run("ip -d link show type macvtap");
+    assert!(link.contains("macvtap mode passthru") && link.contains("02:00:00:00:00:01"), "{link}");
+    assert!(!netns.run("tc qdisc show").contains("ingress"));
+    let error = wired(wiring()).attach().await.unwrap_err();
+    assert!(matches!(&error, NetworkError::InUse { tap } if link.contains(tap)), "{error}");
+    resolve(&nic.queues[0]);
+    network.release().await.unwrap();
+    assert_eq!(netns.run("ip link show type macvtap"), "");
+}
+
+#[tokio::test]
+async fn rates_become_bounds_of_both_directions_and_go_with_the_pod() {
+    let Some(netns) = pod() else { return };
+    let rates = Wiring { into_pod: 8_000_000, out_of_pod: 40_000_000_000, ..wiring() };
+    for _ in 0..2 {
+        // As if killed the first time: the bound of the link is left, and gives way.
+        std::mem::forget(wired(rates).attach().await.unwrap().pop());
+        netns.run("ip -o link show type tun").split(": ").nth(1).map(|tap| {
+            let bound = netns.run(&format!("tc qdisc show dev {tap} root"));
+            assert!(bound.contains("tbf") && bound.contains("rate 8Mbit burst 64Kb"), "{bound}");
+            netns.run(&format!("ip link del {tap}"))
+        });
+        let bound = netns.run("tc qdisc show dev eth0 root");
+        assert!(bound.contains("tbf") && bound.contains("rate 40Gbit"), "{bound}");
+    }
+    let network = wired(rates);
+    network.attach().await.unwrap();
+    network.release().await.unwrap();
+    assert!(!netns.run("tc qdisc show").contains("tbf"));
+}
+
+#[tokio::test]
+async fn bound_that_cannot_be_kept_is_refused_with_its_setting() {
+    let Some(_netns) = pod() else { return };
+    for (wiring, text) in [
+        (
+            Wiring { model: InternetworkingModel::MacVtap, into_pod: 1, ..wiring() },
+            "eth0 cannot be held to hypervisor.qemu.rx_rate_limiter_max_rate: nothing queues on the way through a macvtap",
+        ),
+        (
+            Wiring { model: InternetworkingModel::None, out_of_pod: 1, ..wiring() },
+            "eth0 cannot be held to hypervisor.qemu.tx_rate_limiter_max_rate: its tap is joined with nothing here",
+        ),
+    ] {
+        let error = wired(wiring).attach().await.unwrap_err();
+        assert!(error.to_string().starts_with(text), "{error}");
+        assert_eq!(error.kind(), ErrorKind::Unimplemented);
+    }
+}
+
+#[tokio::test]
+async fn queueing_discipline_of_somebody_else_is_not_taken_away() {
+    let Some(netns) = pod() else { return };
+    netns.run("tc qdisc add dev eth0 root handle 1: htb");
+    let error = wired(Wiring { out_of_pod: 1_000_000, ..wiring() }).attach().await.unwrap_err();
+    let text = crate::error::chain(&error);
+    assert!(text.starts_with("cannot hold link") && text.contains("File exists"), "{text}");
+    assert!(netns.run("tc qdisc show dev eth0 root").contains("htb"));
 }
 
 /// As a guest with the address 10.1.0.2: asks for the hardware address of 10.1.0.1, and gets an answer.

@@ -11,6 +11,7 @@ use kata_api::agent::CopyFileRequest;
 
 use super::StorageError;
 use crate::agent_client::Agent;
+use crate::blocking::blocking;
 use crate::guest_spec::Volume;
 
 /// Largest file that is copied, in bytes. It is held in memory, and goes in one message.
@@ -21,7 +22,7 @@ const DIR_MODE: u32 = 0o755;
 /// Copies `volume` to `target` in the guest.
 pub(crate) async fn copy(agent: &Agent, volume: &Volume, target: &Path) -> Result<(), StorageError> {
     let (path, target) = (volume.source.clone(), target.display().to_string());
-    let read = tokio::task::spawn_blocking(move || read(&path, target)).await;
+    let read = blocking(move || read(&path, target)).await;
     let request = read.unwrap_or(Err(StorageError::Interrupted))?;
     let copied = agent.copy_file(&request).await;
     copied.map_err(|source| StorageError::Copy { path: volume.source.clone(), source })

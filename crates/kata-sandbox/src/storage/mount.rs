@@ -1,9 +1,10 @@
 //! The two ways to mount: a file system by type and options, and a clone of what is mounted already.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fmt::Write as _;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -89,6 +90,47 @@ fn set_attributes(tree: &OwnedFd, set: u64, propagation: libc::c_ulong) -> io::R
 /// The path that an open descriptor stands for.
 pub(super) fn path_of(fd: &impl AsFd) -> io::Result<PathBuf> {
     std::fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
+}
+
+/// A row of the mount table.
+pub(super) struct Row {
+    /// Number of the mount.
+    pub(super) id: String,
+    /// Numbers of the device.
+    pub(super) device: String,
+    /// What of the file system is mounted.
+    pub(super) root: PathBuf,
+    /// Where.
+    pub(super) point: PathBuf,
+}
+
+/// The mount table of this process, in the order of the mounts; nothing where there is none.
+pub(super) fn rows() -> impl Iterator<Item = Row> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    table.lines().filter_map(row).collect::<Vec<_>>().into_iter()
+}
+
+/// `36 35 98:0 /root /point rw,noatime …`
+pub(super) fn row(line: &str) -> Option<Row> {
+    let mut words = line.split(' ');
+    let (id, _, device) = (words.next()?, words.next()?, words.next()?);
+    let (root, point) = (unescape(words.next()?), unescape(words.next()?));
+    Some(Row { id: id.to_owned(), device: device.to_owned(), root, point })
+}
+
+/// A path of the mount table, where blanks and the like are octal numbers.
+fn unescape(text: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let octal = after
+            .get(..3)
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(octal.unwrap_or(*first));
+        rest = if octal.is_some() { after.get(3..).unwrap_or_default() } else { after };
+    }
+    PathBuf::from(OsStr::from_bytes(&bytes))
 }
 
 /// fstab's option list, taken apart.
@@ -215,6 +257,14 @@ mod tests {
         let parsed = Options::parse(&options);
         assert_eq!((parsed.flags, parsed.loops), (MountFlags::RDONLY, true));
         assert_eq!(parsed.rest, ["lowerdir=/a:/b", "index=off"]);
+    }
+
+    #[test]
+    fn rows_of_the_mount_table_are_read_with_their_blanks() {
+        let row = row(r"36 35 98:0 /a\040b /mnt\134x rw,noatime master:1 - ext3 /dev/root rw").unwrap();
+        assert_eq!((row.id.as_str(), row.device.as_str()), ("36", "98:0"));
+        assert_eq!((row.root.as_path(), row.point.as_path()), (Path::new("/a b"), Path::new(r"/mnt\x")));
+        assert!(super::row("36 35 98:0 /").is_none());
     }
 
     #[test]

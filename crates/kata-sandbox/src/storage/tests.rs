@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use super::disk::claim;
 use super::rootfs::Rootfs;
 use super::*;
 
@@ -54,8 +55,13 @@ impl Drop for World {
     }
 }
 
-fn volume(source: PathBuf, name: &str, readonly: bool) -> Volume {
-    Volume { source, name: name.into(), readonly, follows_host: false }
+fn volume(source: PathBuf, readonly: bool) -> SharedVolume {
+    SharedVolume { source, readonly, follows_host: false }
+}
+
+/// Where the volumes are in the share.
+fn places(share: &Share, files: &SharedFiles) -> Vec<PathBuf> {
+    files.volumes().map(|name| share.dir().join(name)).collect()
 }
 
 /// A root that is there already.
@@ -89,7 +95,7 @@ fn guest_cannot_write_beside_its_containers_files() {
     let readonly = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::ReadOnlyFilesystem;
     let link = |place: &str| std::os::unix::fs::symlink("/etc", share.dir().join(place));
     assert!(readonly(link("next")), "a link where the next container's files will be");
-    assert!(readonly(link("c/mounts")));
+    assert!(readonly(link("c/mounts")) && readonly(link(".volumes")));
     assert!(readonly(fs::rename(share.dir().join("c"), share.dir().join("d"))));
     fs::write(share.dir().join("c/rootfs/file"), "x").unwrap();
     assert_eq!(fs::read_to_string(world.path("root/file")).unwrap(), "x");
@@ -102,18 +108,14 @@ fn readonly_volume_cannot_be_written_and_a_writable_one_can() {
     let share = world.share();
     let (data, root) = (world.made("data"), world.made("root"));
     fs::write(data.join("file"), "old").unwrap();
-    let volumes = [
-        volume(data.clone(), "mounts/0", true),
-        volume(data.join("file"), "mounts/1", true),
-        volume(data.clone(), "mounts/2", false),
-    ];
+    let volumes = [volume(data.clone(), true), volume(data.join("file"), true), volume(data.clone(), false)];
     let mut files = share.add("c", Some(&ready(root)), &volumes).unwrap();
-    let inside = share.dir().join("c/mounts");
+    let [unwritten, file, written] = places(&share, &files).try_into().unwrap();
     let readonly = |result: io::Result<()>| result.unwrap_err().kind() == io::ErrorKind::ReadOnlyFilesystem;
-    assert!(readonly(fs::write(inside.join("0/new"), "x")));
-    assert!(readonly(fs::write(inside.join("1"), "x")));
-    fs::write(inside.join("2/file"), "new").unwrap();
-    assert_eq!(fs::read_to_string(inside.join("1")).unwrap(), "new");
+    assert!(readonly(fs::write(unwritten.join("new"), "x")));
+    assert!(readonly(fs::write(&file, "x")));
+    fs::write(written.join("file"), "new").unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "new");
     files.release();
     assert_eq!(world.mounts().len(), 1);
     assert!(!share.dir().join("c").exists());
@@ -133,8 +135,8 @@ fn release_does_not_reach_back_to_the_host() {
     mount_tmpfs(&below);
     fs::write(below.join("file"), "kept").unwrap();
 
-    let mut files = share.add("c", Some(&ready(root)), &[volume(data, "mounts/0", false)]).unwrap();
-    assert_eq!(fs::read_to_string(share.dir().join("c/mounts/0/below/file")).unwrap(), "kept");
+    let mut files = share.add("c", Some(&ready(root)), &[volume(data, false)]).unwrap();
+    assert_eq!(fs::read_to_string(places(&share, &files)[0].join("below/file")).unwrap(), "kept");
     files.release();
     assert_eq!(fs::read_to_string(below.join("file")).unwrap(), "kept");
     assert_eq!(world.mounts().len(), 3);
@@ -148,14 +150,15 @@ fn later_mounts_of_the_host_appear_only_where_asked() {
     world.record.mount(&data).unwrap();
     mount_tmpfs(&data);
     rustix::mount::mount_change(&data, MountPropagationFlags::SHARED).unwrap();
-    let follower = Volume { follows_host: true, ..volume(data.clone(), "mounts/0", false) };
-    let mut files = share.add("c", Some(&ready(root)), &[follower, volume(data, "mounts/1", false)]).unwrap();
+    let follower = SharedVolume { follows_host: true, ..volume(data.clone(), false) };
+    let mut files = share.add("c", Some(&ready(root)), &[follower, volume(data, false)]).unwrap();
     let below = world.made("data/below");
     world.record.mount(&below).unwrap();
     mount_tmpfs(&below);
     fs::write(below.join("file"), "late").unwrap();
-    assert!(share.dir().join("c/mounts/0/below/file").exists());
-    assert!(!share.dir().join("c/mounts/1/below/file").exists());
+    let [follower, other] = places(&share, &files).try_into().unwrap();
+    assert!(follower.join("below/file").exists());
+    assert!(!other.join("below/file").exists());
     files.release();
 }
 
@@ -331,12 +334,41 @@ fn erofs_layers_are_told_by_their_mounts() {
 fn root_that_comes_another_way_leaves_room_for_volumes() {
     let Some(world) = World::new() else { return };
     let share = world.share();
-    let mut files = share.add("c", None, &[volume(world.made("data"), "mounts/0", true)]).unwrap();
-    let names: Vec<_> =
-        fs::read_dir(share.dir().join("c")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names, ["mounts"]);
+    let mut files = share.add("c", None, &[volume(world.made("data"), true)]).unwrap();
+    assert!(!share.dir().join("c").exists());
     files.release();
     assert_eq!(world.mounts().len(), 1);
+}
+
+#[test]
+fn volume_of_several_containers_is_there_once_until_the_last_of_them_goes() {
+    let Some(world) = World::new() else { return };
+    let share = world.share();
+    let data = world.made("data");
+    let add = |id: &str, readonly| share.add(id, None, &[volume(data.clone(), readonly)]).unwrap();
+    let (mut first, mut second, mut reader) = (add("a", false), add("b", false), add("c", true));
+    let place = places(&share, &first);
+    assert_eq!(places(&share, &second), place);
+    assert_ne!(places(&share, &reader), place, "what cannot be written is another");
+    first.release();
+    fs::write(place[0].join("file"), "").unwrap();
+    reader.release();
+    second.release();
+    assert!(!place[0].exists());
+
+    // The same path, and another file system there.
+    let mut before = add("a", false);
+    world.record.mount(&data).unwrap();
+    mount_tmpfs(&data);
+    let mut after = add("b", false);
+    assert_ne!(places(&share, &before), places(&share, &after));
+    // And the same file system, with something mounted below.
+    world.record.mount(world.made("data/below")).unwrap();
+    mount_tmpfs(&world.path("data/below"));
+    let mut later = add("c", false);
+    assert_ne!(places(&share, &later), places(&share, &after));
+    [&mut before, &mut after, &mut later].into_iter().for_each(SharedFiles::release);
+    assert_eq!(world.mounts().len(), 3);
 }
 
 #[test]
@@ -360,7 +392,7 @@ fn device_in_use_on_the_host_is_not_given_to_a_guest_that_writes() {
 fn devices_are_refused() {
     let Some(world) = World::new() else { return };
     let share = world.share();
-    let null = volume("/dev/null".into(), "mounts/0", false);
+    let null = volume("/dev/null".into(), false);
     let error = share.add("c", Some(&ready(world.made("root"))), &[null]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unimplemented);
 }

@@ -9,7 +9,9 @@ use kata_api::ports;
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::fake::FakeVm;
 use kata_hypervisor::{Accelerator, Choice, DriverKind};
-use kata_sandbox::{ContainerSpec, NetworkSpec, ProcessId, Sandbox, SandboxError, SandboxSpec, Stdio};
+use kata_sandbox::{
+    ContainerSpec, NetworkSpec, ProcessId, ResourceSpec, Sandbox, SandboxError, SandboxSpec, Stdio,
+};
 use kata_testkit::fake_agent::FakeAgent;
 use kata_testkit::leaks;
 use oci_spec::runtime::{Process, Spec};
@@ -24,6 +26,7 @@ pub struct Rig {
     pub agent: FakeAgent,
     pub config: Config,
     pub network: Option<NetworkSpec>,
+    pub resources: ResourceSpec,
     daemon: String,
     announces: bool,
     streams: bool,
@@ -47,6 +50,7 @@ impl Rig {
             agent: FakeAgent::start().await,
             config,
             network: None,
+            resources: ResourceSpec::default(),
             daemon: IDLE_DAEMON.to_owned(),
             announces: true,
             streams: true,
@@ -99,6 +103,7 @@ impl Rig {
                 reason: "it is a test".to_owned(),
             },
             network: self.network.clone(),
+            resources: self.resources.clone(),
         }
     }
 

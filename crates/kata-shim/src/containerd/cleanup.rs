@@ -1,7 +1,8 @@
 //! `delete`: containerd's last resort for a container whose owner it cannot reach any more.
 //!
 //! A pod's first container stands for the pod, and takes all of it along. A further container of a pod is deleted by the
-//! pod's owner where that lives; where it died the pod is over, and whoever is called first cleans up.
+//! pod's owner where that lives; where it died, or answers nothing any more, the pod is over, and whoever is called first cleans
+//! up.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ use crate::ground::Ground;
 
 /// The exit code of a container whose owner died: as if killed by SIGKILL.
 const KILLED: u32 = 128 + 9;
-/// Bound on each request to an owner that lives.
+/// Bound on each request to an owner that answers.
 const BOUND: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Error)]
@@ -48,7 +49,7 @@ pub(crate) fn run(call: &Invocation) -> Result<(), CleanupError> {
     if !ground.is_of(&call.namespace) {
         // Of another namespace, or of nobody who calls this way: a name in common is no reason to end it.
         tracing::debug!(pod, "not this namespace's");
-    } else if pod != call.id && delete::owner_lives(&ground) {
+    } else if pod != call.id && delete::owner_answers(&ground) {
         remove_container(&ground, &pod, &call.id)?;
     } else {
         delete::delete(&ground).map_err(|source| CleanupError::Pod { pod, source })?;

@@ -10,7 +10,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use kata_api::runtime_options::Options;
 use kata_config::Sources;
 use kata_hypervisor::Vm;
-use kata_sandbox::{Event, NetworkSpec, Sandbox, SandboxSpec};
+use kata_sandbox::{Event, NetworkSpec, ResourceSpec, Sandbox, SandboxSpec};
 use oci_spec::runtime::{Hook, Spec};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
@@ -54,6 +54,8 @@ pub(crate) struct Wanted {
     pub(crate) hooks: Vec<Hook>,
     /// The bundle of the first container, or of the sandbox.
     pub(crate) bundle: PathBuf,
+    /// What it may use of the host.
+    pub(crate) resources: ResourceSpec,
 }
 
 impl Wanted {
@@ -65,6 +67,7 @@ impl Wanted {
             hostname: None,
             hooks: network_hooks(spec),
             bundle: PathBuf::from(&request.bundle),
+            resources: ResourceSpec::of(spec).map_err(|error| fault::invalid(fault::chain(&error)))?,
         })
     }
 }
@@ -92,7 +95,7 @@ impl Launcher {
         if self.launched.is_closed() {
             return Err(fault::leaving());
         }
-        let Wanted { config, annotations, hostname, hooks, bundle } = wanted;
+        let Wanted { config, annotations, hostname, hooks, bundle, resources } = wanted;
         let sources = Sources { file: config, overrides: Vec::new(), annotations: ours(&annotations) };
         let (plan, vm) = (self.prepare)(&sources).map_err(|error| {
             let words = fault::chain(&error);
@@ -115,6 +118,7 @@ impl Launcher {
             started: self.started,
             choice: plan.choice,
             network: Some(NetworkSpec { hooks, bundle, runtime_netns: self.runtime_netns.clone() }),
+            resources,
         };
         let sandbox =
             Sandbox::launch(spec, vm).await.map_err(|error| fault::from_sandbox("create", &error))?;

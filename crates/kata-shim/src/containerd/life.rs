@@ -11,7 +11,7 @@
 //! Kubernetes may keep the dead pod for hours. A pod that containerd's sandbox API made has no first container: it lives, empty
 //! or not, until that API stops it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::{
@@ -84,20 +84,29 @@ struct Pod {
     /// The container that the pod lives for.
     first: Option<String>,
     /// Containers that were made and not deleted.
-    containers: usize,
-    /// Containers being made, with the event to publish if they are.
-    creating: HashMap<String, TaskCreate>,
+    containers: HashSet<String>,
+    /// Containers being made.
+    creating: HashMap<String, Creating>,
+}
+
+/// A container that is being made.
+struct Creating {
+    /// To publish if it is.
+    event: TaskCreate,
+    /// Who asked for it: of several, one at most gets it.
+    requests: usize,
 }
 
 impl Pod {
     fn new(purpose: Purpose) -> Self {
-        Self { purpose, sandbox: None, events: None, first: None, containers: 0, creating: HashMap::new() }
+        let (containers, creating) = (HashSet::new(), HashMap::new());
+        Self { purpose, sandbox: None, events: None, first: None, containers, creating }
     }
 
     /// Whether nobody would miss it.
     fn idle(&self) -> bool {
         match self.purpose {
-            Purpose::FirstContainer => self.containers == 0 && self.creating.is_empty(),
+            Purpose::FirstContainer => self.containers.is_empty() && self.creating.is_empty(),
             Purpose::Sandbox => self.sandbox.is_none(),
         }
     }
@@ -106,6 +115,20 @@ impl Pod {
         match &mut self.events {
             Some(events) => events.recv().await,
             None => std::future::pending().await,
+        }
+    }
+
+    fn create_began(&mut self, event: TaskCreate) {
+        let id = event.container_id.clone();
+        self.creating.entry(id).or_insert(Creating { event, requests: 0 }).requests += 1;
+    }
+
+    fn create_ended(&mut self, id: &str) {
+        if let Some(creating) = self.creating.get_mut(id) {
+            creating.requests = creating.requests.saturating_sub(1);
+            if creating.requests == 0 {
+                self.creating.remove(id);
+            }
         }
     }
 
@@ -123,12 +146,12 @@ impl Pod {
     fn on_event(&mut self, event: Event, publisher: &Publisher) {
         match &event {
             Event::Created { process: ProcessId { container, exec: None } } => {
-                self.containers += 1;
+                self.containers.insert(container.clone());
                 if self.purpose == Purpose::FirstContainer {
                     self.first.get_or_insert_with(|| container.clone());
                 }
-                if let Some(event) = self.creating.remove(container) {
-                    publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
+                if let Some(made) = self.creating.remove(container) {
+                    publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &made.event);
                 }
             }
             Event::Exited { process, exit }
@@ -140,8 +163,10 @@ impl Pod {
                 }
             }
             Event::Deleted { process, .. } if process.exec.is_none() => {
-                self.containers = self.containers.saturating_sub(1);
+                self.containers.remove(&process.container);
             }
+            // Of a container that was never made, its client is told by the answer to its creation.
+            Event::Exited { process, .. } if !self.containers.contains(&process.container) => return,
             // Goes to containerd's log, which is where somebody looks for the reason of a 255.
             Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
             _ => {}
@@ -167,10 +192,10 @@ impl Life {
                 // What a creation announces is there before the event that it leads to.
                 biased;
                 Some(request) = self.requests.recv() => match request {
-                    Request::CreateBegan(event) => drop(pod.creating.insert(event.container_id.clone(), *event)),
+                    Request::CreateBegan(event) => pod.create_began(*event),
                     Request::CreateEnded(id) => {
                         pod.catch_up(&self.publisher);
-                        pod.creating.remove(&id);
+                        pod.create_ended(&id);
                         unused = Instant::now() + UNUSED_BOUND;
                     }
                     Request::Told => {}

@@ -21,6 +21,7 @@ mod netns;
 pub(crate) mod pod_config;
 mod publisher;
 pub(crate) mod sandboxer;
+mod sched_core;
 pub(crate) mod serve;
 
 #[cfg(test)]

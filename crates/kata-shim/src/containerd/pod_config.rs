@@ -8,6 +8,7 @@
 //! | `hostname` | the guest's host name, `/etc/hostname` |
 //! | `dns_config` | `/etc/resolv.conf`; without, the host's |
 //! | `annotations` | the pod's configuration |
+//! | `linux.resources`, `linux.cgroup_parent` | the machine's size, and where the host accounts for it |
 //! | `linux.sysctls` | part of each container's: the namespaces are the pod's, so it is all the same |
 //! | `linux.security_context.namespace_options.pid` | refused where the containers were to share processes |
 //!
@@ -64,7 +65,7 @@ pub(crate) fn read(options: Option<&Any>) -> Result<PodSandboxConfig, PodConfigE
     Ok(config)
 }
 
-/// The pod's annotations, with its names in Kubernetes as a first container's specification would have them.
+/// The pod's annotations, with its names in Kubernetes and its sizes as a pause container's specification would have them.
 pub(crate) fn annotations(config: &PodSandboxConfig) -> HashMap<String, String> {
     let mut all = config.annotations.clone();
     let names = &config.metadata;
@@ -73,7 +74,29 @@ pub(crate) fn annotations(config: &PodSandboxConfig) -> HashMap<String, String> 
             all.insert(format!("io.kubernetes.cri.sandbox-{key}"), name.clone());
         }
     }
+    if let Some(sizes) = config.linux.resources.as_ref() {
+        let sizes = [
+            ("cpu-period", sizes.cpu_period),
+            ("cpu-quota", sizes.cpu_quota),
+            ("cpu-shares", sizes.cpu_shares),
+            ("memory", sizes.memory_limit_in_bytes),
+        ];
+        // None is said with a zero.
+        for (key, size) in sizes.into_iter().filter(|(_, size)| *size != 0) {
+            all.insert(format!("io.kubernetes.cri.sandbox-{key}"), size.to_string());
+        }
+    }
     all
+}
+
+/// Where the pod is to be accounted, as a pause container's specification would say it: for systemd by slice, prefix and
+/// name.
+pub(crate) fn cgroups_path(config: &PodSandboxConfig, id: &str) -> Option<PathBuf> {
+    let parent = Some(config.linux.cgroup_parent.as_str()).filter(|parent| !parent.is_empty())?;
+    Some(match parent.rsplit('/').next().filter(|name| name.ends_with(".slice")) {
+        Some(slice) => format!("{slice}:cri-containerd:{id}").into(),
+        None => Path::new(parent).join(id),
+    })
 }
 
 /// What the containers of a pod get that has no first container.
@@ -168,6 +191,23 @@ mod tests {
         assert!(error.to_string().contains("some.Options"), "{error}");
         let garbage = Any { type_url: TYPE.into(), value: vec![0xff], ..Any::default() };
         assert!(matches!(read(Some(&garbage)), Err(PodConfigError::Broken(_))));
+    }
+
+    #[test]
+    fn a_pods_sizes_and_its_place_in_the_hosts_cgroups_are_those_of_a_pause_container() {
+        let mut config = PodSandboxConfig::new();
+        assert_eq!((annotations(&config).len(), cgroups_path(&config, "a")), (0, None));
+        let linux = config.linux.mut_or_insert_default();
+        linux.cgroup_parent = "/kubepods/pod1".into();
+        let sizes = linux.resources.mut_or_insert_default();
+        (sizes.cpu_quota, sizes.memory_limit_in_bytes) = (200_000, 1 << 30);
+        let told = annotations(&config);
+        assert_eq!(told["io.kubernetes.cri.sandbox-cpu-quota"], "200000");
+        assert_eq!(told["io.kubernetes.cri.sandbox-memory"], "1073741824");
+        assert_eq!(told.len(), 2);
+        assert_eq!(cgroups_path(&config, "a"), Some("/kubepods/pod1/a".into()));
+        config.linux.mut_or_insert_default().cgroup_parent = "/kubepods.slice/kubepods-pod1.slice".into();
+        assert_eq!(cgroups_path(&config, "a"), Some("kubepods-pod1.slice:cri-containerd:a".into()));
     }
 
     #[test]

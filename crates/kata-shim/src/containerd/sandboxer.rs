@@ -22,7 +22,7 @@ use containerd_shim_protos::sandbox_api::{
     StartSandboxResponse, StopSandboxRequest, StopSandboxResponse, WaitSandboxRequest, WaitSandboxResponse,
 };
 use containerd_shim_protos::sandbox_async::Sandbox as SandboxApi;
-use kata_sandbox::{Event, Sandbox};
+use kata_sandbox::{Event, ResourceSpec, Sandbox};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
 use ttrpc::r#async::TtrpcContext;
@@ -147,12 +147,16 @@ impl SandboxApi for SandboxService {
             .map_err(|error| fault::internal("create sandbox", fault::chain(&error)))?;
         let mut annotations = pod_config::annotations(&config);
         annotations.extend(req.annotations);
+        let cgroup = pod_config::cgroups_path(&config, &self.id);
+        let resources = ResourceSpec::of_pod(&annotations, cgroup)
+            .map_err(|error| fault::invalid(fault::chain(&error)))?;
         let wanted = Wanted {
             config: self.config.clone(),
             annotations,
             hostname: Some(config.hostname).filter(|name| !name.is_empty()),
             hooks: Vec::new(),
             bundle: Path::new(&req.bundle_path).to_owned(),
+            resources,
         };
         let sandbox = self.slot.for_sandbox(wanted, parts).await?;
         self.watch(sandbox.events());

@@ -17,6 +17,7 @@ use super::life::{Life, Purpose};
 use super::netns::{self, NetnsError};
 use super::publisher::Publisher;
 use super::sandboxer::SandboxService;
+use super::sched_core::{self, SchedCoreError};
 use crate::cli::ServeArgs;
 use crate::connections::counted;
 use crate::fault::chain;
@@ -30,6 +31,8 @@ use crate::{management, services, trace};
 pub(crate) enum ServeError {
     #[error(transparent)]
     Netns(NetnsError),
+    #[error(transparent)]
+    SchedCore(SchedCoreError),
     #[error("standard input is not the pod's socket; this verb is for `start` alone")]
     Listener(#[source] io::Error),
     #[error("cannot write the log {path}")]
@@ -48,6 +51,7 @@ pub(crate) enum ServeError {
 pub(crate) fn run(args: &ServeArgs, started: Instant) -> Result<(), ServeError> {
     let listener = trace::listener_on_stdin().map_err(ServeError::Listener)?;
     // Each thread's own: before there is a second.
+    sched_core::enter().map_err(ServeError::SchedCore)?;
     let left = match args.sandboxer {
         // It is not known yet which.
         true => netns::own(),

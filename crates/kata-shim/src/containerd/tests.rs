@@ -67,8 +67,12 @@ struct Live {
 }
 
 impl Live {
-    /// `None` where it cannot be tested.
     async fn new() -> Option<Self> {
+        Self::with(|vm| vm).await
+    }
+
+    /// With a machine that `change` makes. `None` where it cannot be tested.
+    async fn with(change: impl FnOnce(FakeVm) -> FakeVm) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             kata_testkit::skip("sharing files with a pod needs root");
             return None;
@@ -99,6 +103,7 @@ impl Live {
             let agent = agent.clone();
             move |incoming| agent.accept(incoming.port, incoming.peer_port, incoming.stream)
         });
+        let vm = change(vm);
         let prepare = prepare(crate::tests::daemon(dir.path()), vm.clone());
         let owner = Owner {
             args: &args,
@@ -256,6 +261,30 @@ async fn death_of_the_machine_ends_every_process_for_containerd() {
     task.shutdown(bound(), &ShutdownRequest::new()).await.unwrap();
     drop(task);
     live.over().await;
+}
+
+#[tokio::test]
+async fn of_two_creations_of_one_name_one_is_told_and_a_failed_one_has_no_exit() {
+    let Some(live) = Live::new().await else { return };
+    let task = live.task().await;
+    let request = live.create_request("p");
+    let (one, other) = tokio::join!(task.create(bound(), &request), task.create(bound(), &request));
+    let refused = if one.is_ok() { other } else { one };
+    assert_eq!(code(refused).0, Code::ALREADY_EXISTS);
+    assert_eq!(live.topics(1).await, ["/tasks/create"]);
+    task.delete(bound(), &delete("p", "")).await.unwrap();
+    task.shutdown(bound(), &ShutdownRequest::new()).await.unwrap();
+    drop(task);
+    assert_eq!(live.over().await.1, ["/tasks/create", "/tasks/exit", "/tasks/delete"]);
+
+    let Some(live) = Live::with(|vm| vm.boot_fails("it is broken")).await else { return };
+    let task = live.task().await;
+    let (_, message) = code(task.create(bound(), &live.create_request("p")).await);
+    assert!(message.contains("it is broken"), "{message}");
+    let now = ShutdownRequest { now: true, ..ShutdownRequest::default() };
+    task.shutdown(bound(), &now).await.unwrap();
+    drop(task);
+    assert_eq!(live.over().await.1, [""; 0]);
 }
 
 #[tokio::test]

@@ -25,6 +25,13 @@ fn hierarchies() -> Vec<PathBuf> {
     all.filter(|path| path.join("cgroup.procs").exists() && !path.is_symlink()).collect()
 }
 
+/// Cgroups below the cgroup `name`, in each hierarchy.
+pub(super) fn below(name: &str) -> Vec<PathBuf> {
+    let roots = hierarchies().into_iter().map(|hierarchy| hierarchy.join(name.trim_start_matches('/')));
+    let children = roots.flat_map(|root| std::fs::read_dir(root).into_iter().flatten().flatten());
+    children.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+}
+
 /// Removes the cgroup `name` everywhere, and answers what pods have left below it.
 pub(super) fn clear(name: &str) -> Vec<PathBuf> {
     let mut left = Vec::new();

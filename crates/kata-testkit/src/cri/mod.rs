@@ -38,7 +38,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/api.rs"));
 }
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -171,6 +171,11 @@ impl Cri {
         let world = self.host().run_dir();
         let name = world.parent().and_then(Path::file_name).unwrap_or_default();
         format!("/{}", name.to_string_lossy())
+    }
+
+    /// What pods have below that cgroup, in all hierarchies.
+    pub fn cgroups(&self) -> Vec<PathBuf> {
+        cgroup::below(&self.cgroup())
     }
 
     /// Ids of all pods, also of those that have been stopped.

@@ -10,6 +10,7 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxPersonalityDomain, Linux
 use serde::{Deserialize, Serialize};
 
 use super::EngineError;
+use super::hooks::HooksPlan;
 
 mod mounts;
 mod process;
@@ -46,6 +47,8 @@ pub(super) struct ContainerPlan {
     pub sysctls: BTreeMap<PathBuf, String>,
     /// The profile; the helper makes a filter of it and hands it back for later processes.
     pub seccomp: Option<LinuxSeccomp>,
+    /// Programs to run on the way.
+    pub hooks: HooksPlan,
 }
 
 /// What the spec says: the part for the helper, and the part for the agent.
@@ -93,6 +96,7 @@ impl Plan {
             readonly: paths("linux.readonlyPaths", linux.readonly_paths().as_deref())?,
             sysctls: sysctls(linux, names)?,
             seccomp: linux.seccomp().clone(),
+            hooks: HooksPlan::of(id, spec, bundle)?,
         };
         let process = ProcessPlan::of(process)?;
         Ok(Self { container, process, cgroup: cgroup_path(id, linux.cgroups_path().as_deref())? })
@@ -109,7 +113,7 @@ fn check_id(id: &str) -> Result<(), EngineError> {
     Err(EngineError::invalid("container id", format!("{id:?} is not made of letters, digits and _-+.")))
 }
 
-/// Refuses the parts of a spec that are for another platform, and hooks that would have to run in the guest.
+/// Refuses the parts of a spec that are for another platform.
 fn refuse_foreign(spec: &Spec) -> Result<(), EngineError> {
     let foreign = [
         ("solaris", spec.solaris().is_some()),
@@ -119,16 +123,6 @@ fn refuse_foreign(spec: &Spec) -> Result<(), EngineError> {
     ];
     if let Some((key, _)) = foreign.into_iter().find(|(_, present)| *present) {
         return Err(EngineError::unsupported(key, "this is a Linux container engine"));
-    }
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
-    let in_guest = [
-        ("hooks.createContainer", hooks.create_container()),
-        ("hooks.startContainer", hooks.start_container()),
-    ];
-    for (key, list) in in_guest {
-        if list.as_ref().is_some_and(|list| !list.is_empty()) {
-            return Err(EngineError::unsupported(key, "hooks are not run inside the guest"));
-        }
     }
     Ok(())
 }

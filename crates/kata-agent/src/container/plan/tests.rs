@@ -64,8 +64,6 @@ fn what_the_engine_does_not_do_is_refused_by_key() {
     refused("process/selinuxLabel", json!("system_u:system_r:x"), "selinuxLabel");
     refused("process/scheduler", json!({"policy": "SCHED_FIFO"}), "scheduler");
     refused("process/ioPriority", json!({"class": "IOPRIO_CLASS_RT", "priority": 1}), "ioPriority");
-    refused("hooks", json!({"startContainer": [{"path": "/bin/x"}]}), "startContainer");
-    refused("hooks", json!({"createContainer": [{"path": "/bin/x"}]}), "createContainer");
     refused("linux/sysctl", json!({"vm.swappiness": "1"}), "sysctl");
     refused("mounts", json!([{"destination": "/t", "type": "tmpfs", "options": ["tmpcopyup"]}]), "mounts");
     refused(
@@ -78,6 +76,8 @@ fn what_the_engine_does_not_do_is_refused_by_key() {
 #[test]
 fn what_contradicts_the_specification_is_invalid_by_key() {
     wrong("process/args", json!([]), "process.args");
+    wrong("hooks", json!({"startContainer": [{"path": "bin/x"}]}), "hooks.startContainer");
+    wrong("hooks", json!({"createContainer": [{"path": "/bin/x", "timeout": 0}]}), "hooks.createContainer");
     wrong("process/cwd", json!("relative"), "process.cwd");
     wrong("process/args", json!(["a\u{0}b"]), "process.args");
     wrong("process/env", json!(["A=\u{0}"]), "process.env");

@@ -103,3 +103,20 @@ async fn what_is_neither_a_pci_path_nor_a_device_is_refused() {
         assert!(matches!(error, DiskError::Source(_)), "{disk}: {error}");
     }
 }
+
+#[tokio::test]
+async fn a_scsi_disk_is_found_behind_whichever_controller_has_it_and_asked_for_before() {
+    let machine = Machine::new(SHORT);
+    let sys = machine.dir.path().join("sys");
+    create_dir_all(sys.join("class/scsi_host/host2")).unwrap();
+    let find = async || machine.disks.wait("1:3", &Place::scsi("1:3").unwrap(), &machine.uevents).await;
+    let missing = crate::chain(&find().await.unwrap_err());
+    assert!(missing.contains("no SCSI controller has a disk 1:3"), "{missing}");
+    assert_eq!(std::fs::read_to_string(sys.join("class/scsi_host/host2/scan")).unwrap(), "0 1 3");
+    create_dir_all(sys.join("bus/scsi/devices/2:0:1:3/block/vdb")).unwrap();
+    machine.open_up();
+    assert_eq!(find().await.unwrap(), machine.node());
+    for address in ["", "1", "1:", "a:b", "1:2:3", "-1:0"] {
+        assert!(matches!(Place::scsi(address), Err(DiskError::Address(_))), "{address}");
+    }
+}

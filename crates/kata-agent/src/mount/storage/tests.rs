@@ -22,10 +22,11 @@ fn may_mount() -> bool {
 }
 
 #[tokio::test]
-async fn a_disk_behind_another_bus_is_a_typed_unsupported() {
-    for name in ["scsi", "mmioblk", "nvdimm"] {
+async fn a_driver_that_cannot_be_had_here_is_a_typed_unsupported_with_its_reason() {
+    for (name, why) in UNSUPPORTED {
         let error = storages().add(vec![storage(name, Path::new("/run/x"))]).await.unwrap_err();
-        assert!(matches!(error, StorageError::Unsupported { driver } if driver == name));
+        assert!(error.to_string().contains(why), "{error}");
+        assert!(matches!(error, StorageError::Unsupported { driver, .. } if driver == name));
     }
 }
 
@@ -55,11 +56,59 @@ async fn a_local_directory_lives_until_its_last_user_gives_it_up() {
 }
 
 #[tokio::test]
+async fn a_shared_storage_outlives_its_containers_and_goes_with_the_sandbox() {
+    let dir = tempfile::tempdir().unwrap();
+    let point = dir.path().join("volume");
+    let kept = |path: &Path| Storage { shared: true, ..storage("local", path) };
+    let all = storages();
+    let first = all.add(vec![kept(&point), kept(&point.join("sub"))]).await.unwrap();
+    std::fs::write(point.join("sub/file"), "kept").unwrap();
+    all.remove(first).await.unwrap();
+    let again = all.add(vec![kept(&point)]).await.unwrap();
+    assert_eq!(std::fs::read_to_string(point.join("sub/file")).unwrap(), "kept");
+    all.remove(again).await.unwrap();
+    all.remove_kept().await.unwrap();
+    assert!(!point.exists());
+    assert!(all.made.lock().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_small_readonly_directory_is_copied_and_anything_else_bound() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::write(source.join("key"), "value").unwrap();
+    let watched = |point: &Path, words: &[&str]| Storage {
+        source: text(&source),
+        options: options(words),
+        ..storage("watchable-bind", point)
+    };
+    let device = |path: &Path| std::fs::metadata(path).unwrap().dev();
+    let (copy, bound) = (dir.path().join("copy"), dir.path().join("bound"));
+    let all = storages();
+    let made = all.add(vec![watched(&copy, &["rbind", "ro"]), watched(&bound, &["rbind"])]).await.unwrap();
+    assert_eq!(std::fs::read_to_string(copy.join("key")).unwrap(), "value");
+    assert_ne!(device(&copy), device(&source));
+    assert_eq!(device(&bound), device(&source));
+    std::fs::write(source.join("new"), "later").unwrap();
+    let begin = std::time::Instant::now();
+    while !copy.join("new").exists() && begin.elapsed() < Duration::from_secs(20) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(std::fs::read_to_string(copy.join("new")).unwrap(), "later");
+    all.remove(made).await.unwrap();
+    assert!(!copy.exists() && source.join("new").exists());
+}
+
+#[tokio::test]
 async fn one_failure_undoes_all_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let point = dir.path().join("a");
     let all = storages();
-    let wanted = vec![storage("local", &point), storage("nvdimm", &dir.path().join("b"))];
+    let wanted = vec![storage("local", &point), storage("blk-ccw", &dir.path().join("b"))];
     assert!(all.add(wanted).await.is_err());
     assert!(!point.exists());
     assert!(all.made.lock().await.is_empty());

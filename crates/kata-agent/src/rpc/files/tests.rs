@@ -110,3 +110,42 @@ fn a_pipe_that_lies_in_the_way_neither_stops_the_agent_nor_gets_the_data() {
         assert!(!guest.path("file").exists());
     }
 }
+
+#[test]
+fn a_link_is_changed_in_one_step_and_a_file_gives_way_to_it() {
+    let guest = Guest::new();
+    let link = |target: &str| CopyFileRequest {
+        file_mode: 0o120_777,
+        ..guest.request("v/..data", target.as_bytes())
+    };
+    guest.copy(&link("..first")).unwrap();
+    guest.copy(&link("..second")).unwrap();
+    assert_eq!(std::fs::read_link(guest.path("v/..data")).unwrap(), Path::new("..second"));
+    guest.copy(&guest.request("v/name", b"file")).unwrap();
+    guest
+        .copy(&CopyFileRequest { path: guest.path("v/name").to_str().unwrap().into(), ..link("..data/name") })
+        .unwrap();
+    assert_eq!(std::fs::read_link(guest.path("v/name")).unwrap(), Path::new("..data/name"));
+    assert_eq!(std::fs::read_dir(guest.path("v")).unwrap().count(), 2, "nothing is left beside them");
+}
+
+#[test]
+fn what_is_removed_goes_with_all_in_it_and_links_are_not_followed() {
+    let guest = Guest::new();
+    guest.copy(&guest.request("c/old/a/file", b"x")).unwrap();
+    guest.copy(&guest.request("kept/file", b"x")).unwrap();
+    symlink(guest.path("kept"), guest.path("c/old/link")).unwrap();
+    symlink(guest.path("kept"), guest.path("c/way")).unwrap();
+    remove(guest.0.path(), &guest.path("c/old")).unwrap();
+    assert!(!guest.path("c/old").exists());
+    remove(guest.0.path(), &guest.path("c/old")).unwrap();
+    remove(guest.0.path(), &guest.path("none/at/all")).unwrap();
+    // Neither through a link nor to the outside.
+    remove(guest.0.path(), &guest.path("c/way/file")).unwrap_err();
+    remove(guest.0.path(), Path::new("/etc/passwd")).unwrap_err();
+    remove(guest.0.path(), &guest.0.path().join("c/../kept")).unwrap_err();
+    remove(guest.0.path(), guest.0.path()).unwrap_err();
+    // A link goes itself.
+    remove(guest.0.path(), &guest.path("c/way")).unwrap();
+    assert!(guest.path("kept/file").exists() && !guest.path("c/way").exists());
+}

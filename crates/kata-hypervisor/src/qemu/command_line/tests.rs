@@ -18,6 +18,8 @@ fn text_of<'a>(
         accelerator,
         vcpus: 2,
         memory_mib: 256,
+        growth: None,
+        backing: Backing::default(),
         kernel_params: params,
         shared_fs_tag: Some("kataShared"),
         nics: &[],
@@ -52,6 +54,26 @@ fn only_a_single_emulated_processor_ticks_by_the_hpet() {
         assert_eq!(line.contains("hpet=on") && line.contains(" noapictimer "), expected, "{line}");
         assert_eq!(line.contains("hpet=off") && !line.contains("noapictimer"), !expected, "{line}");
     }
+}
+
+#[test]
+fn a_machine_that_can_grow_has_room_and_no_timer_for_one_processor_alone() {
+    let line = text(Machine::Q35, Accelerator::Tcg, |plan| {
+        plan.vcpus = 1;
+        plan.growth = Some(Growth { vcpus: 4, memory_mib: 4096, slots: 10 });
+    });
+    for option in ["-smp 1,maxcpus=4\n", "-m 256M,slots=10,maxmem=4096M\n", "hpet=off"] {
+        assert!(line.contains(option), "{option}: {line}");
+    }
+}
+
+#[test]
+fn memory_is_taken_at_once_on_huge_pages_or_given_back_where_that_is_asked_for() {
+    let line = text(Machine::Q35, Accelerator::Tcg, |plan| {
+        plan.backing = Backing { prealloc: true, hugepages: true, reporting: true };
+    });
+    assert!(line.contains("size=256M,share=on,prealloc=on,hugetlb=on\n"), "{line}");
+    assert!(line.contains("-device virtio-balloon-pci,free-page-reporting=on\n"), "{line}");
 }
 
 #[test]

@@ -7,13 +7,13 @@ fn migrated(text: &str) -> (String, Vec<(Fate, String)>) {
 
 #[test]
 fn comments_of_what_stays_are_kept() {
-    let text = "# mine\n[hypervisor.qemu]\n# a lot\ndefault_memory = 4096 # MiB\n# gone\nmemory_slots = 10\n\n[runtime]\nname = \"virt_container\"\n";
+    let text = "# mine\n[hypervisor.qemu]\n# a lot\ndefault_memory = 4096 # MiB\n# gone\nqueue_size = 128\n\n[runtime]\nname = \"virt_container\"\n";
     let (result, fates) = migrated(text);
     assert_eq!(result, "# mine\n[hypervisor.qemu]\n# a lot\ndefault_memory = 4096 # MiB\n");
     assert_eq!(
         fates,
         [
-            (Fate::Dropped, "hypervisor.qemu.memory_slots".to_owned()),
+            (Fate::Dropped, "hypervisor.qemu.queue_size".to_owned()),
             (Fate::Dropped, "runtime.name".to_owned()),
         ]
     );

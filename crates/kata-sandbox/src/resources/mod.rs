@@ -1,0 +1,366 @@
+//! What a pod has of the host's processors and memory.
+//!
+//! ```text
+//!   specification ─▶ promise ─▶ sizing ─▶ the machine's size at its start
+//!                       │                    │ static_sandbox_resource_mgmt = false
+//!   containers ───▶ tally of limits ─────▶ resize ─▶ the agent brings CPUs and memory to use
+//!                       │
+//!                       └─ cpusets ─▶ the pod's cgroup on the host, and each virtual CPU on one of the host's
+//! ```
+//!
+//! Limits themselves act in the guest, in the container's cgroup there. On the host the pod has a cgroup too, see
+//! [`crate::cgroup`]: what the whole machine takes is counted there, and bounded by whoever made the cgroup above it.
+
+mod pin;
+mod promise;
+mod sizing;
+
+use kata_config::Config;
+use kata_hypervisor::process::Record;
+use kata_hypervisor::{Backing, Growth, Host, HypervisorError, Size, Vm};
+use oci_spec::runtime::{LinuxResources, Spec};
+use tokio::sync::Mutex;
+
+use crate::agent_client::{Agent, AgentError};
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::error::ErrorKind;
+use promise::{CpuSet, Share, Tally};
+pub use promise::{PromiseError, ResourceSpec};
+pub use sizing::SizingError;
+use sizing::{Bounds, Demand};
+
+/// What the processes beside the guest take on the host at most, in MiB: QEMU's own memory with its translated code, the file
+/// server, the vsock device and the owner.
+const PROCESSES_MIB: u64 = 160;
+const MIB: u64 = 1 << 20;
+
+/// Why a pod does not get what it was promised.
+#[derive(Debug, thiserror::Error)]
+pub enum ResourceError {
+    /// The promise itself.
+    #[error(transparent)]
+    Promise(#[from] PromiseError),
+    /// The host or the configuration does not hold it.
+    #[error(transparent)]
+    Sizing(#[from] SizingError),
+    /// The pod's cgroup on the host.
+    #[error("the pod's cgroup on the host cannot be used")]
+    Cgroup(#[from] CgroupError),
+    /// The machine was sized before it booted.
+    #[error(
+        "the containers' limits would come to {wanted}, and the machine has {has}: it does not grow while it runs, because \
+         runtime.static_sandbox_resource_mgmt is true"
+    )]
+    Static {
+        /// What the limits come to.
+        wanted: String,
+        /// What the machine has.
+        has: String,
+    },
+    /// The machine cannot be resized.
+    #[error("the virtual machine cannot be resized")]
+    Machine(#[from] HypervisorError),
+    /// The guest does not bring to use what it was given.
+    #[error("the guest cannot use the processors or the memory that were added")]
+    Guest(#[from] AgentError),
+}
+
+impl ResourceError {
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Promise(_) | Self::Cgroup(CgroupError::Path { .. }) => ErrorKind::InvalidArgument,
+            Self::Sizing(_) | Self::Static { .. } => ErrorKind::FailedPrecondition,
+            Self::Machine(HypervisorError::TooLarge { .. }) => ErrorKind::FailedPrecondition,
+            Self::Machine(HypervisorError::Unsupported { .. }) => ErrorKind::Unimplemented,
+            Self::Guest(error) => error.kind(),
+            Self::Cgroup(_) | Self::Machine(_) => ErrorKind::Internal,
+        }
+    }
+}
+
+/// The limits that a container adds to its pod's; nothing for the one that only stands for the pod.
+pub(crate) fn own_share(spec: &Spec) -> Option<Option<LinuxResources>> {
+    if spec.annotations().as_ref().is_some_and(promise::is_pod) {
+        return None;
+    }
+    Some(spec.linux().as_ref().and_then(|linux| linux.resources().clone()))
+}
+
+/// The resources of one pod.
+pub(crate) struct Resources {
+    config: Config,
+    host: Host,
+    /// What the machine boots with.
+    start: Size,
+    cgroup: Option<Cgroup>,
+    changing: Mutex<Changing>,
+}
+
+/// What changes with the pod's containers.
+struct Changing {
+    tally: Tally,
+    has: Size,
+    pinned: bool,
+}
+
+impl Resources {
+    /// Decides about the machine's size, makes the pod's cgroup and takes this process there, so that all it starts is in it too.
+    pub(crate) fn prepare(
+        id: &str,
+        spec: &ResourceSpec,
+        config: &Config,
+        record: &Record,
+    ) -> Result<Self, ResourceError> {
+        let (config, host) = (config.clone(), Host::probe());
+        let only = config.runtime.sandbox_cgroup_only;
+        let cgroup = match &spec.cgroups_path {
+            Some(path) => Cgroup::make(path, id, only, record)?,
+            None => None,
+        };
+        let bounds = Bounds::new(&config.hypervisor.qemu, &host);
+        let start = if config.runtime.static_sandbox_resource_mgmt {
+            bounds.size(&of_kubelet(spec, cgroup.as_ref()))?
+        } else {
+            bounds.default()
+        };
+        if let Some(cgroup) = &cgroup {
+            if let Some(cpus) = &spec.cpus {
+                cgroup.set_cpus(cpus)?;
+            }
+            if let Some(mems) = &spec.mems {
+                cgroup.set_mems(mems)?;
+            }
+            cgroup.enter()?;
+            warn_of_tight_limit(id, cgroup, start);
+        }
+        let changing = Mutex::new(Changing { tally: Tally::default(), has: start, pinned: false });
+        Ok(Self { config, host, start, cgroup, changing })
+    }
+
+    /// What the machine is to boot with.
+    pub(crate) fn start(&self) -> Size {
+        self.start
+    }
+
+    /// How far it may grow.
+    pub(crate) fn growth(&self) -> Option<Growth> {
+        (!self.config.runtime.static_sandbox_resource_mgmt).then(|| self.bounds().growth())
+    }
+
+    pub(crate) fn backing(&self) -> Backing {
+        let qemu = &self.config.hypervisor.qemu;
+        Backing {
+            prealloc: qemu.enable_mem_prealloc,
+            hugepages: qemu.enable_hugepages,
+            reporting: qemu.reclaim_guest_freed_memory,
+        }
+    }
+
+    fn bounds(&self) -> Bounds<'_> {
+        Bounds::new(&self.config.hypervisor.qemu, &self.host)
+    }
+
+    /// Puts the virtual CPUs of a machine that was just started where they belong.
+    pub(crate) async fn settle(&self, vm: &dyn Vm) -> Result<(), ResourceError> {
+        let mut changing = self.changing.lock().await;
+        self.arrange(vm, &mut changing, None).await
+    }
+
+    /// Makes room for a container, before the guest is asked for it.
+    pub(crate) async fn admit(
+        &self,
+        container: &str,
+        resources: Option<&LinuxResources>,
+        vm: &dyn Vm,
+        agent: &Agent,
+    ) -> Result<(), ResourceError> {
+        let share = Share::of(resources)?;
+        let mut changing = self.changing.lock().await;
+        let before = changing.tally.clone();
+        changing.tally.set(container, share);
+        let made = self.grow(vm, agent, &mut changing).await;
+        if made.is_err() {
+            changing.tally = before;
+        }
+        made
+    }
+
+    /// Makes room for other limits of a container. What was before is the answer, for [`Resources::restore`].
+    pub(crate) async fn change(
+        &self,
+        container: &str,
+        resources: &LinuxResources,
+        vm: &dyn Vm,
+        agent: &Agent,
+    ) -> Result<Before, ResourceError> {
+        let mut changing = self.changing.lock().await;
+        let before = changing.tally.clone();
+        let mut share = before.get(container).cloned().unwrap_or_default();
+        share.change(resources)?;
+        changing.tally.set(container, share);
+        let result = match self.refuse_static(&before, &changing) {
+            Ok(()) => self.grow(vm, agent, &mut changing).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            changing.tally = before;
+            return Err(error);
+        }
+        Ok(Before(before))
+    }
+
+    /// After a change that the guest has refused.
+    pub(crate) async fn restore(&self, before: Before) {
+        self.changing.lock().await.tally = before.0;
+    }
+
+    /// Takes back what no container's limit needs any more, as far as the guest lets go of it: processors. Memory stays.
+    pub(crate) async fn shrink(&self, vm: &dyn Vm) {
+        let mut changing = self.changing.lock().await;
+        let Ok(wanted) = self.wanted(&changing.tally) else { return };
+        if self.growth().is_none() || wanted.vcpus >= changing.has.vcpus {
+            return;
+        }
+        let size = Size { vcpus: wanted.vcpus, memory_mib: changing.has.memory_mib };
+        if let Err(error) = self.arrange(vm, &mut changing, Some(size)).await {
+            tracing::warn!(%error, "processors that nobody needs any more stay with the machine");
+        }
+    }
+
+    /// A container is gone. What the machine has stays with it, for the next one.
+    pub(crate) async fn dismiss(&self, container: &str) {
+        self.changing.lock().await.tally.remove(container);
+    }
+
+    fn wanted(&self, tally: &Tally) -> Result<Size, SizingError> {
+        let (bounds, demand) = (self.bounds(), tally.demand());
+        let size = bounds.size(&demand)?;
+        let start = self.start;
+        Ok(Size { vcpus: size.vcpus.max(start.vcpus), memory_mib: size.memory_mib.max(start.memory_mib) })
+    }
+
+    /// A machine of fixed size takes no larger limits than it has room for. Those that it was made for are not looked at again.
+    fn refuse_static(&self, before: &Tally, changing: &Changing) -> Result<(), ResourceError> {
+        if self.growth().is_some() {
+            return Ok(());
+        }
+        let (old, new, has) = (before.demand(), changing.tally.demand(), changing.has);
+        let larger = |old: Option<u64>, new: Option<u64>| new.is_some() && new > old;
+        if larger(old.cpu_limit, new.cpu_limit) && new.cpu_limit > Some(u64::from(has.vcpus) * 1000) {
+            let wanted = format!("{} thousandths of a CPU", new.cpu_limit.unwrap_or_default());
+            return Err(ResourceError::Static { wanted, has: format!("{} CPUs", has.vcpus) });
+        }
+        let mib = new.memory_limit.map(|bytes| bytes.div_ceil(MIB));
+        if larger(old.memory_limit, new.memory_limit) && mib > Some(has.memory_mib) {
+            let wanted = format!("{} MiB", mib.unwrap_or_default());
+            return Err(ResourceError::Static { wanted, has: format!("{} MiB", has.memory_mib) });
+        }
+        Ok(())
+    }
+
+    async fn grow(&self, vm: &dyn Vm, agent: &Agent, changing: &mut Changing) -> Result<(), ResourceError> {
+        let Some(growth) = self.growth() else { return self.arrange(vm, changing, None).await };
+        let mut wanted = self.wanted(&changing.tally)?;
+        let has = changing.has;
+        wanted.vcpus = wanted.vcpus.max(has.vcpus);
+        if wanted.memory_mib > has.memory_mib {
+            let block = agent.memory_block().await?.div_ceil(MIB).max(1);
+            let more = (wanted.memory_mib - has.memory_mib).next_multiple_of(block);
+            wanted.memory_mib = has.memory_mib.saturating_add(more).min(growth.memory_mib);
+        }
+        if wanted <= has {
+            return self.arrange(vm, changing, None).await;
+        }
+        self.arrange(vm, changing, Some(wanted)).await?;
+        tracing::info!(?has, now = ?changing.has, "the virtual machine has grown");
+        let cpus = changing.has.vcpus.saturating_sub(has.vcpus);
+        Ok(agent.online(cpus, changing.has.memory_mib == has.memory_mib).await?)
+    }
+
+    /// Brings machine, cgroup and CPUs together; with `size`, the machine to that size.
+    async fn arrange(
+        &self,
+        vm: &dyn Vm,
+        changing: &mut Changing,
+        size: Option<Size>,
+    ) -> Result<(), ResourceError> {
+        let cpus = changing.tally.cpus();
+        if let (Some(cgroup), Some(cpus)) = (&self.cgroup, &cpus) {
+            cgroup.set_cpus(&cpus.text())?;
+        }
+        let pins = self.config.runtime.enable_vcpus_pinning;
+        let places = self.cgroup.as_ref().is_some_and(Cgroup::takes_vcpus);
+        if size.is_none() && !pins && !places {
+            return Ok(());
+        }
+        let layout = vm.resize(size.unwrap_or(changing.has)).await?;
+        changing.has = layout.size;
+        if let Some(cgroup) = self.cgroup.as_ref().filter(|_| places) {
+            cgroup.place_vcpus(&layout.vcpu_threads)?;
+        }
+        if pins {
+            changing.pinned = pin::arrange(&layout.vcpu_threads, cpus.as_ref(), changing.pinned);
+        }
+        Ok(())
+    }
+
+    /// Whether the host's kernel has killed something of the pod for want of memory, as the end of a sentence about its death.
+    pub(crate) fn oom(&self) -> Option<String> {
+        let kill = self.cgroup.as_ref()?.oom()?;
+        let need = self.start.memory_mib + PROCESSES_MIB;
+        let advice = format!(
+            "a machine of {} MiB and its processes may take {need} MiB on the host: raise overhead.podFixed.memory of the pod's \
+             RuntimeClass, or lower hypervisor.qemu.default_memory or overhead_memory",
+            self.start.memory_mib
+        );
+        Some(match kill.limit {
+            Some((path, bytes)) => format!(
+                "the host's out-of-memory killer ended it: the limit of cgroup {} is {} MiB, and {advice}",
+                path.display(),
+                bytes / MIB
+            ),
+            None => {
+                format!("the host's out-of-memory killer ended it: the host has no memory left, and {advice}")
+            }
+        })
+    }
+
+    /// Takes this process out of the pod's cgroup, which can be removed then.
+    pub(crate) fn leave(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.leave();
+        }
+    }
+}
+
+/// What the containers of a pod were promised before a change.
+pub(crate) struct Before(Tally);
+
+/// The annotations tell the sum of the limits that there are. Whether every container has one, kubelet's own cgroup of the pod
+/// tells: it has a limit only then.
+fn of_kubelet(spec: &ResourceSpec, cgroup: Option<&Cgroup>) -> Demand {
+    let mut demand = spec.demand;
+    if let Some(pod) = cgroup.filter(|_| spec.is_pod).and_then(Cgroup::of_kubelet) {
+        demand.memory_open = demand.memory_limit.is_some() && !pod.has_memory_limit;
+        demand.cpu_open = demand.cpu_limit.is_some() && !pod.has_cpu_limit;
+    }
+    demand
+}
+
+/// Kubernetes bounds the pod as a whole on the host, by what its RuntimeClass declares as overhead. Where that is too little, the
+/// machine is killed as soon as its guest uses what it has: better said before.
+fn warn_of_tight_limit(id: &str, cgroup: &Cgroup, size: Size) {
+    let need = size.memory_mib.saturating_add(PROCESSES_MIB);
+    if let Some((path, bytes)) = cgroup.memory_limit()
+        && bytes / MIB < need
+    {
+        tracing::warn!(
+            pod = id,
+            cgroup = %path.display(),
+            limit_mib = bytes / MIB,
+            need_mib = need,
+            "the pod's cgroup has less memory than its machine and processes may take: the host may kill it; raise \
+             overhead.podFixed.memory of its RuntimeClass"
+        );
+    }
+}

@@ -1,0 +1,91 @@
+//! A pod's processors and memory, over a fake machine and a fake agent.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test fails by panicking"
+)]
+
+mod rig;
+
+use kata_hypervisor::{Growth, Size};
+use kata_sandbox::{ContainerSpec, ErrorKind, ResourceSpec, Stdio};
+use oci_spec::runtime::{LinuxBuilder, LinuxMemoryBuilder, LinuxResources, LinuxResourcesBuilder, Spec};
+use rig::Rig;
+
+fn memory(mib: i64) -> LinuxResources {
+    let memory = LinuxMemoryBuilder::default().limit(mib << 20).build().unwrap();
+    LinuxResourcesBuilder::default().memory(memory).build().unwrap()
+}
+
+/// A container with a limit of memory.
+fn limited(rig: &Rig, id: &str, mib: i64) -> ContainerSpec {
+    let mut container = rig.container(id, &["sleep"], Stdio::default());
+    let linux = LinuxBuilder::default().resources(memory(mib)).build().unwrap();
+    container.spec.set_linux(Some(linux));
+    container
+}
+
+#[tokio::test]
+async fn the_machine_boots_with_what_the_pod_was_promised_and_keeps_it() {
+    let Some(mut rig) = Rig::new().await else { return };
+    let text = r#"{"ociVersion":"1.1.0","annotations":{"io.kubernetes.cri.container-type":"sandbox",
+        "io.kubernetes.cri.sandbox-memory":"67108864"}}"#;
+    rig.resources = ResourceSpec::of(&serde_json::from_str::<Spec>(text).unwrap()).unwrap();
+    let pod = rig.pod().await;
+    assert_eq!(rig.vm.with_spec(|spec| (spec.vcpus, spec.memory_mib, spec.growth)), Some((1, 184, None)));
+    pod.create_container(limited(&rig, "c", 64)).await.unwrap();
+    // Within what it has an update is the guest's business, beyond it nobody's.
+    pod.update("c", memory(96)).await.unwrap();
+    let refused = pod.update("c", memory(1024)).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FailedPrecondition);
+    assert!(refused.chain().contains("static_sandbox_resource_mgmt"), "{}", refused.chain());
+    assert_eq!(rig.agent.calls().iter().filter(|call| *call == "UpdateContainer").count(), 1);
+    assert_eq!(rig.vm.size(), None);
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn a_machine_that_grows_has_room_before_the_guest_is_asked_for_the_container() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.config.runtime.static_sandbox_resource_mgmt = false;
+    rig.config.hypervisor.qemu.default_memory = 256;
+    rig.config.hypervisor.qemu.default_maxmemory = 2048;
+    let pod = rig.pod().await;
+    let growth = rig.vm.with_spec(|spec| spec.growth).unwrap().unwrap();
+    assert_eq!(growth, Growth { memory_mib: 2048, slots: 10, ..growth });
+    // 64 MiB fit into what is there.
+    pod.create_container(limited(&rig, "small", 64)).await.unwrap();
+    assert_eq!(rig.vm.size(), None);
+    // In blocks of the guest's: 64 and 512 take 717 MiB.
+    pod.create_container(limited(&rig, "large", 512)).await.unwrap();
+    assert_eq!(rig.vm.size(), Some(Size { vcpus: 1, memory_mib: 256 + 4 * 128 }));
+    let calls = rig.agent.calls();
+    let at = |name: &str| calls.iter().rposition(|call| call == name).unwrap();
+    assert!(at("OnlineCPUMem") < at("CreateContainer"), "{calls:?}");
+    // Beyond the bound nothing is made, and what was refused does not count.
+    let refused = pod.create_container(limited(&rig, "huge", 4096)).await.unwrap_err();
+    assert!(refused.chain().contains("default_maxmemory"), "{}", refused.chain());
+    pod.create_container(limited(&rig, "tiny", 8)).await.unwrap();
+    pod.update("large", memory(800)).await.unwrap();
+    assert_eq!(rig.vm.size().unwrap().memory_mib, 256 + 7 * 128);
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn a_change_that_the_guest_refuses_is_taken_back() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.config.hypervisor.qemu.default_memory = 256;
+    let pod = rig.pod().await;
+    pod.create_container(limited(&rig, "c", 64)).await.unwrap();
+    rig.agent.refuse("UpdateContainer", ttrpc::Code::INTERNAL, "no");
+    assert!(pod.update("c", memory(200)).await.is_err());
+    rig.agent.relent();
+    // Were the first still counted, this were no growth, and not refused.
+    assert!(pod.update("c", memory(300)).await.is_err());
+    pod.update("c", memory(100)).await.unwrap();
+    pod.shutdown().await.unwrap();
+}

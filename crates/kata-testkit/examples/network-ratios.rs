@@ -1,0 +1,75 @@
+//! How much goes through a pod's network per second with our runtime and with runc, on the same bridge under one containerd.
+//!
+//! `network-ratios COUNT` prints one JSON object: for each way the Gbit/s of `kata` and `runc`, measured by iperf3. Programs and
+//! image are named by the variables of the tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use kata_testkit::containerd::Version;
+use kata_testkit::cri::{Container, Cri, Pod};
+
+const HANDLERS: [&str; 2] = ["kata", "runc"];
+/// The bridge's own address.
+const HOST: &str = "10.89.0.1";
+const SECONDS: u32 = 2;
+/// iperf3 in a container, with the libraries that came along.
+const IPERF: &str = "/iperf/loader --library-path /iperf /iperf/iperf3";
+
+/// A directory of the host with iperf3 and all that it needs.
+fn program(cri: &Cri) -> PathBuf {
+    let dir = cri.host().scratch("iperf");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::copy("/usr/bin/iperf3", dir.join("iperf3")).expect("iperf3 is installed");
+    let needs = Command::new("ldd").arg("/usr/bin/iperf3").output().unwrap();
+    let needs = String::from_utf8(needs.stdout).unwrap();
+    for library in needs.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new) {
+        let name = library.file_name().unwrap();
+        let loader = name.to_string_lossy().starts_with("ld-");
+        std::fs::copy(library, dir.join(if loader { "loader".as_ref() } else { name })).unwrap();
+    }
+    dir
+}
+
+fn start<'a>(pod: &'a Pod<'a>, program: &Path, script: &str) -> Container<'a> {
+    pod.container("main").mount_read_only(program, "/iperf").sh(script).start()
+}
+
+/// Gbit/s that arrive at the receiving end.
+fn measure(client: &Container<'_>, server: &str, options: &str) -> f64 {
+    let script = format!("{IPERF} -c {server} -t {SECONDS} -J {options}");
+    let said: serde_json::Value = serde_json::from_str(&client.until(&script)).unwrap();
+    said["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9
+}
+
+fn main() {
+    let count: usize = std::env::args()
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .expect("the argument is the number of runs");
+    let cri = Cri::new(Version::V1).expect("the variables of the tests are set");
+    let program = program(&cri);
+    let mut on_host = cri.containerd().beside("iperf3").args(["-s"]).stdout(Stdio::null()).spawn().unwrap();
+    let mut figures: BTreeMap<&str, BTreeMap<&str, Vec<f64>>> = BTreeMap::new();
+    for handler in HANDLERS {
+        let [client, server] =
+            ["client", "server"].map(|name| cri.pod(&format!("{name}-{handler}")).handler(handler).run());
+        let address = server.address();
+        let _serving = start(&server, &program, &format!("exec {IPERF} -s"));
+        let shell = start(&client, &program, "exec sleep 10000");
+        for _ in 0..count {
+            for (way, to, options) in
+                [("to_host", HOST, ""), ("from_host", HOST, "-R"), ("between", address.as_str(), "")]
+            {
+                let speed = measure(&shell, to, options);
+                figures.entry(way).or_default().entry(handler).or_default().push(speed);
+            }
+        }
+        [&client, &server].map(Pod::remove);
+    }
+    on_host.kill().unwrap();
+    on_host.wait().unwrap();
+    println!("{}", serde_json::to_string(&figures).unwrap());
+}
