@@ -1,7 +1,7 @@
 //! What the CRI says of a pod without a first container, and how it reaches the pod's containers.
 //!
-//! With a pause container, containerd's CRI plugin writes the pod's files and that container's specification carries the
-//! rest. Where the shim makes the pod, nobody does, though the containers' specifications name those files all the same:
+//! With a pause container, containerd's CRI plugin writes the pod's files and mounts its shared memory, binds them into each
+//! container, and that container's specification carries the rest. Where the shim makes the pod, nobody does:
 //!
 //! | of the `PodSandboxConfig` | becomes |
 //! |---|---|
@@ -11,16 +11,16 @@
 //! | `linux.resources`, `linux.cgroup_parent` | the machine's size, and where the host accounts for it |
 //! | `linux.sysctls` | part of each container's: the namespaces are the pod's, so it is all the same |
 //! | `linux.security_context.namespace_options.pid` | refused where the containers were to share processes |
+//! | (nothing) | `/etc/hosts` is the host's, `/dev/shm` one for all containers |
 //!
-//! A bind mount at one of the three places whose source is not there gets the pod's file; one that somebody made (a
-//! kubelet's `/etc/hosts`) is left alone.
+//! What a container has at one of the three places in `/etc` (a kubelet's `/etc/hosts`) is left alone.
 
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use kata_api::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use thiserror::Error;
@@ -29,6 +29,7 @@ use thiserror::Error;
 const TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// The files that containers of a pod share, by their names in `/etc`.
 const FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+const SHM: &str = "/dev/shm";
 
 #[derive(Debug, Error)]
 pub(crate) enum PodConfigError {
@@ -132,20 +133,44 @@ impl PodParts {
 
     /// Adds to a container's specification what is missing of the pod.
     pub(crate) fn complete(&self, spec: &mut Spec) {
-        for mount in spec.mounts_mut().iter_mut().flatten() {
-            let absent = mount.source().as_ref().is_some_and(|source| !source.exists());
-            let at = mount.destination().strip_prefix("/etc").ok();
-            let name = at.and_then(|at| FILES.iter().find(|name| at == Path::new(name)));
-            if let (true, Some(name)) = (absent, name) {
-                mount.set_source(Some(self.dir.join(name)));
+        let read_only = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false);
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        // Where processes could see the memory of each other: the guest makes one for the pod of what is a bind mount.
+        let shared = shares_ipc(spec);
+        for mount in mounts.iter_mut().filter(|mount| shared && mount.destination() == Path::new(SHM)) {
+            *mount = bind(Path::new(SHM), self.dir.join("shm"), false);
+        }
+        for name in FILES {
+            let at = Path::new("/etc").join(name);
+            if mounts.iter().all(|mount| *mount.destination() != at) {
+                mounts.push(bind(&at, self.dir.join(name), read_only));
             }
         }
+        spec.set_mounts(Some(mounts));
         if let Some(linux) = spec.linux_mut().as_mut().filter(|_| !self.sysctls.is_empty()) {
             let mut all = linux.sysctl().clone().unwrap_or_default();
             all.extend(self.sysctls.clone());
             linux.set_sysctl(Some(all));
         }
     }
+}
+
+/// Whether a container is to be in its pod's IPC namespace rather than in one of its own.
+fn shares_ipc(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let ipc = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Ipc;
+    let ipc = namespaces.into_iter().flatten().find(ipc);
+    ipc.is_some_and(|namespace| namespace.path().is_some())
+}
+
+/// A bind mount as the CRI plugin would make it.
+fn bind(at: &Path, source: PathBuf, read_only: bool) -> Mount {
+    let access = if read_only { "ro" } else { "rw" };
+    let options = ["rbind", "rprivate", access].map(str::to_owned).to_vec();
+    let mut mount = Mount::default();
+    mount.set_destination(at.to_owned()).set_typ(Some("bind".to_owned()));
+    mount.set_source(Some(source)).set_options(Some(options));
+    mount
 }
 
 /// In the words of resolv.conf(5).
@@ -217,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_gets_the_pods_files_where_nobody_made_them_and_its_parameters() {
+    fn a_container_gets_the_pods_files_where_it_has_none_its_shared_memory_and_its_parameters() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(NamespaceMode::CONTAINER);
         let dns = config.dns_config.mut_or_insert_default();
@@ -227,22 +252,36 @@ mod tests {
         let parts = PodParts::write(dir.path().join("etc"), &config).unwrap();
         let own = dir.path().join("hosts");
         std::fs::write(&own, "").unwrap();
+        let shm = serde_json::json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm" });
         let mut spec: Spec = serde_json::from_value(serde_json::json!({
-            "ociVersion": "1.1.0", "linux": { "sysctl": { "kernel.shmmax": "1" } },
-            "mounts": [
-                { "destination": "/etc/hosts", "type": "bind", "source": own },
-                { "destination": "/etc/hostname", "type": "bind", "source": "/no/such/hostname" },
-                { "destination": "/etc/resolv.conf", "type": "bind", "source": "/no/such/resolv.conf" },
-                { "destination": "/etc/other", "type": "bind", "source": "/no/such/other" },
-            ],
+            "ociVersion": "1.1.0", "root": { "path": "rootfs", "readonly": true },
+            "linux": {
+                "sysctl": { "kernel.shmmax": "1" }, "namespaces": [{ "type": "ipc", "path": "/proc/1/ns/ipc" }],
+            },
+            "mounts": [{ "destination": "/etc/hosts", "type": "bind", "source": own }, shm],
         }))
         .unwrap();
+        let mut alone = spec.clone();
         parts.complete(&mut spec);
-        let source = |at: usize| spec.mounts().as_ref().unwrap()[at].source().clone().unwrap();
-        assert_eq!((source(0), source(3)), (own, "/no/such/other".into()));
-        assert_eq!(std::fs::read_to_string(source(1)).unwrap(), "web\n");
+        let mounts = spec.mounts().as_ref().unwrap();
+        let source = |at: &str| {
+            let mut there = mounts.iter().filter(|mount| *mount.destination() == Path::new(at));
+            let source = there.next().unwrap().source().clone().unwrap();
+            assert!(there.next().is_none(), "{at} twice");
+            source
+        };
+        assert_eq!((source("/etc/hosts"), mounts.len()), (own, 4));
+        assert_eq!(std::fs::read_to_string(source("/etc/hostname")).unwrap(), "web\n");
         let text = "search a.example b.example\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions ndots:5\n";
-        assert_eq!(std::fs::read_to_string(source(2)).unwrap(), text);
+        assert_eq!(std::fs::read_to_string(source("/etc/resolv.conf")).unwrap(), text);
+        assert!(mounts[3].options().as_ref().unwrap().contains(&"ro".to_owned()));
+        assert_eq!(mounts[1].typ().as_deref(), Some("bind"));
+        // One that keeps to itself keeps its memory.
+        let mut ipc = LinuxNamespace::default();
+        ipc.set_typ(LinuxNamespaceType::Ipc);
+        alone.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![ipc]));
+        parts.complete(&mut alone);
+        assert_eq!(alone.mounts().as_ref().unwrap()[1].typ().as_deref(), Some("tmpfs"));
         let linux = spec.linux().as_ref().unwrap().sysctl().as_ref().unwrap();
         assert_eq!((linux["net.core.somaxconn"].as_str(), linux["kernel.shmmax"].as_str()), ("512", "1"));
     }
