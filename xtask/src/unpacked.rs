@@ -39,7 +39,7 @@ pub const NEWER_CONTAINERD: Unpacked = Unpacked {
 pub const NEWER_DOCKER: Unpacked = Unpacked {
     name: "newer-docker",
     suite: "trixie",
-    packages: &["docker.io", "docker-cli"],
+    packages: &["docker.io", "docker-cli", "tini"],
     program: "usr/sbin/dockerd",
 };
 

@@ -81,8 +81,11 @@ impl AgentError {
         match error {
             RpcError::RpcStatus(status) => {
                 let message = match status.code() {
-                    // For what they do not serve at all, servers say nothing but the method's name.
-                    Code::UNIMPLEMENTED if status.message.starts_with('/') => {
+                    // For what they do not serve at all, servers say nothing but the method's name: `/service/method …`
+                    // or `method method`.
+                    Code::UNIMPLEMENTED
+                        if status.message.starts_with('/') || status.message.ends_with(" method") =>
+                    {
                         format!(
                             "this guest's agent does not support {call} ({})",
                             guest_text(&status.message)

@@ -8,13 +8,14 @@
 //! ```
 //!
 //! An owner that can be connected to and answers is asked. One that cannot be connected to may be about to leave: it is given
-//! time to. One that lives and says nothing, because it was stopped or hangs, is killed: containerd gives this program 5 s.
+//! time to. One that lives and says nothing, because it was stopped or hangs, is killed: containerd gives this program 5 s. That
+//! is for who deletes the pod; who wants one container gone, or the pod's name, is told and nobody is killed.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kata_api::control::{DestroyRequest, InspectRequest};
 use kata_api::control_ttrpc::ControlClient;
@@ -32,6 +33,8 @@ use crate::ground::{Ground, GroundError};
 
 /// Who does not answer a question by then hangs. Of the 5 s that containerd gives, something is left for the clean-up.
 const ANSWER_BOUND: Duration = Duration::from_secs(2);
+/// Pause before a full queue is tried again.
+const REACH_AGAIN: Duration = Duration::from_millis(50);
 /// Bound on the orderly end of a pod.
 const DESTROY_BOUND: Duration = Duration::from_secs(60);
 /// Bound on the owner's exit after that.
@@ -45,6 +48,11 @@ pub(crate) enum DeleteError {
     Refused { pid: i32, source: Box<ttrpc::Error> },
     #[error("owner process {pid} lives and cannot be reached; end the process, then delete again")]
     Unreachable { pid: i32 },
+    #[error(
+        "the pod's owner lives and did not answer within {ANSWER_BOUND:?}: try again on a host that is less busy, or delete the \
+         pod, which ends the owner"
+    )]
+    Silent,
     #[error("owner process {pid} answers nothing and cannot be killed")]
     Hangs { pid: i32, source: io::Error },
     #[error("cannot reach the owner")]
@@ -62,14 +70,33 @@ pub(crate) fn run(id: &str) -> Result<(), DeleteError> {
     delete(&Ground::of(id))
 }
 
-/// Whether somebody serves the pod's socket, and answers.
-pub(crate) fn owner_answers(ground: &Ground) -> bool {
-    let Ok(Reached::Owner(stream)) = reach(ground) else { return false };
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return true };
+/// How a pod's owner is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    Answers,
+    /// It is there. Why it says nothing cannot be known from here: the host may be busy.
+    Silent,
+    /// Nobody serves the pod's socket, or whoever did is leaving.
+    Gone,
+}
+
+/// How the owner of the pod on `ground` is.
+pub(crate) fn presence(ground: &Ground) -> Presence {
+    let stream = match reach(ground) {
+        Ok(Reached::Owner(stream)) => stream,
+        Ok(Reached::Nobody) => return Presence::Gone,
+        Ok(Reached::Hangs) | Err(_) => return Presence::Silent,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let Ok(runtime) = runtime else { return Presence::Silent };
     runtime.block_on(async {
-        let Ok(stream) = tokio::net::UnixStream::from_std(stream) else { return true };
+        let Ok(stream) = tokio::net::UnixStream::from_std(stream) else { return Presence::Silent };
         let client = ControlClient::new(Client::new(Socket::new(stream)));
-        matches!(Spoken::of(client).await, Spoken::Answered(_))
+        match Spoken::of(client).await {
+            Spoken::Answered(_) => Presence::Answers,
+            Spoken::HungUp(_) => Presence::Gone,
+            Spoken::Nothing => Presence::Silent,
+        }
     })
 }
 
@@ -144,8 +171,18 @@ enum Reached {
     Nobody,
 }
 
-/// Connects without waiting: the queue of an owner that hangs may be full.
+/// Connects. The queue of a busy owner may be full for a moment, that of one that hangs for good.
 fn reach(ground: &Ground) -> io::Result<Reached> {
+    let begin = Instant::now();
+    loop {
+        match try_reach(ground)? {
+            Reached::Hangs if begin.elapsed() < ANSWER_BOUND => std::thread::sleep(REACH_AGAIN),
+            other => return Ok(other),
+        }
+    }
+}
+
+fn try_reach(ground: &Ground) -> io::Result<Reached> {
     let address = SocketAddrUnix::new(ground.socket())?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -190,11 +227,12 @@ fn end(pid: i32) -> Result<(), DeleteError> {
 
 /// Makes room for a pod on `ground`: removes what a dead owner left, and waits a moment for one that is leaving.
 pub(crate) fn make_room(ground: &Ground) -> Result<(), DeleteError> {
-    if owner_answers(ground)
-        && recorded_owner(&ground.run_dir).is_none_or(|owner| !left_within(owner, &LEAVING_BOUND))
-    {
+    let leaves = || recorded_owner(&ground.run_dir).is_some_and(|owner| left_within(owner, &LEAVING_BOUND));
+    match presence(ground) {
         // Whoever takes the name is told that it is taken.
-        return Ok(());
+        Presence::Answers if !leaves() => return Ok(()),
+        Presence::Silent if !leaves() => return Err(DeleteError::Silent),
+        _ => {}
     }
     if ground.run_dir.exists() { delete(ground) } else { Ok(()) }
 }
@@ -304,11 +342,11 @@ mod tests {
             let start_time = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse();
             write_state(&ground, hangs.id(), start_time.unwrap());
             // A full queue of connections must not hold anybody up.
-            let waiting: Vec<_> = (0..asked_before).map(|_| reach(&ground).unwrap()).collect();
+            let waiting: Vec<_> = (0..asked_before).map(|_| try_reach(&ground).unwrap()).collect();
             // The peer of a listener is who made it, which is this process: the state names the one that hangs.
             let begin = std::time::Instant::now();
             if asked_before == 0 {
-                assert!(!owner_answers(&ground));
+                assert_eq!(presence(&ground), Presence::Silent);
                 end(i32::try_from(hangs.id()).unwrap()).unwrap();
             }
             let child = std::thread::spawn(move || hangs.wait().unwrap());

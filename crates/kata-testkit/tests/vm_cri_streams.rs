@@ -29,7 +29,8 @@ fn processes_have_streams_terminals_and_sizes(cri: &mut Cri) {
     // exec -it: a terminal that knows its size, and the keys that end a command.
     let mut shell = main.exec_stream(&["sh"], true);
     shell.resize(33, 111);
-    shell.send("stty size; echo mark$((1+1))\n");
+    // The size goes its own way, and may come after the words.
+    shell.send("until stty size 2>/dev/null | grep 33; do sleep 0.1; done; echo mark$((1+1))\n");
     let said = shell.wait_for(STDOUT, "mark2");
     assert!(said.contains("33 111"), "{said}");
     shell.send("sleep 1000\n");

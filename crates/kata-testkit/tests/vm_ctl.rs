@@ -62,10 +62,11 @@ fn list_and_inspect_tell_what_a_pod_is() {
     assert!(pod["timeline"].as_array().unwrap().len() > 5);
 
     assert!(host.output(["kill", "web"]).status.success());
-    host.wait_for("the pod's end", || {
-        (json(&host.output(["inspect", "web"]))["state"] == "stopped").then_some(())
+    // The owner writes down the end before it goes.
+    let pod = host.wait_for("the pod's end", || {
+        let pod = json(&host.output(["inspect", "web"]));
+        (pod["state"] == "stopped" && pod["owner_lives"] == false).then_some(pod)
     });
-    let pod = json(&host.output(["inspect", "web"]));
     assert_eq!((&pod["owner_lives"], &pod["containers"][0]["exit_code"]), (&false.into(), &137.into()));
     remove(&host, "web");
 }

@@ -53,9 +53,13 @@ mod tests {
 
     #[test]
     fn the_table_takes_the_place_of_the_former_one_and_the_text_stays() {
-        let page = format!("before\n{BEGIN}old\n{END}after\n");
+        let page = format!("before\n{BEGIN}the former table\n{END}after\n");
         let written = with_table(&page);
-        assert!(written.starts_with("before\n") && written.ends_with("after\n") && !written.contains("old"));
+        assert!(
+            written.starts_with("before\n")
+                && written.ends_with("after\n")
+                && !written.contains("former table")
+        );
         assert!(written.contains("| `linux.intelRdt` | **refused**: "));
         assert_eq!(with_table(&written), written);
     }

@@ -186,19 +186,25 @@ impl Record {
     }
 }
 
-/// A killed process keeps its cgroup until it is reaped. Where others live in it, or in one below, it is theirs now: the last
-/// one removes it.
+/// A killed process keeps its cgroup until it is gone, and what it had started a moment longer. Where others have a cgroup
+/// below, or do not go, it is theirs now: the last one removes it.
 fn remove_cgroup(path: &Path) -> io::Result<bool> {
     let deadline = Instant::now() + EMPTY_BOUND;
     loop {
         match remove(fs::remove_dir(path)) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                if in_use(path) {
-                    tracing::debug!(cgroup = %path.display(), "left to those who are in it");
+                if has_children(path) {
+                    tracing::debug!(cgroup = %path.display(), "left to those below it");
                     return Ok(false);
                 }
                 if Instant::now() > deadline {
-                    return Err(error);
+                    let inside = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+                    let own = std::process::id().to_string();
+                    if inside.lines().all(|pid| pid == own) {
+                        return Err(error);
+                    }
+                    tracing::warn!(cgroup = %path.display(), processes = ?inside.lines().collect::<Vec<_>>(), "left to those in it");
+                    return Ok(false);
                 }
                 std::thread::sleep(LOOK_AGAIN);
             }
@@ -207,14 +213,9 @@ fn remove_cgroup(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Whether others are in a cgroup, or have one below. This process may not be among them: it has to leave first.
-fn in_use(path: &Path) -> bool {
-    let inside = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-    let own = std::process::id().to_string();
-    let others =
-        inside.lines().any(|pid| pid != own && Path::new("/proc").join(pid).join("exe").read_link().is_ok());
+fn has_children(path: &Path) -> bool {
     let mut below = fs::read_dir(path).into_iter().flatten().flatten();
-    others || below.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+    below.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
 }
 
 /// A writer that died in the middle of a line must not spoil the next one.

@@ -1,8 +1,8 @@
 //! `delete`: containerd's last resort for a container whose owner it cannot reach any more.
 //!
 //! A pod's first container stands for the pod, and takes all of it along. A further container of a pod is deleted by the
-//! pod's owner where that lives; where it died, or answers nothing any more, the pod is over, and whoever is called first cleans
-//! up.
+//! pod's owner where that lives; where it died, the pod is over, and whoever is called first cleans up. An owner that lives and
+//! does not answer is ended for the pod's sake alone, never for that of one container.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use ttrpc::asynchronous::Client;
 use super::bundle::{Bundle, BundleError};
 use super::invocation::Invocation;
 use crate::convert::timestamp;
-use crate::delete::{self, DeleteError};
+use crate::delete::{self, DeleteError, Presence};
 use crate::ground::Ground;
 
 /// The exit code of a container whose owner died: as if killed by SIGKILL.
@@ -30,7 +30,7 @@ const BOUND: Duration = Duration::from_secs(10);
 pub(crate) enum CleanupError {
     #[error(transparent)]
     Bundle(BundleError),
-    #[error("cannot remove pod {pod}")]
+    #[error("cannot clean up in pod {pod}")]
     Pod { pod: String, source: DeleteError },
     #[error("the owner of pod {pod} does not remove container {container}")]
     Container { pod: String, container: String, source: Box<ttrpc::Error> },
@@ -49,10 +49,14 @@ pub(crate) fn run(call: &Invocation) -> Result<(), CleanupError> {
     if !ground.is_of(&call.namespace) {
         // Of another namespace, or of nobody who calls this way: a name in common is no reason to end it.
         tracing::debug!(pod, "not this namespace's");
-    } else if pod != call.id && delete::owner_answers(&ground) {
-        remove_container(&ground, &pod, &call.id)?;
-    } else {
+    } else if pod == call.id {
         delete::delete(&ground).map_err(|source| CleanupError::Pod { pod, source })?;
+    } else {
+        match delete::presence(&ground) {
+            Presence::Answers => remove_container(&ground, &pod, &call.id)?,
+            Presence::Silent => return Err(CleanupError::Pod { pod, source: DeleteError::Silent }),
+            Presence::Gone => delete::delete(&ground).map_err(|source| CleanupError::Pod { pod, source })?,
+        }
     }
     let response = DeleteResponse {
         pid: owner,
