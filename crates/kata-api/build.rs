@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const PROTOS: [&str; 8] = ["agent", "control", "csi", "files", "health", "oci", "runtime_options", "types"];
+const PROTOS: [&str; 9] =
+    ["agent", "control", "cri", "csi", "files", "health", "oci", "runtime_options", "types"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?).join("proto");

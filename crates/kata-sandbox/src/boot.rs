@@ -485,7 +485,7 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
         Some(KernelModule { name, parameters: words.collect(), ..Default::default() })
     };
     CreateSandboxRequest {
-        hostname: pod.id.clone(),
+        hostname: pod.hostname.clone(),
         sandbox_id: pod.id.clone(),
         guest_hook_path: pod
             .config

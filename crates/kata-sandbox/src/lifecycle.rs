@@ -54,6 +54,8 @@ const SHUT_DOWN: u32 = 128 + 9;
 /// What does not change in a pod's life. Every task holds it.
 pub(crate) struct Pod {
     pub(crate) id: String,
+    /// The guest's host name.
+    pub(crate) hostname: String,
     pub(crate) config: Config,
     pub(crate) artefacts: Artefacts,
     pub(crate) choice: Choice,

@@ -17,8 +17,10 @@ use crate::timeline::Stage;
 /// What it takes to launch a pod.
 #[derive(Clone, Debug)]
 pub struct SandboxSpec {
-    /// Name of the pod; becomes the guest's host name.
+    /// Name of the pod.
     pub id: String,
+    /// The guest's host name; `None` for the pod's own name.
+    pub hostname: Option<String>,
     /// The validated configuration.
     pub config: Config,
     /// Where the programs and the guest image are.

@@ -298,7 +298,7 @@ impl Sandbox {
 
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
-    let SandboxSpec { id, config, artefacts, run_dir, started, choice, network, resources } = spec;
+    let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network, resources } = spec;
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);
     let start = std::time::Instant::now();
@@ -320,6 +320,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
     let created_at = SystemTime::now();
     let network = network.map(|network| Network::new(network, Wiring::of(&config)));
     let pod = Arc::new(Pod {
+        hostname: hostname.unwrap_or_else(|| id.clone()),
         id,
         config,
         artefacts,

@@ -70,6 +70,12 @@ pub(crate) struct ServeArgs {
     /// Network namespace of the pod, if it is there already
     #[arg(long)]
     pub(crate) netns: Option<PathBuf>,
+    /// Wait for containerd's sandbox API to make the pod, and to name its network namespace
+    #[arg(long)]
+    pub(crate) sandboxer: bool,
+    /// Configuration file for a pod that the sandbox API makes
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
     /// Log more
     #[arg(long)]
     pub(crate) debug: bool,

@@ -35,6 +35,16 @@ pub(crate) fn no_container() -> ttrpc::Error {
     status(Code::NOT_FOUND, "no container of this pod has been created yet")
 }
 
+/// The answer to a request about what is not there.
+pub(crate) fn not_found(message: impl ToString) -> ttrpc::Error {
+    status(Code::NOT_FOUND, message)
+}
+
+/// The answer to a request for what is there already.
+pub(crate) fn already_exists(message: impl ToString) -> ttrpc::Error {
+    status(Code::ALREADY_EXISTS, message)
+}
+
 /// The answer to a request that this host, as it is set up, cannot carry out.
 pub(crate) fn precondition(request: &'static str, chain: String) -> ttrpc::Error {
     tracing::warn!(request, "{chain}");

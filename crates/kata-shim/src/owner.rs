@@ -85,6 +85,7 @@ fn own(
     let driver = kata_hypervisor::driver(plan.choice.driver);
     let spec = SandboxSpec {
         id: args.id.clone(),
+        hostname: None,
         config: plan.config,
         artefacts: plan.artefacts,
         run_dir: ground.run_dir.clone(),

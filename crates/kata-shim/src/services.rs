@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use async_trait::async_trait;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use kata_api::control_ttrpc::create_control;
 use ttrpc::asynchronous::{MethodHandler, Server, Service, TtrpcContext};
 use ttrpc::proto::{Request, Response};
 
+use crate::containerd::sandboxer::SandboxService;
 use crate::control::ControlService;
 use crate::management::figures::CALLS;
 use crate::reins::Reins;
@@ -20,7 +22,12 @@ use crate::task::TaskService;
 /// The name that containerd before 2.0 calls the Task service by. Messages and methods are those of v3.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// A server with all services of the pod in `slot`.
+/// The sandbox API, for a pod that it makes.
+pub(crate) fn sandbox(service: SandboxService) -> HashMap<String, Service> {
+    timed(create_sandbox(Arc::new(service)))
+}
+
+/// A server with the services that every pod in a `slot` has.
 pub(crate) fn all(slot: Arc<Slot>, reins: &Reins) -> Server {
     let task = Arc::new(TaskService::new(slot.clone(), reins.clone()));
     let v3 = timed(create_task(task.clone()));
@@ -34,8 +41,11 @@ fn timed(mut services: HashMap<String, Service>) -> HashMap<String, Service> {
     for service in services.values_mut() {
         let methods = std::mem::take(&mut service.methods);
         let timed = |(name, handler): (String, Handler)| {
-            let handler: Handler =
-                if name == "Wait" { handler } else { Box::new(Timed { name: name.clone(), handler }) };
+            let handler: Handler = if name.starts_with("Wait") {
+                handler
+            } else {
+                Box::new(Timed { name: name.clone(), handler })
+            };
             (name, handler)
         };
         service.methods = methods.into_iter().map(timed).collect();

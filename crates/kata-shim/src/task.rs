@@ -62,8 +62,11 @@ impl Task for TaskService {
             return Err(fault::unimplemented("creating a container from a checkpoint"));
         }
         let creating = self.reins.creating(create_event(&req));
-        let spec = bundle_spec(Path::new(&req.bundle))?;
+        let mut spec = bundle_spec(Path::new(&req.bundle))?;
         let sandbox = self.slot.for_create(&req, &spec).await?;
+        if let Some(parts) = self.slot.parts() {
+            parts.complete(&mut spec);
+        }
         let container = ContainerSpec {
             spec,
             stdio: Stdio {
@@ -162,6 +165,8 @@ impl Task for TaskService {
     async fn connect(&self, _: &TtrpcContext, req: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         let task = match req.id.as_str() {
             "" => 0,
+            // containerd asks so whether the shim of a sandbox lives.
+            id if self.slot.is_sandbox(id) => std::process::id(),
             id => answer("connect", self.sandbox()?.state(&ProcessId::init(id)).await)?.pid,
         };
         let version = env!("CARGO_PKG_VERSION").to_owned();
@@ -179,13 +184,15 @@ impl Task for TaskService {
         })
     }
 
-    /// Ends the pod if it holds no container, as containerd expects after the last delete; with `now`, in any case.
+    /// Ends the pod if it holds no container, as containerd expects after the last delete; with `now`, in any case. A pod of
+    /// the sandbox API is not a container's to end.
     async fn shutdown(&self, _: &TtrpcContext, req: ShutdownRequest) -> ttrpc::Result<Empty> {
         let empty = match self.slot.get() {
             Some(sandbox) => sandbox.inspect().await.containers.is_empty(),
             None => true,
         };
-        if req.now || empty {
+        let may_end = !self.slot.outlives_containers() || self.slot.is_sandbox(&req.id);
+        if req.now || empty && may_end {
             self.reins.shut_down().await;
         }
         Ok(Empty::new())

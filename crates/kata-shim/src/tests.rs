@@ -122,6 +122,7 @@ fn spec(dir: &Path, ground: &Ground) -> SandboxSpec {
     config.hypervisor.qemu.initrd = Some("/boot/initrd".into());
     SandboxSpec {
         id: "p".to_owned(),
+        hostname: None,
         config,
         artefacts: Artefacts {
             qemu: "/usr/bin/qemu-system-x86_64".into(),

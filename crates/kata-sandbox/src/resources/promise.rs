@@ -76,6 +76,17 @@ impl ResourceSpec {
             mems: cpu.and_then(|cpu| cpu.mems().clone()).filter(|mems| !mems.is_empty()),
         })
     }
+
+    /// Reads what the CRI says of a pod that has no container of its own.
+    ///
+    /// # Errors
+    /// An annotation that is no number.
+    pub fn of_pod(
+        annotations: &HashMap<String, String>,
+        cgroups_path: Option<PathBuf>,
+    ) -> Result<Self, PromiseError> {
+        Ok(Self { demand: of_annotations(annotations)?, cgroups_path, is_pod: true, cpus: None, mems: None })
+    }
 }
 
 /// Whether a container is the one that stands for its pod, and does no work of its own.

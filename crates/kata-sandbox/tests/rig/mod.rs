@@ -87,6 +87,7 @@ impl Rig {
         std::fs::set_permissions(&daemon, PermissionsExt::from_mode(0o755)).unwrap();
         SandboxSpec {
             id: "pod".to_owned(),
+            hostname: None,
             config: self.config.clone(),
             artefacts: Artefacts {
                 qemu: "/bin/true".into(),

@@ -1,10 +1,12 @@
-//! `start`: answers the address of the pod's owner, which is started for the pod's first container.
+//! `start`: answers the address of the pod's owner, which is started for the pod's first container, or for a sandbox: its
+//! bundle has no specification.
 //!
 //! Three generations of containerd call it: all put their flags before the verb; up to 2.2 standard input may hold the
 //! runtime's options (an `Any`, which `Task.Create` carries again), from 2.3 on it holds `BootstrapParams` as JSON. The
 //! first are answered with the bare address, which every release reads, the last in kind. Whatever else is written, to
 //! either stream, would be taken for a part of the address.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -13,12 +15,15 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use serde::Deserialize;
 use serde_json::json;
 use thiserror::Error;
 
-use super::bundle::{Bundle, BundleError, Netns};
+use super::bundle::{self, Bundle, BundleError, Netns};
 use super::invocation::Invocation;
+use super::launch::config_path;
 use crate::delete::{self, DeleteError};
 use crate::ground::{Ground, GroundError};
 
@@ -33,6 +38,8 @@ pub(crate) enum BootstrapError {
     Input(#[source] io::Error),
     #[error("the parameters on standard input are not containerd's BootstrapParams")]
     Params(#[source] serde_json::Error),
+    #[error("the runtime's options on standard input cannot be carried out: {0}")]
+    Options(String),
     #[error("the working directory is no bundle")]
     WorkingDirectory(#[source] io::Error),
     #[error(transparent)]
@@ -82,12 +89,12 @@ impl Params {
 
 /// Prints the address of the pod's owner.
 pub(crate) fn run(call: &Invocation) -> Result<(), BootstrapError> {
-    let params = params(io::stdin().lock())?;
+    let Input { params, options } = input(io::stdin().lock())?;
     let dir = match &call.bundle {
         Some(dir) => dir.clone(),
         None => std::env::current_dir().map_err(BootstrapError::WorkingDirectory)?,
     };
-    let address = address(call, params.as_ref(), &dir)?;
+    let address = address(call, params.as_ref(), options.as_ref(), &dir)?;
     // containerd 1.x finds the owner by this file after a restart of its own.
     let file = dir.join("address");
     std::fs::write(&file, &address).map_err(|source| BootstrapError::Address { path: file, source })?;
@@ -100,26 +107,57 @@ pub(crate) fn run(call: &Invocation) -> Result<(), BootstrapError> {
     Ok(())
 }
 
-fn params(input: impl Read) -> Result<Option<Params>, BootstrapError> {
+/// What is on standard input.
+#[derive(Debug, Default)]
+struct Input {
+    params: Option<Params>,
+    options: Option<Any>,
+}
+
+fn input(input: impl Read) -> Result<Input, BootstrapError> {
     let mut text = Vec::new();
     input.take(INPUT_LIMIT).read_to_end(&mut text).map_err(BootstrapError::Input)?;
     // The first byte of an Any is the tag of its first field, which is no brace.
-    if text.first() != Some(&b'{') {
-        return Ok(None);
+    if text.first() == Some(&b'{') {
+        let params = serde_json::from_slice(&text).map_err(BootstrapError::Params)?;
+        return Ok(Input { params: Some(params), options: None });
     }
-    serde_json::from_slice(&text).map(Some).map_err(BootstrapError::Params)
+    // Who makes a pod by its first container says it again then.
+    Ok(Input { params: None, options: Any::parse_from_bytes(&text).ok() })
 }
 
-fn address(call: &Invocation, params: Option<&Params>, dir: &Path) -> Result<String, BootstrapError> {
-    let bundle = Bundle::read(dir).map_err(BootstrapError::Bundle)?;
-    let ground = match bundle.pod().map_err(BootstrapError::Bundle)? {
-        Some(pod) => owner_of(pod)?,
-        None => {
-            let netns = bundle.netns().map_err(BootstrapError::Bundle)?;
-            start(call, params, dir, &netns)?
+fn address(
+    call: &Invocation,
+    params: Option<&Params>,
+    options: Option<&Any>,
+    dir: &Path,
+) -> Result<String, BootstrapError> {
+    let ground = match bundle::of_sandbox(dir) {
+        true => start(call, params, dir, &sandbox_words(options)?)?,
+        false => {
+            let bundle = Bundle::read(dir).map_err(BootstrapError::Bundle)?;
+            match bundle.pod().map_err(BootstrapError::Bundle)? {
+                Some(pod) => owner_of(pod)?,
+                None => start(call, params, dir, &netns_words(&bundle)?)?,
+            }
         }
     };
     Ok(format!("unix://{}", ground.socket().display()))
+}
+
+/// What the owner of a pod that the sandbox API makes is told: the options are not said again.
+fn sandbox_words(options: Option<&Any>) -> Result<Vec<OsString>, BootstrapError> {
+    let config = config_path(options).map_err(|error| BootstrapError::Options(error.to_string()))?;
+    let config = config.into_iter().flat_map(|path| ["--config".into(), path.into_os_string()]);
+    Ok(std::iter::once("--sandboxer".into()).chain(config).collect())
+}
+
+/// What the owner of a pod is told of its network.
+fn netns_words(bundle: &Bundle) -> Result<Vec<OsString>, BootstrapError> {
+    Ok(match bundle.netns().map_err(BootstrapError::Bundle)? {
+        Netns::At(path) => vec!["--netns".into(), path.into_os_string()],
+        Netns::New => Vec::new(),
+    })
 }
 
 /// The ground of a pod that is there.
@@ -136,7 +174,7 @@ fn start(
     call: &Invocation,
     params: Option<&Params>,
     dir: &Path,
-    netns: &Netns,
+    words: &[OsString],
 ) -> Result<Ground, BootstrapError> {
     let ground = Ground::of(&call.id);
     if ground.is_of(&call.namespace) {
@@ -151,10 +189,8 @@ fn start(
         .arg0("containerd-shim-kata-v2")
         .args(["serve", "--id", &call.id, "--namespace", &call.namespace, "--events", &events(call, params)])
         .arg("--bundle")
-        .arg(dir);
-    if let Netns::At(path) = netns {
-        owner.arg("--netns").arg(path);
-    }
+        .arg(dir)
+        .args(words);
     if debug {
         owner.arg("--debug");
     }
@@ -212,8 +248,11 @@ mod tests {
 
     #[test]
     fn options_are_no_parameters_and_json_in_either_spelling_is() {
+        let params = |text| input(text).map(|input| input.params);
         assert!(params(&b""[..]).unwrap().is_none());
-        assert!(params(&b"\x0a\x19runtimeoptions.v1.Options"[..]).unwrap().is_none());
+        let options = input(&b"\x0a\x19runtimeoptions.v1.Options"[..]).unwrap();
+        assert!(options.params.is_none());
+        assert_eq!(options.options.unwrap().type_url, "runtimeoptions.v1.Options");
         for text in [
             r#"{"instanceId":"a","containerdTtrpcAddress":"/c.ttrpc","logLevel":"LOG_LEVEL_DEBUG"}"#,
             r#"{"instance_id":"a","containerd_ttrpc_address":"/c.ttrpc","log_level":-4}"#,

@@ -42,6 +42,14 @@ pub(crate) enum Netns {
     At(PathBuf),
 }
 
+/// Whether the bundle is that of a sandbox, which has no specification.
+pub(crate) fn of_sandbox(dir: &Path) -> bool {
+    match std::fs::metadata(dir.join("config.json")) {
+        Ok(file) => file.len() == 0,
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound && dir.is_dir(),
+    }
+}
+
 /// A container's bundle.
 #[derive(Debug)]
 pub(crate) struct Bundle {

@@ -1,6 +1,6 @@
 //! From the first container's creation to its pod: the options, the configuration, the network that is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use kata_hypervisor::Vm;
 use kata_sandbox::{Event, NetworkSpec, ResourceSpec, Sandbox, SandboxSpec};
 use oci_spec::runtime::{Hook, Spec};
 use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use tokio::sync::{broadcast, mpsc};
 
 use crate::ground::Ground;
@@ -41,6 +42,36 @@ pub(crate) struct Launcher {
     pub(super) prepare: Prepare,
 }
 
+/// What is asked of a pod: by its first container, or by containerd's sandbox API.
+pub(crate) struct Wanted {
+    /// The configuration file that the runtime's options name.
+    pub(crate) config: Option<PathBuf>,
+    /// All of the pod's annotations, also those about others.
+    pub(crate) annotations: HashMap<String, String>,
+    /// The guest's host name, where it is not the first container's to set.
+    pub(crate) hostname: Option<String>,
+    /// The hooks that may fill the pod's network namespace.
+    pub(crate) hooks: Vec<Hook>,
+    /// The bundle of the first container, or of the sandbox.
+    pub(crate) bundle: PathBuf,
+    /// What it may use of the host.
+    pub(crate) resources: ResourceSpec,
+}
+
+impl Wanted {
+    /// What the container that `request` and its bundle's `spec` describe asks of the pod that it is the first of.
+    pub(crate) fn by_container(request: &CreateTaskRequest, spec: &Spec) -> ttrpc::Result<Self> {
+        Ok(Self {
+            config: config_path(request.options.as_ref())?,
+            annotations: spec.annotations().clone().unwrap_or_default(),
+            hostname: None,
+            hooks: network_hooks(spec),
+            bundle: PathBuf::from(&request.bundle),
+            resources: ResourceSpec::of(spec).map_err(|error| fault::invalid(fault::chain(&error)))?,
+        })
+    }
+}
+
 /// Looks everything up and picks the driver.
 pub(super) type Prepare = Box<dyn Fn(&Sources) -> Result<(Plan, Box<dyn Vm>), PlanError> + Send + Sync>;
 
@@ -54,13 +85,18 @@ pub(super) fn prepare() -> Prepare {
 }
 
 impl Launcher {
-    /// The pod of the container that `request` and its bundle's `spec` describe.
-    pub(crate) async fn launch(&self, request: &CreateTaskRequest, spec: &Spec) -> ttrpc::Result<Sandbox> {
+    /// The pod's name.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The pod that is asked for.
+    pub(crate) async fn launch(&self, wanted: Wanted) -> ttrpc::Result<Sandbox> {
         if self.launched.is_closed() {
             return Err(fault::leaving());
         }
-        let sources =
-            Sources { file: config_path(request)?, overrides: Vec::new(), annotations: annotations(spec) };
+        let Wanted { config, annotations, hostname, hooks, bundle, resources } = wanted;
+        let sources = Sources { file: config, overrides: Vec::new(), annotations: ours(&annotations) };
         let (plan, vm) = (self.prepare)(&sources).map_err(|error| {
             let words = fault::chain(&error);
             match error {
@@ -68,26 +104,20 @@ impl Launcher {
                 PlanError::Artefacts(_) | PlanError::Host(_) => fault::precondition("create", words),
             }
         })?;
-        if let Some(annotations) = spec.annotations() {
-            self.ground.note_kubernetes(annotations);
-        }
+        self.ground.note_kubernetes(&annotations);
         self.level.set(plan.config.runtime.effective_log_level());
         if plan.config.runtime.enable_tracing {
             spans::begin(&self.id, &plan.config.runtime.otlp_endpoint, self.runtime_netns.clone());
         }
-        let resources = ResourceSpec::of(spec).map_err(|error| fault::invalid(fault::chain(&error)))?;
         let spec = SandboxSpec {
             id: self.id.clone(),
+            hostname,
             config: plan.config,
             artefacts: plan.artefacts,
             run_dir: self.ground.run_dir.clone(),
             started: self.started,
             choice: plan.choice,
-            network: Some(NetworkSpec {
-                hooks: network_hooks(spec),
-                bundle: PathBuf::from(&request.bundle),
-                runtime_netns: self.runtime_netns.clone(),
-            }),
+            network: Some(NetworkSpec { hooks, bundle, runtime_netns: self.runtime_netns.clone() }),
             resources,
         };
         let sandbox =
@@ -103,8 +133,8 @@ impl Launcher {
 }
 
 /// The configuration file that the options name.
-fn config_path(request: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
-    let Some(any) = request.options.as_ref().filter(|any| !any.type_url.is_empty()) else { return Ok(None) };
+pub(super) fn config_path(options: Option<&Any>) -> ttrpc::Result<Option<PathBuf>> {
+    let Some(any) = options.filter(|any| !any.type_url.is_empty()) else { return Ok(None) };
     // Some clients write a host before the name.
     if any.type_url.rsplit('/').next() != Some(OPTIONS) {
         tracing::warn!(type_url = any.type_url, "options of another runtime are not read");
@@ -122,10 +152,9 @@ fn config_path(request: &CreateTaskRequest) -> ttrpc::Result<Option<PathBuf>> {
 }
 
 /// The pod's annotations, as far as they are about this runtime.
-fn annotations(spec: &Spec) -> BTreeMap<String, String> {
+fn ours(all: &HashMap<String, String>) -> BTreeMap<String, String> {
     let ours = |(name, _): &(&String, &String)| name.starts_with("io.katacontainers.");
-    let all = spec.annotations().iter().flatten();
-    all.filter(ours).map(|(name, text)| (name.clone(), text.clone())).collect()
+    all.iter().filter(ours).map(|(name, text)| (name.clone(), text.clone())).collect()
 }
 
 /// The hooks that may fill the pod's network namespace.
@@ -139,8 +168,6 @@ fn network_hooks(spec: &Spec) -> Vec<Hook> {
 
 #[cfg(test)]
 mod tests {
-    use protobuf::well_known_types::any::Any;
-
     use super::*;
 
     fn request(type_url: &str, options: &Options) -> CreateTaskRequest {
@@ -153,20 +180,26 @@ mod tests {
     fn the_configuration_file_is_the_options_config_path() {
         let options = Options { config_path: "/etc/kata.toml".to_owned(), ..Options::default() };
         for url in [OPTIONS.to_owned(), format!("types.example/{OPTIONS}")] {
-            assert_eq!(config_path(&request(&url, &options)).unwrap(), Some("/etc/kata.toml".into()));
+            assert_eq!(
+                config_path(request(&url, &options).options.as_ref()).unwrap(),
+                Some("/etc/kata.toml".into())
+            );
         }
-        assert_eq!(config_path(&CreateTaskRequest::default()).unwrap(), None);
-        assert_eq!(config_path(&request(OPTIONS, &Options::default())).unwrap(), None);
-        assert_eq!(config_path(&request("containerd.runc.v1.Options", &options)).unwrap(), None);
+        assert_eq!(config_path(None).unwrap(), None);
+        assert_eq!(config_path(request(OPTIONS, &Options::default()).options.as_ref()).unwrap(), None);
+        assert_eq!(
+            config_path(request("containerd.runc.v1.Options", &options).options.as_ref()).unwrap(),
+            None
+        );
     }
 
     #[test]
     fn options_that_cannot_be_carried_out_are_refused() {
         let body = Options { config_body: b"[runtime]".to_vec(), ..Options::default() };
-        assert!(config_path(&request(OPTIONS, &body)).is_err());
+        assert!(config_path(request(OPTIONS, &body).options.as_ref()).is_err());
         let garbage = Any { type_url: OPTIONS.to_owned(), value: vec![0xff], ..Any::default() };
         let garbage = CreateTaskRequest { options: Some(garbage).into(), ..CreateTaskRequest::default() };
-        assert!(config_path(&garbage).is_err());
+        assert!(config_path(garbage.options.as_ref()).is_err());
     }
 
     #[test]

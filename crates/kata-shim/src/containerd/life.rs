@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The machine does not wait for containerd: where the pod's first container has ended, nothing can run in it any more, and
-//! Kubernetes may keep the dead pod for hours.
+//! Kubernetes may keep the dead pod for hours. A pod that containerd's sandbox API made has no first container: it lives, empty
+//! or not, until that API stops it.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -56,7 +57,17 @@ impl End {
     }
 }
 
+/// What a pod lives for, and so when its machine goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Its first container.
+    FirstContainer,
+    /// Whatever containers come and go: the sandbox API says when it is over.
+    Sandbox,
+}
+
 pub(super) struct Life {
+    pub(super) purpose: Purpose,
     pub(super) ground: Ground,
     pub(super) publisher: Publisher,
     pub(super) watch: Watch,
@@ -66,8 +77,8 @@ pub(super) struct Life {
 }
 
 /// What is known of the pod on the way.
-#[derive(Default)]
 struct Pod {
+    purpose: Purpose,
     sandbox: Option<Sandbox>,
     events: Option<broadcast::Receiver<Event>>,
     /// The container that the pod lives for.
@@ -87,6 +98,19 @@ struct Creating {
 }
 
 impl Pod {
+    fn new(purpose: Purpose) -> Self {
+        let (containers, creating) = (HashSet::new(), HashMap::new());
+        Self { purpose, sandbox: None, events: None, first: None, containers, creating }
+    }
+
+    /// Whether nobody would miss it.
+    fn idle(&self) -> bool {
+        match self.purpose {
+            Purpose::FirstContainer => self.containers.is_empty() && self.creating.is_empty(),
+            Purpose::Sandbox => self.sandbox.is_none(),
+        }
+    }
+
     async fn event(&mut self) -> Result<Event, RecvError> {
         match &mut self.events {
             Some(events) => events.recv().await,
@@ -123,7 +147,9 @@ impl Pod {
         match &event {
             Event::Created { process: ProcessId { container, exec: None } } => {
                 self.containers.insert(container.clone());
-                self.first.get_or_insert_with(|| container.clone());
+                if self.purpose == Purpose::FirstContainer {
+                    self.first.get_or_insert_with(|| container.clone());
+                }
                 if let Some(made) = self.creating.remove(container) {
                     publisher.publish(topics::TASK_CREATE_EVENT_TOPIC, &made.event);
                 }
@@ -152,7 +178,7 @@ impl Pod {
 impl Life {
     /// Lives until containerd needs the owner no more. The pod is torn down then.
     pub(super) async fn run(mut self) -> Result<(), LifeError> {
-        let mut pod = Pod::default();
+        let mut pod = Pod::new(self.purpose);
         let end = self.until_shut_down(&mut pod).await;
         tracing::info!(cause = end.cause, "the owner leaves");
         self.leave(pod, end).await
@@ -161,7 +187,7 @@ impl Life {
     async fn until_shut_down(&mut self, pod: &mut Pod) -> End {
         let mut unused = Instant::now() + UNUSED_BOUND;
         loop {
-            let idle = pod.containers.is_empty() && pod.creating.is_empty();
+            let idle = pod.idle();
             tokio::select! {
                 // What a creation announces is there before the event that it leads to.
                 biased;
@@ -189,7 +215,7 @@ impl Life {
                     Err(RecvError::Lagged(missed)) => tracing::error!(missed, "events are lost: the owner is too slow"),
                     Err(RecvError::Closed) => pod.events = None,
                 },
-                () = tokio::time::sleep_until(unused), if idle => return End::new("it has had no container for 60 s"),
+                () = tokio::time::sleep_until(unused), if idle => return End::new("nothing was asked of it for 60 s"),
                 _ = self.watch.terminate.recv() => return End::new("SIGTERM"),
                 _ = self.watch.interrupt.recv() => return End::new("SIGINT"),
             }

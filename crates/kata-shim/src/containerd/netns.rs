@@ -32,6 +32,11 @@ pub(crate) enum NetnsError {
     Host { path: PathBuf },
 }
 
+/// The namespace that the process is in.
+pub(crate) fn own() -> Result<OwnedFd, NetnsError> {
+    File::open(OWN).map(OwnedFd::from).map_err(NetnsError::Make)
+}
+
 /// Enters the namespace, and answers the one it came from. To be called while the process has one thread: it is each
 /// thread's own.
 pub(crate) fn enter(netns: &Netns) -> Result<OwnedFd, NetnsError> {

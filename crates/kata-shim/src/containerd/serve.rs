@@ -13,9 +13,10 @@ use tokio::sync::mpsc;
 
 use super::bundle::Netns;
 use super::launch::{Launcher, Prepare, prepare};
-use super::life::Life;
+use super::life::{Life, Purpose};
 use super::netns::{self, NetnsError};
 use super::publisher::Publisher;
+use super::sandboxer::SandboxService;
 use super::sched_core::{self, SchedCoreError};
 use crate::cli::ServeArgs;
 use crate::connections::counted;
@@ -51,7 +52,12 @@ pub(crate) fn run(args: &ServeArgs, started: Instant) -> Result<(), ServeError> 
     let listener = trace::listener_on_stdin().map_err(ServeError::Listener)?;
     // Each thread's own: before there is a second.
     sched_core::enter().map_err(ServeError::SchedCore)?;
-    let left = netns::enter(&args.netns.clone().map_or(Netns::New, Netns::At)).map_err(ServeError::Netns)?;
+    let left = match args.sandboxer {
+        // It is not known yet which.
+        true => netns::own(),
+        false => netns::enter(&args.netns.clone().map_or(Netns::New, Netns::At)),
+    };
+    let left = left.map_err(ServeError::Netns)?;
     // What the pod keeps is its owner's alone.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     let ground = Ground::of(&args.id);
@@ -113,9 +119,14 @@ impl Owner<'_> {
             runtime_netns: self.runtime_netns,
             prepare: self.prepare,
         };
-        let slot = Arc::new(Slot::waiting(launcher));
+        let slot = Arc::new(Slot::waiting(launcher, self.args.sandboxer));
         management::serve(&self.ground.run_dir, slot.clone());
-        let mut server = services::all(slot, &reins).add_listener(listener);
+        let mut server = services::all(slot.clone(), &reins).add_listener(listener);
+        if self.args.sandboxer {
+            let (id, config) = (self.args.id.clone(), self.args.config.clone());
+            let service = SandboxService::new(id, self.ground.clone(), config, slot, reins);
+            server = server.register_service(services::sandbox(service));
+        }
         server.start().await.map_err(|error| failed(io::Error::other(error)))?;
         let life = Life {
             ground: self.ground,
@@ -124,6 +135,7 @@ impl Owner<'_> {
             requests,
             launched: launches,
             connections,
+            purpose: if self.args.sandboxer { Purpose::Sandbox } else { Purpose::FirstContainer },
         };
         Ok((life, server))
     }

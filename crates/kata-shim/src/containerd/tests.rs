@@ -94,6 +94,8 @@ impl Live {
             events: events.display().to_string(),
             bundle: dir.path().join("bundle"),
             netns: None,
+            sandboxer: false,
+            config: None,
             debug: false,
         };
         let agent = FakeAgent::start().await;
