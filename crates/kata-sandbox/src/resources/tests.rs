@@ -1,0 +1,12 @@
+use super::*;
+
+#[test]
+fn a_guest_cannot_name_a_block_of_memory_that_no_kernel_has() {
+    for (bytes, mib) in [(0, 1), (1 << 20, 1), (128 << 20, 128), (2 << 30, 2048)] {
+        assert_eq!(block_mib(bytes).unwrap(), mib);
+    }
+    for bytes in [1, 4096, (1 << 20) + 1, 3 << 20, 4 << 30, 1 << 40, u64::MAX] {
+        let text = block_mib(bytes).unwrap_err().to_string();
+        assert!(text.contains(&bytes.to_string()), "{text}");
+    }
+}
