@@ -220,12 +220,12 @@ impl Resources {
             changing.tally = before;
             return Err(error);
         }
-        Ok(Before(before))
+        Ok(Before { container: container.to_owned(), share: before.get(container).cloned() })
     }
 
     /// After a change that the guest has refused.
     pub(crate) async fn restore(&self, before: Before) {
-        self.changing.lock().await.tally = before.0;
+        before.put_back(&mut self.changing.lock().await.tally);
     }
 
     /// Takes back what no container's limit needs any more, as far as the guest lets go of it: processors. Memory stays.
@@ -370,8 +370,22 @@ fn block_mib(bytes: u64) -> Result<u64, ResourceError> {
     }
 }
 
-/// What the containers of a pod were promised before a change.
-pub(crate) struct Before(Tally);
+/// What a container was promised before a change.
+pub(crate) struct Before {
+    container: String,
+    share: Option<Share>,
+}
+
+impl Before {
+    /// Others may have come and gone since, and so may the container itself.
+    fn put_back(self, tally: &mut Tally) {
+        match self.share {
+            Some(share) if tally.get(&self.container).is_some() => tally.set(&self.container, share),
+            Some(_) => {}
+            None => tally.remove(&self.container),
+        }
+    }
+}
 
 /// The annotations tell the sum of the limits that there are. Whether every container has one, kubelet's own cgroup of the pod
 /// tells: it has a limit only then.
