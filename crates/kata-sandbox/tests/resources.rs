@@ -89,3 +89,19 @@ async fn a_change_that_the_guest_refuses_is_taken_back() {
     pod.update("c", memory(100)).await.unwrap();
     pod.shutdown().await.unwrap();
 }
+
+#[tokio::test]
+async fn what_the_guest_did_not_bring_to_use_it_is_asked_for_again() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.config.runtime.static_sandbox_resource_mgmt = false;
+    rig.config.hypervisor.qemu.default_memory = 256;
+    rig.config.hypervisor.qemu.default_maxmemory = 2048;
+    let pod = rig.pod().await;
+    rig.agent.refuse("OnlineCPUMem", ttrpc::Code::INTERNAL, "no");
+    assert!(pod.create_container(limited(&rig, "first", 512)).await.is_err());
+    // The machine has room by now, and its guest still does not use it.
+    assert!(pod.create_container(limited(&rig, "second", 512)).await.is_err());
+    rig.agent.relent();
+    pod.create_container(limited(&rig, "third", 512)).await.unwrap();
+    pod.shutdown().await.unwrap();
+}

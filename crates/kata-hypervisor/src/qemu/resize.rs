@@ -35,8 +35,17 @@ pub(super) struct Resizer {
     cpus: Vec<String>,
     /// Numbers of the next CPU and module, which are never used twice.
     next: u64,
-    /// Sizes of the memory modules that were added, in MiB.
+    /// Sizes of the memory modules that the guest has taken, in MiB.
     modules: Vec<u64>,
+    /// What QEMU has and the guest did not take.
+    untaken: Option<Module>,
+}
+
+/// A memory module, by the names of its memory and of its device.
+#[derive(Clone, Debug)]
+struct Module {
+    backend: String,
+    device: String,
 }
 
 /// One entry of `query-hotpluggable-cpus`.
@@ -101,6 +110,7 @@ impl Resizer {
             self.remove_cpus(qmp, count - size.vcpus.max(self.base.vcpus)).await?;
         }
         if size.memory_mib > self.memory_mib() {
+            self.take_back_memory(qmp).await?;
             self.add_memory(qmp, size.memory_mib - self.memory_mib()).await?;
         }
         let mut now = if size.vcpus == count { now } else { cpus(qmp).await? };
@@ -185,6 +195,23 @@ impl Resizer {
         Ok(())
     }
 
+    /// A module that the guest did not take serves nobody: it goes before there is another try.
+    async fn take_back_memory(&mut self, qmp: &Qmp) -> Result<(), HypervisorError> {
+        let Some(Module { backend, device }) = self.untaken.clone() else { return Ok(()) };
+        match give_back(qmp, &device, &device, REMOVAL_BOUND).await {
+            Ok(()) => {}
+            Err(HypervisorError::DeviceHeld { .. }) => {
+                let reason =
+                    format!("it did not take it earlier, and has not let go of it within {REMOVAL_BOUND:?}");
+                return Err(HypervisorError::NotTaken { what: "memory", reason });
+            }
+            Err(error) => return Err(error),
+        }
+        self.untaken = None;
+        drop_backend(qmp, &backend).await;
+        Ok(())
+    }
+
     async fn add_memory(&mut self, qmp: &Qmp, mib: u64) -> Result<(), HypervisorError> {
         let (backend, module) = (self.name("ram"), self.name("dimm"));
         let object = json!({
@@ -198,15 +225,23 @@ impl Resizer {
         qmp.execute("object-add", object, COMMAND_BOUND).await?;
         let device = json!({ "driver": "pc-dimm", "id": module, "memdev": backend });
         let mut events = qmp.subscribe();
-        self.modules.push(mib);
+        // Until the guest says otherwise, and also for a caller that gives up half way.
+        self.untaken = Some(Module { backend: backend.clone(), device: module.clone() });
         if let Err(error) = qmp.execute("device_add", device, COMMAND_BOUND).await {
-            self.modules.pop();
-            if let Err(undo) = qmp.execute("object-del", json!({ "id": backend }), COMMAND_BOUND).await {
-                tracing::warn!(backend, error = %undo, "memory that could not be added stays with QEMU");
-            }
+            self.untaken = None;
+            drop_backend(qmp, &backend).await;
             return Err(error.into());
         }
-        taken(&mut events, "memory", &module).await
+        taken(&mut events, "memory", &module).await?;
+        self.untaken = None;
+        self.modules.push(mib);
+        Ok(())
+    }
+}
+
+async fn drop_backend(qmp: &Qmp, backend: &str) {
+    if let Err(error) = qmp.execute("object-del", json!({ "id": backend }), COMMAND_BOUND).await {
+        tracing::warn!(backend, %error, "memory that was not added stays with QEMU");
     }
 }
 

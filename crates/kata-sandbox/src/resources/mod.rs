@@ -33,6 +33,8 @@ use sizing::{Bounds, Demand};
 /// server, the vsock device and the owner.
 const PROCESSES_MIB: u64 = 160;
 const MIB: u64 = 1 << 20;
+/// Linux adds memory in no larger blocks, on machines of 64 GiB and more.
+const MOST_BLOCK: u64 = 2 << 30;
 
 /// Why a pod does not get what it was promised.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +65,15 @@ pub enum ResourceError {
     /// The guest does not bring to use what it was given.
     #[error("the guest cannot use the processors or the memory that were added")]
     Guest(#[from] AgentError),
+    /// The guest's word for its blocks of memory is none that a kernel would give. The host's memory does not follow from it.
+    #[error(
+        "the guest's agent says that memory is added in blocks of {bytes} bytes, which is no power of two from 1 MiB to 2 GiB: \
+         the machine is not grown; see whether guest image and kernel are the installed ones"
+    )]
+    Block {
+        /// The agent's answer.
+        bytes: u64,
+    },
 }
 
 impl ResourceError {
@@ -73,7 +84,7 @@ impl ResourceError {
             Self::Machine(HypervisorError::TooLarge { .. }) => ErrorKind::FailedPrecondition,
             Self::Machine(HypervisorError::Unsupported { .. }) => ErrorKind::Unimplemented,
             Self::Guest(error) => error.kind(),
-            Self::Cgroup(_) | Self::Machine(_) => ErrorKind::Internal,
+            Self::Cgroup(_) | Self::Machine(_) | Self::Block { .. } => ErrorKind::Internal,
         }
     }
 }
@@ -100,6 +111,8 @@ pub(crate) struct Resources {
 struct Changing {
     tally: Tally,
     has: Size,
+    /// Of that, what the guest has brought to use.
+    online: Size,
     pinned: bool,
 }
 
@@ -133,7 +146,8 @@ impl Resources {
             cgroup.enter()?;
             warn_of_tight_limit(id, cgroup, start);
         }
-        let changing = Mutex::new(Changing { tally: Tally::default(), has: start, pinned: false });
+        let changing =
+            Mutex::new(Changing { tally: Tally::default(), has: start, online: start, pinned: false });
         Ok(Self { config, host, start, cgroup, changing })
     }
 
@@ -206,12 +220,12 @@ impl Resources {
             changing.tally = before;
             return Err(error);
         }
-        Ok(Before(before))
+        Ok(Before { container: container.to_owned(), share: before.get(container).cloned() })
     }
 
     /// After a change that the guest has refused.
     pub(crate) async fn restore(&self, before: Before) {
-        self.changing.lock().await.tally = before.0;
+        before.put_back(&mut self.changing.lock().await.tally);
     }
 
     /// Takes back what no container's limit needs any more, as far as the guest lets go of it: processors. Memory stays.
@@ -259,22 +273,23 @@ impl Resources {
     }
 
     async fn grow(&self, vm: &dyn Vm, agent: &Agent, changing: &mut Changing) -> Result<(), ResourceError> {
-        let Some(growth) = self.growth() else { return self.arrange(vm, changing, None).await };
+        if self.growth().is_none() {
+            return self.arrange(vm, changing, None).await;
+        }
         let mut wanted = self.wanted(&changing.tally)?;
         let has = changing.has;
         wanted.vcpus = wanted.vcpus.max(has.vcpus);
         if wanted.memory_mib > has.memory_mib {
-            let block = agent.memory_block().await?.div_ceil(MIB).max(1);
+            let block = block_mib(agent.memory_block().await?)?;
+            // Less than a whole block no guest takes. Where that is more than the machine has room for, it refuses.
             let more = (wanted.memory_mib - has.memory_mib).next_multiple_of(block);
-            wanted.memory_mib = has.memory_mib.saturating_add(more).min(growth.memory_mib);
+            wanted.memory_mib = has.memory_mib.saturating_add(more);
         }
-        if wanted <= has {
-            return self.arrange(vm, changing, None).await;
+        self.arrange(vm, changing, (wanted > has).then_some(wanted)).await?;
+        if changing.has != has {
+            tracing::info!(?has, now = ?changing.has, "the virtual machine has grown");
         }
-        self.arrange(vm, changing, Some(wanted)).await?;
-        tracing::info!(?has, now = ?changing.has, "the virtual machine has grown");
-        let cpus = changing.has.vcpus.saturating_sub(has.vcpus);
-        Ok(agent.online(cpus, changing.has.memory_mib == has.memory_mib).await?)
+        bring_to_use(agent, changing).await
     }
 
     /// Brings machine, cgroup and CPUs together; with `size`, the machine to that size.
@@ -295,6 +310,7 @@ impl Resources {
         }
         let layout = vm.resize(size.unwrap_or(changing.has)).await?;
         changing.has = layout.size;
+        changing.online.vcpus = changing.online.vcpus.min(layout.size.vcpus);
         if let Some(cgroup) = self.cgroup.as_ref().filter(|_| places) {
             cgroup.place_vcpus(&layout.vcpu_threads)?;
         }
@@ -333,8 +349,43 @@ impl Resources {
     }
 }
 
-/// What the containers of a pod were promised before a change.
-pub(crate) struct Before(Tally);
+/// Has the guest use all that its machine has, also what an earlier try has left unused.
+async fn bring_to_use(agent: &Agent, changing: &mut Changing) -> Result<(), ResourceError> {
+    let (has, online) = (changing.has, changing.online);
+    let cpus = has.vcpus.saturating_sub(online.vcpus);
+    let cpu_only = has.memory_mib <= online.memory_mib;
+    if cpus > 0 || !cpu_only {
+        agent.online(cpus, cpu_only).await?;
+        changing.online = has;
+    }
+    Ok(())
+}
+
+/// The size of the guest's blocks of memory, in MiB. Linux has them from 2 MiB to 2 GiB; 0 is said where it does not tell.
+fn block_mib(bytes: u64) -> Result<u64, ResourceError> {
+    match bytes {
+        0 => Ok(1),
+        MIB..=MOST_BLOCK if bytes.is_power_of_two() => Ok(bytes / MIB),
+        _ => Err(ResourceError::Block { bytes }),
+    }
+}
+
+/// What a container was promised before a change.
+pub(crate) struct Before {
+    container: String,
+    share: Option<Share>,
+}
+
+impl Before {
+    /// Others may have come and gone since, and so may the container itself.
+    fn put_back(self, tally: &mut Tally) {
+        match self.share {
+            Some(share) if tally.get(&self.container).is_some() => tally.set(&self.container, share),
+            Some(_) => {}
+            None => tally.remove(&self.container),
+        }
+    }
+}
 
 /// The annotations tell the sum of the limits that there are. Whether every container has one, kubelet's own cgroup of the pod
 /// tells: it has a limit only then.
@@ -364,3 +415,6 @@ fn warn_of_tight_limit(id: &str, cgroup: &Cgroup, size: Size) {
         );
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -91,7 +91,7 @@ async fn what_there_is_no_room_for_is_refused_by_the_key_before_anything_is_done
 }
 
 #[tokio::test]
-async fn what_the_guest_refuses_is_told_and_not_counted_twice() {
+async fn memory_that_the_guest_refuses_is_not_counted_and_goes_before_the_next_try() {
     let (qmp, _events, mut peer) = pair().await;
     let mut resizer = resizer(Some(GROWTH));
     let play = async {
@@ -103,8 +103,27 @@ async fn what_the_guest_refuses_is_told_and_not_counted_twice() {
     let (refused, ()) = tokio::join!(resizer.resize(&qmp, Size { vcpus: 1, memory_mib: 512 }), play);
     let text = refused.unwrap_err().to_string();
     assert!(text.contains("the memory") && text.contains("0x1"), "{text}");
-    // QEMU has it all the same.
-    assert_eq!(resizer.memory_mib(), 512);
+    assert_eq!(resizer.memory_mib(), 256);
+    let play = async {
+        reply(&mut peer, running(1)).await;
+        let gone = reply(&mut peer, json!({})).await;
+        let device = &gone["device_del"]["id"];
+        peer.say(&format!(
+            "{}\n",
+            json!({ "event": "DEVICE_DELETED", "data": { "device": device, "path": "/" } })
+        ))
+        .await;
+        let dropped = reply(&mut peer, json!({})).await;
+        let object = reply(&mut peer, json!({})).await;
+        let module = reply(&mut peer, json!({})).await;
+        say_taken(&mut peer, module["device_add"]["id"].as_str().unwrap(), 0).await;
+        (dropped, object)
+    };
+    let (taken, (dropped, object)) =
+        tokio::join!(resizer.resize(&qmp, Size { vcpus: 1, memory_mib: 512 }), play);
+    assert_eq!(taken.unwrap().size.memory_mib, 512);
+    assert!(dropped["object-del"].is_object(), "{dropped}");
+    assert_eq!(object["object-add"]["size"], 256 << 20);
 }
 
 #[tokio::test]
