@@ -124,7 +124,7 @@ fn part_gets(rig: &Containerd, part: &str, signal: Signal, reason: &[&str]) {
         return;
     }
     // What hangs is noticed by the agent's silence.
-    rig.host().configure("[agent.kata]\nhealth_timeout_ms = 3000\n");
+    rig.host().configure("[agent.kata]\nhealth_timeout_ms = 6000\n");
     let events = Events::of(rig);
     rig.detached(&[], "box", "exec sleep 1000");
     let parts = rig.host().pids_of(part);

@@ -25,6 +25,8 @@ use super::wire::Failure;
 
 /// Bound on a hook that names none, as on the host.
 const BOUND: Duration = Duration::from_secs(60);
+/// A year: what asks for more means no bound, and clocks can count no further than some.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// How often a running hook is looked at: the process that waits for it has no other way.
 const LOOK: Duration = Duration::from_millis(2);
 /// How much of a hook's error output is looked at.
@@ -117,7 +119,7 @@ impl HookPlan {
         command.env_clear().envs(pairs).stdin(input).stdout(memory()?);
         command.stderr(output.try_clone().map_err(failed)?);
         let mut child = command.spawn().map_err(failed)?;
-        let deadline = Instant::now() + self.bound;
+        let deadline = Instant::now() + self.bound.min(LONGEST);
         let status = loop {
             match child.try_wait().map_err(failed)? {
                 Some(status) => break status,

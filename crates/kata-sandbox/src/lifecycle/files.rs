@@ -41,7 +41,7 @@ pub(crate) struct ContainerFiles {
     /// Names of its disks among the machine's devices.
     disks: Vec<String>,
     /// Devices of its direct and raw volumes, with what the host says of the former.
-    devices: Vec<(PathBuf, Option<Entry>)>,
+    devices: Vec<(PathBuf, PciPath, Option<Entry>)>,
     mirrors: Vec<Mirror>,
     /// Where the guest has its copies.
     copies: Option<String>,
@@ -256,7 +256,7 @@ impl ContainerFiles {
         if let Some(Err(error)) = entry.as_ref().map(|entry| entry.claim(&pod.id)) {
             tracing::warn!(device = %path.display(), %error, "the direct volume does not name its pod");
         }
-        self.devices.push((path, entry));
+        self.devices.push((path, at.clone(), entry));
         Ok(at)
     }
 
@@ -309,10 +309,10 @@ impl ContainerFiles {
                 kept(disk, error);
             }
         }
-        for (device, entry) in self.devices.iter().rev() {
-            if !over()
-                && let Err(error) = pod.disks.detach(&*pod.vm, device).await
-            {
+        for (device, at, entry) in self.devices.iter().rev() {
+            if over() {
+                pod.disks.forget(at).await;
+            } else if let Err(error) = pod.disks.detach(&*pod.vm, at).await {
                 kept(&device.display(), error);
             }
             if let Some(entry) = entry {

@@ -120,6 +120,9 @@ impl Attachments {
         let (Some(made), true) = (known.join.made, known.join.redirected) else { return Ok(false) };
         netlink.redirect(endpoint.link, made).await?;
         netlink.redirect(made, endpoint.link).await?;
+        if known.join.limited {
+            netlink.limit(endpoint.link, self.wiring.out_of_pod).await?;
+        }
         known.endpoint.link = endpoint.link;
         known.endpoint.refresh(endpoint.clone());
         known.orphan = false;

@@ -1,14 +1,16 @@
 //! Disks for the machine: a look before it gets one, those that several containers use, and new ones for emptyDirs.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kata_api::agent::Storage;
 use kata_api::guest;
 use kata_hypervisor::process::Record;
 use kata_hypervisor::{Disk, HypervisorError, PciPath, Vm};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use tokio::process::Command;
 use tokio::sync::Mutex;
@@ -18,74 +20,129 @@ use crate::blocking::blocking;
 
 /// An emptyDir's file system, in its directory on the host: kubelet counts what it takes, and removes it.
 const IMAGE: &str = "disk.img";
+/// For mkfs.ext4, which writes little.
+const MKFS_BOUND: Duration = Duration::from_secs(60);
 
 /// Checks that a disk is there and may be used, and that nothing on the host uses a device that the guest will write:
-/// two kernels that write one file system destroy it.
-pub(crate) fn claim(path: &Path, readonly: bool) -> Result<(), StorageError> {
+/// two kernels that write one file system destroy it. While the answer is held, no other machine gets it to write.
+pub(crate) fn claim(path: &Path, readonly: bool) -> Result<OwnedFd, StorageError> {
     let failed = |error| match error {
         Errno::NOENT => StorageError::Absent(path.to_owned()),
-        Errno::BUSY => StorageError::Busy(path.to_owned()),
+        Errno::BUSY | Errno::WOULDBLOCK => StorageError::Busy(path.to_owned()),
         error => StorageError::file("open", path, error),
     };
     let stat = rustix::fs::stat(path).map_err(failed)?;
     let mut flags = OFlags::CLOEXEC | if readonly { OFlags::RDONLY } else { OFlags::RDWR };
-    if !readonly && FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice {
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    if !readonly && kind == FileType::BlockDevice {
         // On a device, it asks for one that is not mounted and that nobody else has claimed.
         flags |= OFlags::EXCL;
     }
-    rustix::fs::open(path, flags, Mode::empty()).map(drop).map_err(failed)
+    let held = rustix::fs::open(path, flags, Mode::empty()).map_err(failed)?;
+    if !readonly && kind == FileType::RegularFile {
+        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive).map_err(failed)?;
+    }
+    Ok(held)
 }
 
 /// Has the machine take a disk, and answers where the guest finds it.
 pub(crate) async fn plug(vm: &dyn Vm, disk: Disk) -> Result<PciPath, StorageError> {
+    hold(vm, disk).await.map(|(_, at)| at)
+}
+
+/// The same, with what keeps the disk from other machines.
+async fn hold(vm: &dyn Vm, disk: Disk) -> Result<(OwnedFd, PciPath), StorageError> {
     let (path, readonly) = (disk.path.clone(), disk.readonly);
     let claimed = blocking(move || claim(&path, readonly)).await;
-    claimed.unwrap_or(Err(StorageError::Interrupted))?;
+    let held = claimed.unwrap_or(Err(StorageError::Interrupted))?;
     let path = disk.path.clone();
     let added = vm.add_disk(disk).await;
-    added.map_err(|source| StorageError::Attach { path, source: Box::new(source) })
+    let at = added.map_err(|source| StorageError::Attach { path, source: Box::new(source) })?;
+    Ok((held, at))
 }
 
 /// Disks of the pod's volumes: each is in the machine once, however many containers use it.
 #[derive(Debug, Default)]
-pub(crate) struct PodDisks(Mutex<HashMap<PathBuf, Attached>>);
+pub(crate) struct PodDisks(Mutex<HashMap<Identity, Attached>>);
+
+/// A disk, by whatever path: the numbers of a device, or those of a file system and a file in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Identity {
+    Device(u64),
+    File(u64, u64),
+}
+
+impl Identity {
+    fn of(path: &Path) -> Result<Self, StorageError> {
+        let stat = rustix::fs::stat(path).map_err(|error| match error {
+            Errno::NOENT => StorageError::Absent(path.to_owned()),
+            error => StorageError::file("look at", path, error),
+        })?;
+        Ok(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => Self::Device(stat.st_rdev),
+            _ => Self::File(stat.st_dev, stat.st_ino),
+        })
+    }
+}
 
 #[derive(Debug)]
 struct Attached {
     id: String,
     at: PciPath,
     readonly: bool,
+    /// None while the guest has not given it back yet.
     users: usize,
+    /// Keeps it from other machines.
+    _held: OwnedFd,
 }
 
 impl PodDisks {
     /// Has the machine take `disk` unless it has, and answers where the guest finds it.
     pub(crate) async fn attach(&self, vm: &dyn Vm, disk: Disk) -> Result<PciPath, StorageError> {
+        let path = disk.path.clone();
+        let identity = blocking(move || Identity::of(&path)).await;
+        let identity = identity.unwrap_or(Err(StorageError::Interrupted))?;
         let mut disks = self.0.lock().await;
-        if let Some(attached) = disks.get_mut(&disk.path) {
+        if let Some(attached) = disks.get(&identity)
+            && attached.users == 0
+        {
+            let removed = vm.remove_device(&attached.id).await;
+            removed.map_err(|source| StorageError::Attach {
+                path: disk.path.clone(),
+                source: Box::new(source),
+            })?;
+            disks.remove(&identity);
+        }
+        if let Some(attached) = disks.get_mut(&identity) {
             if attached.readonly && !disk.readonly {
                 return Err(StorageError::ReadOnly(disk.path));
             }
             attached.users += 1;
             return Ok(attached.at.clone());
         }
-        let (id, path, readonly) = (disk.id.clone(), disk.path.clone(), disk.readonly);
-        let at = plug(vm, disk).await?;
-        disks.insert(path, Attached { id, at: at.clone(), readonly, users: 1 });
+        let (id, readonly) = (disk.id.clone(), disk.readonly);
+        let (held, at) = hold(vm, disk).await?;
+        disks.insert(identity, Attached { id, at: at.clone(), readonly, users: 1, _held: held });
         Ok(at)
     }
 
     /// Gives up a disk; the last to do so takes it from the machine.
-    pub(crate) async fn detach(&self, vm: &dyn Vm, path: &Path) -> Result<(), HypervisorError> {
+    pub(crate) async fn detach(&self, vm: &dyn Vm, at: &PciPath) -> Result<(), HypervisorError> {
         let mut disks = self.0.lock().await;
-        let Some(attached) = disks.get_mut(path) else { return Ok(()) };
+        let found = disks.iter_mut().find(|(_, attached)| attached.at == *at);
+        let Some((&identity, attached)) = found else { return Ok(()) };
         attached.users = attached.users.saturating_sub(1);
         if attached.users > 0 {
             return Ok(());
         }
         vm.remove_device(&attached.id).await?;
-        disks.remove(path);
+        disks.remove(&identity);
         Ok(())
+    }
+
+    /// Leaves a disk of a machine that has ended to others.
+    pub(crate) async fn forget(&self, at: &PciPath) {
+        self.0.lock().await.retain(|_, attached| attached.at != *at);
     }
 
     /// The disk of an emptyDir, which stays as long as the pod. It is made with its first user.
@@ -98,36 +155,67 @@ impl PodDisks {
     ) -> Result<PciPath, StorageError> {
         let path = volume.join(IMAGE);
         let mut disks = self.0.lock().await;
-        if let Some(attached) = disks.get(&path) {
+        if let Ok(identity) = Identity::of(&path)
+            && let Some(attached) = disks.get(&identity)
+        {
             return Ok(attached.at.clone());
         }
         record.file(&path)?;
-        make_file_system(volume, &path).await?;
-        let at = plug(vm, Disk { id: id.clone(), path: path.clone(), readonly: false }).await?;
-        disks.insert(path, Attached { id, at: at.clone(), readonly: false, users: 1 });
+        let image = make_file_system(volume, &path).await?;
+        let identity = Identity::of(&path)?;
+        let disk = Disk { id: id.clone(), path: path.clone(), readonly: false };
+        let (held, at) = hold(vm, disk).await?;
+        image.keep();
+        disks.insert(identity, Attached { id, at: at.clone(), readonly: false, users: 1, _held: held });
         Ok(at)
+    }
+}
+
+/// An image that goes again unless it is kept: the next try makes it anew.
+#[derive(Debug)]
+struct Unfinished<'a>(Option<&'a Path>);
+
+impl Unfinished<'_> {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if let Some(path) = self.0
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "an emptyDir's unfinished image stays");
+        }
     }
 }
 
 /// A file as large as all of the file system that it is on, with nothing in it: it takes what is written.
 ///
 /// Without a journal, for nobody reads it after the machine has ended.
-async fn make_file_system(volume: &Path, image: &Path) -> Result<(), StorageError> {
-    let make = |volume: &Path| -> Result<(), Errno> {
+async fn make_file_system<'a>(volume: &Path, image: &'a Path) -> Result<Unfinished<'a>, StorageError> {
+    let make = |volume: &Path| -> Result<Unfinished<'a>, Errno> {
         let size = rustix::fs::statvfs(volume)?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
         let file = rustix::fs::open(image, flags, Mode::from_raw_mode(0o600))?;
-        rustix::fs::ftruncate(&file, size.f_blocks.saturating_mul(size.f_frsize))
+        let unfinished = Unfinished(Some(image));
+        rustix::fs::ftruncate(&file, size.f_blocks.saturating_mul(size.f_frsize))?;
+        Ok(unfinished)
     };
-    make(volume).map_err(|error| StorageError::file("make", image, error))?;
+    let unfinished = make(volume).map_err(|error| StorageError::file("make", image, error))?;
     let failed = |reason: String| StorageError::Mkfs { path: image.to_owned(), reason };
     let mut mkfs = Command::new("mkfs.ext4");
     mkfs.args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "nodiscard,lazy_itable_init=1"]).arg(image);
-    let made = mkfs.kill_on_drop(true).output().await;
+    let made = tokio::time::timeout(MKFS_BOUND, mkfs.kill_on_drop(true).output()).await;
+    let made = made.map_err(|_| {
+        let bound = MKFS_BOUND.as_secs();
+        failed(format!("mkfs.ext4 has not ended within {bound} s: see whether the node's disk is stuck"))
+    })?;
     let made =
         made.map_err(|error| failed(format!("mkfs.ext4 cannot be run ({error}): install e2fsprogs")))?;
     if made.status.success() {
-        return Ok(());
+        return Ok(unfinished);
     }
     Err(failed(format!("mkfs.ext4: {}: {}", made.status, String::from_utf8_lossy(&made.stderr).trim())))
 }

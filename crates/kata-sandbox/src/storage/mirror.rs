@@ -25,6 +25,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kata_api::agent::CopyFileRequest;
@@ -167,6 +168,8 @@ fn steps(old: &Tree, new: &Tree) -> Steps {
 pub(crate) struct Changes {
     inotify: Arc<AsyncFd<OwnedFd>>,
     count: watch::Receiver<u64>,
+    /// The kernel does not tell of all directories.
+    blind: AtomicBool,
     task: JoinHandle<()>,
 }
 
@@ -197,7 +200,7 @@ impl Changes {
                 }
             }
         });
-        Ok(Self { inotify, count, task })
+        Ok(Self { inotify, count, blind: AtomicBool::new(false), task })
     }
 
     /// Hears of changes in these directories. Those that are gone meanwhile are passed over.
@@ -208,6 +211,18 @@ impl Changes {
             let path = root.join(directory);
             match inotify::add_watch(self.inotify.get_ref(), &path, changes | On::DELETE_SELF | On::ONLYDIR) {
                 Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+                Err(error @ (Errno::NOSPC | Errno::NOMEM)) => {
+                    if !self.blind.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(
+                            path = %path.display(),
+                            %error,
+                            "the host has no inotify watches left, so volumes are looked at every {} s: raise \
+                             fs.inotify.max_user_watches",
+                            INTERVAL.as_secs()
+                        );
+                    }
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -260,7 +275,12 @@ impl Copy {
         loop {
             match &mut self.count {
                 Some(count) => {
-                    if count.changed().await.is_err() {
+                    let blind = |changes: &Arc<Changes>| changes.blind.load(Ordering::Relaxed);
+                    if self.changes.as_ref().is_some_and(blind) {
+                        if let Ok(Err(_)) = tokio::time::timeout(INTERVAL, count.changed()).await {
+                            return;
+                        }
+                    } else if count.changed().await.is_err() {
                         return;
                     }
                     tokio::time::sleep(QUIET).await;

@@ -384,6 +384,9 @@ fn device_in_use_on_the_host_is_not_given_to_a_guest_that_writes() {
     assert!(matches!(error, StorageError::Busy(_)), "{error}");
     assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
     claim(&device.path, true).unwrap();
+    let held = claim(&image, false).unwrap();
+    assert!(matches!(claim(&image, false), Err(StorageError::Busy(_))));
+    drop(held);
     claim(&image, false).unwrap();
     assert!(matches!(claim(&world.path("none"), true), Err(StorageError::Absent(_))));
 }
