@@ -139,6 +139,7 @@ fn start(program: &Path, containerd: &Containerd) -> Child {
         ("--exec-root", path("dx")),
         ("--pidfile", path("docker.pid")),
         ("--userland-proxy-path", program.with_file_name("docker-proxy")),
+        ("--init-path", program.with_file_name("../bin/docker-init")),
     ] {
         command.arg(flag).arg(value);
     }
