@@ -1,25 +1,13 @@
 //! docs/conformance.md names tests: each of them exists.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
-
-fn sources(dir: &Path, into: &mut String) {
-    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
-        let path: PathBuf = entry.path();
-        if path.is_dir() {
-            sources(&path, into);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            into.push_str(&std::fs::read_to_string(&path).unwrap());
-        }
-    }
-}
+use std::path::Path;
 
 #[test]
 fn every_test_that_the_conformance_table_names_exists() {
     let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let table = std::fs::read_to_string(tree.join("docs/conformance.md")).unwrap();
-    let mut code = String::new();
-    sources(&tree.join("crates"), &mut code);
+    let code = kata_testkit::code();
     let cells = table.lines().filter(|line| line.starts_with('|')).filter_map(|line| line.rsplit('|').nth(1));
     let quoted = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
     let names: Vec<&str> = quoted.filter(|word| word.contains('_')).collect();

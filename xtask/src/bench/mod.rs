@@ -6,14 +6,13 @@
 //!  first pod ─┘                              and a picture
 //! ```
 
+mod beside_runc;
 mod boot;
 mod containerd;
 mod cri;
 mod exec;
 mod memory;
-mod network;
 mod plot;
-mod storage;
 mod table;
 mod transfer;
 
@@ -122,9 +121,9 @@ pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     say("transfer");
     rows.extend(transfer::measure(&bench)?);
     say("storage, beside runc");
-    rows.extend(storage::measure(&bench)?);
+    rows.extend(beside_runc::STORAGE.measure(&bench)?);
     say("network, beside runc");
-    rows.extend(network::measure(&bench)?);
+    rows.extend(beside_runc::NETWORK.measure(&bench)?);
     say("pods under the CRI, beside runc");
     let (of_cri, picture) = cri::measure(&bench, &[1, 5, 10, 20])?;
     rows.extend(of_cri);

@@ -1,7 +1,6 @@
 //! [`FIELDS`] against the specification and against the translation.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 
 use protobuf::MessageDyn;
 use serde_json::{Map, Value, json};
@@ -251,21 +250,9 @@ fn make_way(spec: &mut Value, path: &str) {
     }
 }
 
-fn sources(dir: &Path, into: &mut String) {
-    for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
-        let path: PathBuf = entry.path();
-        if path.is_dir() {
-            sources(&path, into);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            into.push_str(&std::fs::read_to_string(&path).unwrap());
-        }
-    }
-}
-
 #[test]
 fn every_test_that_a_row_names_exists() {
-    let mut code = String::new();
-    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), &mut code);
+    let code = kata_testkit::code();
     for row in FIELDS {
         assert!(code.contains(&format!("fn {}(", row.test)), "{}: {}", row.path, row.test);
         match row.fate {

@@ -1,0 +1,76 @@
+//! What containers do with files and networks, beside the same under runc.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::Bench;
+use super::table::{Row, Samples};
+use crate::Chores;
+use crate::shell::ChoreError;
+
+/// A comparison, measured by an example of kata-testkit.
+pub struct Comparison {
+    example: &'static str,
+    unit: &'static str,
+    /// What a ratio is called.
+    ratio: &'static str,
+    /// The example's names for what it measures, and what they are.
+    kinds: &'static [(&'static str, &'static str)],
+}
+
+/// A container's work on files of the host.
+pub const STORAGE: Comparison = Comparison {
+    example: "storage-ratios",
+    unit: "ms",
+    ratio: "÷ the same with runc",
+    kinds: &[
+        ("read", "128 MiB read from a volume"),
+        ("write", "128 MiB written to a volume and flushed"),
+        ("small", "16 MiB written to a volume, 4 KiB at a time"),
+        ("files", "500 files of a volume made, listed and removed"),
+    ],
+};
+
+/// What goes through a pod's network.
+pub const NETWORK: Comparison = Comparison {
+    example: "network-ratios",
+    unit: "Gbit/s",
+    ratio: "÷ the same with runc (more is better)",
+    kinds: &[
+        ("to_host", "TCP from a pod to its host"),
+        ("from_host", "TCP from the host to a pod"),
+        ("between", "TCP between two pods"),
+    ],
+};
+
+/// Samples of one kind, as the examples print them.
+#[derive(Deserialize)]
+struct Figures {
+    kata: Vec<f64>,
+    runc: Vec<f64>,
+}
+
+impl Comparison {
+    /// Its rows: of each kind the ratio, and the figure itself.
+    pub fn measure(&self, bench: &Bench) -> Chores<Vec<Row>> {
+        let mut figures: BTreeMap<String, Figures> =
+            bench.example(self.example, &[&bench.runs.to_string()])?;
+        let mut rows = Vec::new();
+        for (kind, what) in self.kinds {
+            let Figures { kata, runc } = figures
+                .remove(*kind)
+                .ok_or_else(|| ChoreError::Found(format!("{} measured no {kind:?}", self.example)))?;
+            let ratios = kata.iter().zip(&runc).map(|(kata, runc)| kata / runc).collect();
+            let row = |what: String, unit, samples| Row {
+                what,
+                unit,
+                samples: Samples::new(samples),
+                budget: None,
+            };
+            rows.push(row(format!("{what} {}", self.ratio), "", ratios));
+            rows.push(row((*what).to_owned(), self.unit, kata));
+        }
+        Ok(rows)
+    }
+}
