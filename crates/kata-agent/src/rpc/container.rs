@@ -201,7 +201,7 @@ pub async fn start(agent: &Agent, id: &str) -> Result<(), RpcError> {
 ///
 /// # Errors
 /// Unknown container, the engine's, or [`RpcError::TimedOut`]: it is still there then.
-pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(), RpcError> {
+pub async fn remove(agent: &Arc<Agent>, request: &RemoveContainerRequest) -> Result<(), RpcError> {
     let id = &request.container_id;
     let container = agent.container(id)?;
     let delete = agent.engine.delete(id);
@@ -213,12 +213,18 @@ pub async fn remove(agent: &Agent, request: &RemoveContainerRequest) -> Result<(
             |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
         tokio::time::timeout(limit, delete).await.map_err(late)??;
     }
-    release_shared(agent, container.shared.clone()).await;
-    agent.forget(id);
-    agent.guest_hooks().removed(&agent.reaper, id).await;
-    agent.storages.remove(container.mounts.clone()).await?;
-    tracing::info!(container = id, "container removed");
-    Ok(())
+    // In a task of its own, so that a caller that gives up leaves no half of it.
+    let (agent, id) = (agent.clone(), id.clone());
+    let cleaned = tokio::spawn(async move {
+        release_shared(&agent, container.shared.clone()).await;
+        let removed = agent.storages.remove(container.mounts.clone()).await;
+        agent.forget(&id);
+        agent.guest_hooks().removed(&agent.reaper, &id).await;
+        removed?;
+        tracing::info!(container = id, "container removed");
+        Ok(())
+    });
+    cleaned.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
 }
 
 /// Changes limits.

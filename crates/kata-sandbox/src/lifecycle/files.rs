@@ -7,6 +7,7 @@
 //! | a volume | as [`volume`] chooses |
 //! | `/dev/shm` of the pod | a tmpfs of the guest, made with the first container that takes part |
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,8 +39,8 @@ const TMPFS_MAGIC: FsWord = 0x0102_1994;
 #[derive(Debug, Default)]
 pub(crate) struct ContainerFiles {
     shared: Option<SharedFiles>,
-    /// Names of its disks among the machine's devices.
-    disks: Vec<String>,
+    /// Names of its disks among the machine's devices, and what keeps them from other machines.
+    disks: Vec<(String, OwnedFd)>,
     /// Devices of its direct and raw volumes, with what the host says of the former.
     devices: Vec<(PathBuf, PciPath, Option<Entry>)>,
     mirrors: Vec<Mirror>,
@@ -216,8 +217,9 @@ impl ContainerFiles {
         for image in &block.images {
             let id = disk_id(pod);
             let disk = Disk { id: id.clone(), path: image.path.clone(), readonly: block.readonly };
-            disks.push(storage::plug(&*pod.vm, disk).await?);
-            self.disks.push(id);
+            let (held, at) = storage::plug(&*pod.vm, disk).await?;
+            disks.push(at);
+            self.disks.push((id, held));
         }
         Ok(disks)
     }
@@ -304,7 +306,7 @@ impl ContainerFiles {
         let kept = |disk: &dyn std::fmt::Display, error: kata_hypervisor::HypervisorError| {
             tracing::warn!(pod = %pod.id, %disk, error = %chain(&error), "the guest keeps a disk; the pod's end takes it");
         };
-        for disk in self.disks.iter().rev().take_while(|_| !over()) {
+        for (disk, _) in self.disks.iter().rev().take_while(|_| !over()) {
             if let Err(error) = pod.vm.remove_device(disk).await {
                 kept(disk, error);
             }

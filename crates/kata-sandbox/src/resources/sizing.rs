@@ -12,6 +12,7 @@
 //! | nothing | `default_vcpus` | `default_memory` |
 //! | a limit below what a guest boots with | 1 | the kernel's share is never below what boots |
 //! | more than the host has | the host's: more could never run at once | refused |
+//! | huge pages (`enable_hugepages`) | | rounded up to whole pages |
 //! | more than `default_maxvcpus`, `default_maxmemory` | refused | refused |
 //!
 //! A machine that grows (`static_sandbox_resource_mgmt = false`) boots with the defaults. Containers without a limit live off
@@ -28,6 +29,8 @@ const KERNEL_PART: u64 = 24;
 /// One part of a CPU.
 const MILLI: u64 = 1000;
 const MIB: u64 = 1 << 20;
+/// A huge page of the host, unless it was told to have others by default.
+const HUGE_PAGE_MIB: u64 = 2;
 /// No machine has more memory: QEMU's emulated processor addresses 1 TiB.
 const MOST_MIB: u64 = 512 << 10;
 
@@ -100,7 +103,7 @@ impl<'a> Bounds<'a> {
 
     /// The size without any demand.
     pub(crate) fn default(&self) -> Size {
-        Size { vcpus: self.default_vcpus(), memory_mib: self.qemu.default_memory }
+        Size { vcpus: self.default_vcpus(), memory_mib: self.whole(self.qemu.default_memory) }
     }
 
     /// How far a machine can grow that boots with the defaults.
@@ -108,7 +111,7 @@ impl<'a> Bounds<'a> {
         let (most, _, _) = self.most_memory();
         Growth {
             vcpus: self.most_vcpus(),
-            memory_mib: most.max(self.qemu.default_memory),
+            memory_mib: most.max(self.default().memory_mib),
             slots: u32::try_from(self.qemu.memory_slots).unwrap_or(u32::MAX),
         }
     }
@@ -147,14 +150,20 @@ impl<'a> Bounds<'a> {
         }
     }
 
+    /// Huge pages are not cut.
+    fn whole(&self, mib: u64) -> u64 {
+        if self.qemu.enable_hugepages { mib.next_multiple_of(HUGE_PAGE_MIB) } else { mib }
+    }
+
     fn memory(&self, demand: &Demand) -> Result<u64, SizingError> {
-        let Some(limit) = demand.memory_limit else { return Ok(self.qemu.default_memory) };
+        let Some(limit) = demand.memory_limit else { return Ok(self.default().memory_mib) };
         let usable = limit.div_ceil(MIB).saturating_add(self.qemu.overhead_memory);
         let kernel = kernel_share(usable);
         let mut wanted = usable.saturating_add(kernel);
         if demand.memory_open {
             wanted = wanted.saturating_add(self.qemu.default_memory);
         }
+        wanted = self.whole(wanted);
         let (most, reason, raise) = self.most_memory();
         if wanted > most {
             return Err(SizingError::Memory { wanted, kernel, most, reason, raise });

@@ -45,13 +45,8 @@ pub(crate) fn claim(path: &Path, readonly: bool) -> Result<OwnedFd, StorageError
     Ok(held)
 }
 
-/// Has the machine take a disk, and answers where the guest finds it.
-pub(crate) async fn plug(vm: &dyn Vm, disk: Disk) -> Result<PciPath, StorageError> {
-    hold(vm, disk).await.map(|(_, at)| at)
-}
-
-/// The same, with what keeps the disk from other machines.
-async fn hold(vm: &dyn Vm, disk: Disk) -> Result<(OwnedFd, PciPath), StorageError> {
+/// Has the machine take a disk, and answers what keeps it from other machines and where the guest finds it.
+pub(crate) async fn plug(vm: &dyn Vm, disk: Disk) -> Result<(OwnedFd, PciPath), StorageError> {
     let (path, readonly) = (disk.path.clone(), disk.readonly);
     let claimed = blocking(move || claim(&path, readonly)).await;
     let held = claimed.unwrap_or(Err(StorageError::Interrupted))?;
@@ -121,7 +116,7 @@ impl PodDisks {
             return Ok(attached.at.clone());
         }
         let (id, readonly) = (disk.id.clone(), disk.readonly);
-        let (held, at) = hold(vm, disk).await?;
+        let (held, at) = plug(vm, disk).await?;
         disks.insert(identity, Attached { id, at: at.clone(), readonly, users: 1, _held: held });
         Ok(at)
     }
@@ -164,7 +159,7 @@ impl PodDisks {
         let image = make_file_system(volume, &path).await?;
         let identity = Identity::of(&path)?;
         let disk = Disk { id: id.clone(), path: path.clone(), readonly: false };
-        let (held, at) = hold(vm, disk).await?;
+        let (held, at) = plug(vm, disk).await?;
         image.keep();
         disks.insert(identity, Attached { id, at: at.clone(), readonly: false, users: 1, _held: held });
         Ok(at)

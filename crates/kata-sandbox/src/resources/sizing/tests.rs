@@ -124,3 +124,11 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn machines_of_huge_pages_have_whole_ones() {
+    let qemu = Qemu { enable_hugepages: true, default_memory: 2047, ..Qemu::default() };
+    assert_eq!(size(&qemu, demand(0, 0)).memory_mib, 2048);
+    // 251 MiB otherwise.
+    assert_eq!(size(&qemu, demand(0, 128 << 20)).memory_mib, 252);
+}
