@@ -14,27 +14,44 @@ type Lock<T> = Arc<tokio::sync::Mutex<Option<T>>>;
 
 /// A table of what is at which path. Clones share it.
 #[derive(Debug)]
-pub(super) struct Places<T>(Arc<Mutex<HashMap<PathBuf, Lock<T>>>>);
+pub(super) struct Places<T>(Arc<Mutex<HashMap<PathBuf, Entry<T>>>>);
+
+#[derive(Debug)]
+struct Entry<T> {
+    lock: Lock<T>,
+    /// Who has it or waits for it.
+    visitors: usize,
+}
 
 /// One path, for as long as this lives nobody else's. `None` is nothing.
 #[derive(Debug)]
 pub(super) struct Place<T> {
+    // Released before the visit ends.
+    what: OwnedMutexGuard<Option<T>>,
+    _visit: Visit<T>,
+}
+
+/// Keeps the entry of a path in the table.
+#[derive(Debug)]
+struct Visit<T> {
     all: Places<T>,
     path: PathBuf,
-    what: OwnedMutexGuard<Option<T>>,
+    lock: Lock<T>,
 }
 
 impl<T> Places<T> {
     /// The place at `path`, once nobody else has it.
     pub(super) async fn lock(&self, path: &Path) -> Place<T> {
-        let what = self.at(path).lock_owned().await;
-        Place { all: self.clone(), path: path.to_owned(), what }
+        let visit = self.visit(path);
+        let what = visit.lock.clone().lock_owned().await;
+        Place { what, _visit: visit }
     }
 
     /// As [`lock`](Self::lock), for threads that may wait.
     pub(super) fn lock_blocking(&self, path: &Path) -> Place<T> {
-        let what = self.at(path).blocking_lock_owned();
-        Place { all: self.clone(), path: path.to_owned(), what }
+        let visit = self.visit(path);
+        let what = visit.lock.clone().blocking_lock_owned();
+        Place { what, _visit: visit }
     }
 
     /// The paths where something is, or is just coming or going.
@@ -45,14 +62,18 @@ impl<T> Places<T> {
     /// Whether nobody is at the place at `path`.
     #[cfg(test)]
     pub(super) fn is_free(&self, path: &Path) -> bool {
-        self.table().get(path).is_none_or(|lock| lock.try_lock().is_ok())
+        self.table().get(path).is_none_or(|entry| entry.lock.try_lock().is_ok())
     }
 
-    fn at(&self, path: &Path) -> Lock<T> {
-        self.table().entry(path.to_owned()).or_default().clone()
+    fn visit(&self, path: &Path) -> Visit<T> {
+        let mut table = self.table();
+        let new = || Entry { lock: Arc::default(), visitors: 0 };
+        let entry = table.entry(path.to_owned()).or_insert_with(new);
+        entry.visitors += 1;
+        Visit { all: self.clone(), path: path.to_owned(), lock: entry.lock.clone() }
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<PathBuf, Lock<T>>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<PathBuf, Entry<T>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -83,13 +104,13 @@ impl<T> DerefMut for Place<T> {
     }
 }
 
-/// A path with nothing is forgotten, unless somebody waits for it: then it is theirs to forget.
-impl<T> Drop for Place<T> {
+/// A path with nothing is forgotten by the last visitor.
+impl<T> Drop for Visit<T> {
     fn drop(&mut self) {
         let mut table = self.all.table();
-        // The table's and this one's. Others are made under the table's lock only.
-        let alone = Arc::strong_count(OwnedMutexGuard::mutex(&self.what)) == 2;
-        if self.what.is_none() && alone {
+        let Some(entry) = table.get_mut(&self.path) else { return };
+        entry.visitors -= 1;
+        if entry.visitors == 0 && entry.lock.try_lock().is_ok_and(|what| what.is_none()) {
             table.remove(&self.path);
         }
     }
@@ -127,6 +148,18 @@ mod tests {
         tokio::task::yield_now().await;
         drop(held);
         waiting.await.unwrap();
-        assert_eq!(*places.lock(path).await, Some(5));
+        assert_eq!(places.lock(path).await.take(), Some(5));
+        assert!(places.paths().is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_gives_up_waiting_leaves_no_trace() {
+        let places = Places::<u32>::default();
+        let path = Path::new("/one");
+        let held = places.lock(path).await;
+        let waits = tokio::time::timeout(std::time::Duration::from_millis(5), places.lock(path)).await;
+        assert!(waits.is_err());
+        drop(held);
+        assert!(places.paths().is_empty());
     }
 }

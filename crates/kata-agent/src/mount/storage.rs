@@ -153,7 +153,7 @@ pub enum StorageError {
         source: NulError,
     },
     /// The work was dropped before it was done.
-    #[error("the mount at {mount_point:?} was interrupted")]
+    #[error("the mount at {mount_point:?} was interrupted: the agent is ending")]
     Interrupted {
         /// Where it was to be.
         mount_point: String,

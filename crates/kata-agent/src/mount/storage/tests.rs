@@ -131,7 +131,10 @@ async fn a_storage_that_waits_for_its_server_keeps_no_other_waiting() {
     server.abandon();
     let error = crate::chain(&again.await.unwrap_err());
     assert!(error.contains("looking at") && error.contains("silent"), "{error}");
-    assert!(all.made.paths().is_empty());
+    // The thread of the first is on its way out.
+    while !all.made.paths().is_empty() {
+        tokio::task::yield_now().await;
+    }
 }
 
 #[tokio::test]
