@@ -77,7 +77,10 @@ pub enum EngineError {
         source: io::Error,
     },
     /// The process was killed, or ended, before its setup was done.
-    #[error("the process of container {0:?} ended during its setup")]
+    #[error(
+        "the process of container {0:?} ended during its setup: it was killed, by a request or because its memory limit is \
+         too small for the setup"
+    )]
     Ended(String),
 }
 
