@@ -10,6 +10,7 @@
 //!   └─ mounts, root, modules, settings: only as PID 1
 //! ```
 
+pub mod aside;
 pub mod boot;
 pub mod cmdline;
 pub mod console;
