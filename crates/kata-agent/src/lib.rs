@@ -9,6 +9,8 @@
 //!   │        └─▶ console     └─▶ reaper      who ended, and how
 //!   └─ mounts, root, modules, settings: only as PID 1
 //! ```
+//!
+//! What the kernel may keep waiting is done `aside`, wherever it belongs.
 
 pub mod aside;
 pub mod boot;

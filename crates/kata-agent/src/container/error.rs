@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::cgroup::CgroupError;
+use crate::aside::AsideError;
 
 /// Why the engine refused or failed.
 #[derive(Debug, Error)]
@@ -67,6 +68,9 @@ pub enum EngineError {
     /// The cgroup or one of its limits.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The kernel did not come back.
+    #[error(transparent)]
+    Aside(#[from] AsideError),
     /// A step of the setup failed.
     #[error("cannot {step}")]
     Setup {
@@ -118,7 +122,7 @@ impl EngineError {
             Self::Unsupported { .. } => Fault::Unsupported,
             Self::WrongState { .. } => Fault::WrongState,
             Self::Cgroup(error) => error.fault(),
-            Self::Setup { .. } | Self::Ended(_) => Fault::Failed,
+            Self::Aside(_) | Self::Setup { .. } | Self::Ended(_) => Fault::Failed,
         }
     }
 
