@@ -9,6 +9,8 @@
 //! A device knows its queues, its configuration space and what it lends to the guest. It knows neither PCI nor KVM, so all of it
 //! runs in tests on queues in plain memory.
 
+pub mod worker;
+
 use std::sync::Arc;
 
 use thiserror::Error;
