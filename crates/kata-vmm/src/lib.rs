@@ -2,7 +2,10 @@
 
 pub mod bus;
 pub mod events;
+pub mod jail;
+pub mod monitor;
 pub mod seccomp;
+pub mod server;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
