@@ -8,9 +8,11 @@
 )]
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Root, Window};
@@ -118,9 +120,13 @@ pub struct Guest {
 
 impl Guest {
     pub fn new() -> Guest {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]);
+        Guest::with(memory.expect("memory for a guest"))
+    }
+
+    pub fn with(memory: GuestMemoryMmap) -> Guest {
         let events = Arc::new(Recorder::default());
         let bus = Arc::new(Bus::default());
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory for a guest");
         let memory = Memory::from(Arc::new(memory));
         let root = Root::new(events.clone(), Arc::clone(&bus), memory.clone(), WINDOW);
         let (ports, hotplug) = (root.config_ports(), root.hotplug_block());
@@ -210,6 +216,12 @@ impl Guest {
         self.write(bar + TABLE + 16 * vector + 12, &u32::from(masked).to_le_bytes());
     }
 
+    /// Interrupts of a device with so many queues: vectors 0x20, 0x21 and so on.
+    pub fn set_vectors(&self, slot: u8, bar: u32, queues: u32) {
+        self.set_msix(slot, true, false);
+        (0..=queues).for_each(|vector| self.set_vector(bar, vector, 0x20 + vector));
+    }
+
     /// Agrees on all features that are offered, and answers them.
     pub fn negotiate(&self, bar: u32) -> u64 {
         self.write(bar + 20, &[0]);
@@ -262,5 +274,62 @@ impl Guest {
 
     pub fn port_read(&self, offset: u64, into: &mut [u8]) {
         self.ports.read(offset, into);
+    }
+}
+
+/// Descriptors of the queues that [`Guest::set_queue`] sets up.
+const ENTRIES: u16 = 16;
+/// For the device to write.
+pub const WRITE: u16 = 2;
+
+/// A driver's side of such a queue.
+pub struct DriverQueue<'g> {
+    guest: &'g Guest,
+    base: u64,
+    bar: u32,
+    index: u16,
+    offered: u16,
+}
+
+impl<'g> DriverQueue<'g> {
+    /// Sets the queue up, with its index + 1 as its vector.
+    pub fn new(guest: &'g Guest, bar: u32, index: u16, base: u64) -> DriverQueue<'g> {
+        guest.set_queue(bar, index, base, index + 1);
+        DriverQueue { guest, base, bar, index, offered: 0 }
+    }
+
+    /// Offers a chain of at most as many buffers as the queue has descriptors: address, length, flags. No more than one at a time.
+    pub fn offer(&mut self, buffers: &[(u64, u32, u16)]) {
+        let memory = self.guest.memory.memory();
+        for (slot, (address, length, flags)) in (0u16..).zip(buffers) {
+            let next = slot + 1;
+            let more = u16::from(usize::from(next) < buffers.len());
+            let at = self.base + 16 * u64::from(slot);
+            let fields = u64::from(*length) | u64::from(flags | more) << 32 | u64::from(next) << 48;
+            memory.write_obj([address.to_le(), fields.to_le()], GuestAddress(at)).expect("a descriptor");
+        }
+        let entry = self.base + 0x104 + 2 * u64::from(self.offered % ENTRIES);
+        memory.write_obj(0u16, GuestAddress(entry)).expect("an entry");
+        self.offered = self.offered.wrapping_add(1);
+        memory
+            .store(self.offered.to_le(), GuestAddress(self.base + 0x102), Ordering::Release)
+            .expect("the index");
+        self.guest.write(self.bar + DOORBELLS + 4 * u32::from(self.index), &self.index.to_le_bytes());
+    }
+
+    /// Waits until the last chain is used, and answers how many bytes were written to it.
+    pub fn used(&self) -> Option<u32> {
+        let memory = self.guest.memory.memory();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let index =
+            || memory.load::<u16>(GuestAddress(self.base + 0x202), Ordering::Acquire).expect("the index");
+        while u16::from_le(index()) != self.offered {
+            if Instant::now() > deadline || self.guest.status(self.bar) & 0x40 != 0 {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let entry = self.base + 0x204 + 8 * u64::from((self.offered - 1) % ENTRIES);
+        memory.read_obj(GuestAddress(entry + 4)).ok()
     }
 }

@@ -9,6 +9,9 @@
 //! A device knows its queues, its configuration space and what it lends to the guest. It knows neither PCI nor KVM, so all of it
 //! runs in tests on queues in plain memory.
 
+pub mod balloon;
+mod drain;
+pub mod rng;
 pub mod worker;
 
 use std::sync::Arc;
