@@ -24,6 +24,8 @@
 mod aml;
 mod configuration;
 #[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod guest;
 mod msix;
 mod ports;
