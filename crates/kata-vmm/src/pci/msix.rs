@@ -135,11 +135,11 @@ impl Msix {
     /// Interrupts the guest, now or when it lets us.
     pub fn raise(&self, vector: usize) {
         let mut vectors = self.lock();
-        if !vectors.enabled {
-            return;
-        }
-        if let Some(vector) = vectors.table.get_mut(vector) {
-            vector.pending = true;
+        let on = vectors.enabled && !vectors.masked;
+        let enabled = vectors.enabled;
+        let Some(vector) = vectors.table.get_mut(vector).filter(|_| enabled) else { return };
+        vector.pending = true;
+        if !vector.deliver(on) {
             vectors.settle(&*self.events);
         }
     }
@@ -199,12 +199,7 @@ impl Vectors {
             self.update(events);
         }
         for vector in &mut self.table {
-            let wanted = vector.wanted(on);
-            if vector.pending && wanted.is_some() && vector.routed == wanted {
-                vector.pending = false;
-                // It fails only where as good as endlessly many wait in it, and one is enough.
-                let _ = vector.event.write(1);
-            }
+            vector.deliver(on);
         }
     }
 
@@ -232,6 +227,17 @@ impl Vector {
     /// Where interrupts go, with the function's masks open or not.
     fn wanted(&self, on: bool) -> Option<Msi> {
         (on && !self.masked).then_some(Msi { address: self.address, data: self.data })
+    }
+
+    /// Delivers what is pending if its route is ready for it. False where something is pending still.
+    fn deliver(&mut self, on: bool) -> bool {
+        let wanted = self.wanted(on);
+        if self.pending && wanted.is_some() && self.routed == wanted {
+            self.pending = false;
+            // It fails only where as good as endlessly many wait in it, and one is enough.
+            let _ = self.event.write(1);
+        }
+        !self.pending
     }
 
     /// The table entry.
