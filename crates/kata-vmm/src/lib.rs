@@ -2,6 +2,7 @@
 
 pub mod bus;
 pub mod events;
+pub mod pci;
 pub mod seccomp;
 pub mod vhost_user;
 pub mod virtio;

@@ -9,13 +9,16 @@
 //! A device knows its queues, its configuration space and what it lends to the guest. It knows neither PCI nor KVM, so all of it
 //! runs in tests on queues in plain memory.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
+mod drain;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod driver;
 pub mod limit;
 pub mod net;
 pub mod ring;
+pub mod rng;
 pub mod shared_fs;
 #[cfg(test)]
 mod told;

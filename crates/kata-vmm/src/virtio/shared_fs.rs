@@ -223,7 +223,7 @@ impl Watch {
 }
 
 impl Work for Watch {
-    const NAME: &'static str = "shared-fs";
+    const NAME: &'static str = "virtio-fs";
 
     fn sources(&self) -> Vec<(BorrowedFd<'_>, EventFlags)> {
         // Not its answers, which another thread waits for; its end comes unasked.
