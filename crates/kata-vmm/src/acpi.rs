@@ -6,6 +6,7 @@
 //!   DSDT: \_SB.PCI0 (pci::Root::aml) · \_SB.GED0, which calls its scan on an event · \_SB.COM1, if there is one · \_S5
 //! ```
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Method, MethodCall, Name, Package, ResourceTemplate, ZERO,
 };
@@ -15,7 +16,6 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -31,7 +31,7 @@ const REVISION: u32 = 1;
 pub const EVENT_PIN: u32 = 5;
 /// `IAPC_BOOT_ARCH`: no VGA, no clock of a PC. Clear bits say that there is no keyboard controller either.
 const ABSENT: u16 = 1 << 2 | 1 << 5;
-/// Legacy interrupt controllers are there besides the APICs: they are not.
+/// Most CPUs: their numbers have a byte, of which the last means all.
 const MOST_CPUS: u32 = 254;
 
 /// Why there are no tables.
@@ -137,15 +137,6 @@ fn madt(cpus: u32) -> Result<impl Aml, AcpiError> {
     }
     table.add_structure(IoApic::new(0, IO_APIC, 0));
     Ok(table)
-}
-
-/// AML that is ready.
-struct Ready<'a>(&'a [u8]);
-
-impl Aml for Ready<'_> {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        sink.vec(self.0);
-    }
 }
 
 fn dsdt(facts: &Facts<'_>) -> Sdt {

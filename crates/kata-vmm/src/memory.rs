@@ -18,8 +18,8 @@ use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
-    GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
 use crate::pci::Window;
@@ -94,18 +94,20 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
 
 /// Memory for a guest, all zero.
 pub fn allocate(size: u64, backing: Backing) -> Result<Memory, MemoryError> {
-    if !(LEAST..=MOST).contains(&size) || size % (1 << 20) != 0 {
+    if !(LEAST..=MOST).contains(&size) || !size.is_multiple_of(1 << 20) {
         return Err(MemoryError::Size { size });
     }
     let host = |step| move |e: rustix::io::Errno| MemoryError::Host { size, step, source: e.into() };
-    let flags = if backing.hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
+    let flags =
+        if backing.hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
     let file = memfd_create("guest-ram", flags).map_err(host("a file in memory"))?;
     ftruncate(&file, size).map_err(host("its size; are enough huge pages set aside?"))?;
     let file = File::from(file);
     let mut offset = 0;
     let mut regions = Vec::with_capacity(2);
     for (base, length) in ranges(size) {
-        let copy = file.try_clone().map_err(|source| MemoryError::Host { size, step: "a descriptor", source })?;
+        let copy =
+            file.try_clone().map_err(|source| MemoryError::Host { size, step: "a descriptor", source })?;
         let bytes = usize::try_from(length).map_err(|_| MemoryError::Size { size })?;
         let mapping = MmapRegion::from_file(FileOffset::new(copy, offset), bytes)
             .map_err(|source| MemoryError::Map { size, source })?;

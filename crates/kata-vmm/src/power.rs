@@ -59,7 +59,13 @@ mod tests {
 
     #[test]
     fn anything_else_changes_nothing() {
-        for (offset, data) in [(0, vec![OFF << 2]), (0, vec![SLEEP_NOW | 1 << 2]), (1, vec![0xff]), (2, vec![0]), (2, vec![1, 0])] {
+        for (offset, data) in [
+            (0, vec![OFF << 2]),
+            (0, vec![SLEEP_NOW | 1 << 2]),
+            (1, vec![0xff]),
+            (2, vec![0]),
+            (2, vec![1, 0]),
+        ] {
             assert_eq!(after(offset, &data), None, "{offset} {data:?}");
         }
     }

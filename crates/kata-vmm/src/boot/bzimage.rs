@@ -54,7 +54,7 @@ pub fn load(
     let map = stretches(memory);
     let mut entries = page.e820_table;
     for (entry, stretch) in entries.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr: stretch.base, size: stretch.length, type_: stretch.kind };
+        *entry = boot_e820_entry { addr: stretch.base, size: stretch.length, r#type: stretch.kind };
     }
     page.e820_table = entries;
     page.e820_entries = u8::try_from(map.len()).unwrap_or(0);

@@ -84,7 +84,9 @@ pub enum BootError {
         source: io::Error,
     },
     /// It does not load.
-    #[error("the kernel does not load: it is damaged, or the guest's memory of {memory:#x} bytes is too small for it")]
+    #[error(
+        "the kernel does not load: it is damaged, or the guest's memory of {memory:#x} bytes is too small for it"
+    )]
     Load {
         /// Bytes of RAM.
         memory: u64,
@@ -99,7 +101,9 @@ pub enum BootError {
     #[error("the bzImage has no 64-bit entry: it is of a 32-bit kernel, or older than Linux 3.8")]
     No64Bit,
     /// They do not fit.
-    #[error("the {what} of {size:#x} bytes does not fit into the guest's memory behind the kernel, which ends at {kernel_end:#x}; give the guest more")]
+    #[error(
+        "the {what} of {size:#x} bytes does not fit into the guest's memory behind the kernel, which ends at {kernel_end:#x}; give the guest more"
+    )]
     TooLarge {
         /// `initrd`.
         what: &'static str,
@@ -160,7 +164,8 @@ pub fn load(memory: &GuestMemoryMmap, guest: Guest<'_>) -> Result<Entry, BootErr
     match format(guest.kernel)? {
         Format::Elf => {
             let failed = |source| BootError::Load { memory: memory::size(memory), source };
-            let loaded = Elf::load(memory, None, guest.kernel, Some(GuestAddress(HIGH_MEMORY))).map_err(failed)?;
+            let loaded =
+                Elf::load(memory, None, guest.kernel, Some(GuestAddress(HIGH_MEMORY))).map_err(failed)?;
             let PvhBootCapability::PvhEntryPresent(address) = loaded.pvh_boot_cap else {
                 return Err(BootError::NoPvh);
             };
@@ -204,14 +209,20 @@ fn command_line(line: &str) -> Result<Vec<u8>, BootError> {
 type Initrd = Option<(u64, u64)>;
 
 /// Puts it at the end of the low RAM.
-fn load_initrd(memory: &GuestMemoryMmap, initrd: Option<&mut File>, kernel_end: u64) -> Result<Initrd, BootError> {
+fn load_initrd(
+    memory: &GuestMemoryMmap,
+    initrd: Option<&mut File>,
+    kernel_end: u64,
+) -> Result<Initrd, BootError> {
     let Some(file) = initrd else { return Ok(None) };
     let failed = |source| BootError::Read { what: "initrd", source };
     let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
     file.rewind().map_err(failed)?;
-    let base = low_end(memory).checked_sub(size).map(|base| base / PAGE * PAGE).filter(|base| *base >= kernel_end);
+    let base =
+        low_end(memory).checked_sub(size).map(|base| base / PAGE * PAGE).filter(|base| *base >= kernel_end);
     let base = base.ok_or(BootError::TooLarge { what: "initrd", size, kernel_end })?;
-    let length = usize::try_from(size).map_err(|_| BootError::TooLarge { what: "initrd", size, kernel_end })?;
+    let length =
+        usize::try_from(size).map_err(|_| BootError::TooLarge { what: "initrd", size, kernel_end })?;
     memory
         .read_exact_volatile_from(GuestAddress(base), file, length)
         .map_err(|e| failed(io::Error::other(e.to_string())))?;
@@ -226,7 +237,8 @@ fn stretches(memory: &GuestMemoryMmap) -> Vec<Stretch> {
         Stretch { base: ACPI, length: ACPI_END - ACPI, kind: RESERVED },
         Stretch { base: HIGH_MEMORY, length: low.saturating_sub(HIGH_MEMORY), kind: RAM },
     ];
-    let high = memory::ranges(memory::size(memory)).into_iter().filter(|(base, _)| *base >= memory::HIGH_BEGIN);
+    let high =
+        memory::ranges(memory::size(memory)).into_iter().filter(|(base, _)| *base >= memory::HIGH_BEGIN);
     all.extend(high.map(|(base, length)| Stretch { base, length, kind: RAM }));
     all
 }

@@ -20,8 +20,12 @@ pub fn tell(memory: &GuestMemoryMmap, initrd: Initrd) -> Result<(), BootError> {
     }
     let map = stretches(memory);
     for (address, stretch) in (MEMORY_MAP..).step_by(size_of::<hvm_memmap_table_entry>()).zip(&map) {
-        let entry =
-            hvm_memmap_table_entry { addr: stretch.base, size: stretch.length, type_: stretch.kind, reserved: 0 };
+        let entry = hvm_memmap_table_entry {
+            addr: stretch.base,
+            size: stretch.length,
+            type_: stretch.kind,
+            reserved: 0,
+        };
         put(memory, entry.as_slice(), address, "the memory map")?;
     }
     let info = hvm_start_info {

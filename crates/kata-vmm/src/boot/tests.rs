@@ -22,11 +22,15 @@ fn elf(code: &[u8], note: bool) -> Vec<u8> {
     let half = |value: u16| value.to_le_bytes().to_vec();
     let word = |value: u32| value.to_le_bytes().to_vec();
     let long = |value: u64| value.to_le_bytes().to_vec();
-    let header = [half(2), half(62), word(1), long(MIB), long(64), long(0), word(0), half(64), half(56), half(2)];
+    let header =
+        [half(2), half(62), word(1), long(MIB), long(64), long(0), word(0), half(64), half(56), half(2)];
     bytes.extend(header.concat());
     bytes.resize(64, 0);
     let (at, length) = (64 + 2 * 56, u64::try_from(code.len()).unwrap());
-    bytes.extend([word(1), word(5), long(at + 20), long(MIB), long(MIB), long(length), long(length), long(4096)].concat());
+    bytes.extend(
+        [word(1), word(5), long(at + 20), long(MIB), long(MIB), long(length), long(length), long(4096)]
+            .concat(),
+    );
     let kind = if note { 4 } else { 0 };
     bytes.extend([word(kind), word(4), long(at), long(0), long(0), long(20), long(20), long(4)].concat());
     bytes.extend([word(4), word(4), word(18), b"Xen\0".to_vec(), word(0x10_0000)].concat());
@@ -56,7 +60,10 @@ fn elf_kernel_finds_its_initrd_command_line_and_memory() {
     assert_eq!(entry.unwrap(), Entry::Pvh { address: MIB });
     assert_eq!(&memory.read_obj::<[u8; 4]>(GuestAddress(MIB)).unwrap(), b"code");
     assert_eq!((word(&memory, START_INFO), word(&memory, START_INFO + 4)), (0x336e_c578, 1));
-    assert_eq!(&memory.read_obj::<[u8; 14]>(GuestAddress(long(&memory, START_INFO + 24))).unwrap(), b"quiet panic=1\0");
+    assert_eq!(
+        &memory.read_obj::<[u8; 14]>(GuestAddress(long(&memory, START_INFO + 24))).unwrap(),
+        b"quiet panic=1\0"
+    );
     assert_eq!(long(&memory, START_INFO + 32), ACPI);
     let module = long(&memory, START_INFO + 16);
     let (base, length) = (long(&memory, module), long(&memory, module + 8));
@@ -66,7 +73,10 @@ fn elf_kernel_finds_its_initrd_command_line_and_memory() {
     let map = long(&memory, START_INFO + 40);
     assert_eq!(word(&memory, START_INFO + 48), 3);
     let last = map + 2 * 24;
-    assert_eq!((long(&memory, last), long(&memory, last + 8), word(&memory, last + 16)), (MIB, 63 * MIB, RAM));
+    assert_eq!(
+        (long(&memory, last), long(&memory, last + 8), word(&memory, last + 16)),
+        (MIB, 63 * MIB, RAM)
+    );
 }
 
 #[test]
@@ -124,14 +134,20 @@ fn bz_image_finds_its_initrd_command_line_and_memory() {
     let (memory, entry) = boot(&bz_image(0x20f, 1, b"packed"), Some(b"initial disk"), "quiet");
     assert_eq!(entry.unwrap(), Entry::Linux64 { address: MIB + 0x200 });
     assert_eq!(&memory.read_obj::<[u8; 6]>(GuestAddress(MIB)).unwrap(), b"packed");
-    assert_eq!(&memory.read_obj::<[u8; 6]>(GuestAddress(word(&memory, ZERO_PAGE + 0x228).into())).unwrap(), b"quiet\0");
+    assert_eq!(
+        &memory.read_obj::<[u8; 6]>(GuestAddress(word(&memory, ZERO_PAGE + 0x228).into())).unwrap(),
+        b"quiet\0"
+    );
     let base = u64::from(word(&memory, ZERO_PAGE + 0x218));
     assert_eq!(word(&memory, ZERO_PAGE + 0x21c), 12);
     assert_eq!(&memory.read_obj::<[u8; 12]>(GuestAddress(base)).unwrap(), b"initial disk");
     assert_eq!(long(&memory, ZERO_PAGE + 0x70), ACPI);
     assert_eq!(memory.read_obj::<u8>(GuestAddress(ZERO_PAGE + 0x1e8)).unwrap(), 3);
     let last = ZERO_PAGE + 0x2d0 + 2 * 20;
-    assert_eq!((long(&memory, last), long(&memory, last + 8), word(&memory, last + 16)), (MIB, 63 * MIB, RAM));
+    assert_eq!(
+        (long(&memory, last), long(&memory, last + 8), word(&memory, last + 16)),
+        (MIB, 63 * MIB, RAM)
+    );
     // One to one: the last page of the first GiB.
     assert_eq!(long(&memory, PAGE_TABLES + 0x2000 + 511 * 8), (511 << 21) | 0x83);
 }

@@ -11,6 +11,7 @@
 use std::fmt;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -54,13 +55,18 @@ pub struct End {
 /// The end of a machine: said once, by whoever is first, and heard by whoever asks.
 pub struct Ending {
     end: Mutex<Option<End>>,
+    changed: Condvar,
     event: EventFd,
 }
 
 impl Ending {
     /// A machine that has not ended.
     pub fn new() -> io::Result<Ending> {
-        Ok(Ending { end: Mutex::default(), event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)? })
+        Ok(Ending {
+            end: Mutex::default(),
+            changed: Condvar::new(),
+            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })
     }
 
     /// Ends the machine, if it has not ended.
@@ -68,6 +74,7 @@ impl Ending {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         if end.is_none() {
             *end = Some(End { reason, detail: detail.to_string() });
+            self.changed.notify_all();
             // It cannot overflow: it is written to once.
             let _ = self.event.write(1);
         }
@@ -76,6 +83,17 @@ impl Ending {
     /// How it ended.
     pub fn get(&self) -> Option<End> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits for it.
+    pub fn wait(&self) -> End {
+        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match end.clone() {
+                Some(end) => return end,
+                None => end = self.changed.wait(end).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
     }
 
     /// Readable from when it has ended.
@@ -113,7 +131,8 @@ pub struct Cpu {
 impl Cpu {
     pub(super) fn new(machine: &VmFd, supported: &CpuId, index: u32, count: u32) -> Result<Cpu, KvmError> {
         let cpu = machine.create_vcpu(index.into()).map_err(refused("make a virtual CPU"))?;
-        cpu.set_cpuid2(&cpuid::of(supported, index, count)).map_err(refused("set what a CPU says that it is"))?;
+        cpu.set_cpuid2(&cpuid::of(supported, index, count))
+            .map_err(refused("set what a CPU says that it is"))?;
         let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
         let entries = [entry(MSR_MISC_ENABLE, MISC_FAST_STRINGS), entry(MSR_MTRR_DEFAULT, MTRR_WRITE_BACK)];
         let registers = Msrs::from_entries(&entries).map_err(|e| KvmError::Refused {
@@ -165,7 +184,10 @@ impl Cpu {
             match confine() {
                 Ok(()) => work(&mut cpu, index, &buses, &ending, &its_control),
                 Err(reason) => {
-                    ending.end(EndReason::CpuFault, format_args!("virtual CPU {index} is not confined: {reason}"));
+                    ending.end(
+                        EndReason::CpuFault,
+                        format_args!("virtual CPU {index} is not confined: {reason}"),
+                    );
                 }
             }
             its_control.set(State::Gone);
@@ -203,8 +225,18 @@ fn set_segments(registers: &mut kvm_sregs, long: bool) {
 
 /// What is wanted of a CPU's thread, and what it does.
 struct Control {
+    /// What is wanted, what is, and the number of the thread.
     state: Mutex<(Wanted, State, u32)>,
     changed: Condvar,
+    exits: Exits,
+}
+
+/// How often the guest was left.
+#[derive(Default)]
+struct Exits {
+    ports: AtomicU64,
+    memory: AtomicU64,
+    other: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,7 +248,11 @@ enum Wanted {
 
 impl Default for Control {
     fn default() -> Control {
-        Control { state: Mutex::new((Wanted::Stand, State::Stands, 0)), changed: Condvar::new() }
+        Control {
+            state: Mutex::new((Wanted::Stand, State::Stands, 0)),
+            changed: Condvar::new(),
+            exits: Exits::default(),
+        }
     }
 }
 
@@ -270,9 +306,20 @@ impl CpuThread {
         self.bring(Wanted::Stand, |state| state != State::Runs);
     }
 
-    /// Its thread's number on the host; 0 before the thread has begun.
+    /// Its thread's number, where this process runs; waits until there is one.
     pub fn id(&self) -> u32 {
-        self.control.lock().2
+        let mut state = self.control.lock();
+        while state.2 == 0 && state.1 != State::Gone {
+            state = self.control.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.2
+    }
+
+    /// How often it left the guest, by what for.
+    pub fn exits(&self) -> [(&'static str, u64); 3] {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Exits { ports, memory, other } = &self.control.exits;
+        [("port-exits", count(ports)), ("memory-exits", count(memory)), ("other-exits", count(other))]
     }
 
     /// A signal makes it leave the guest. It may come just before the guest is entered, and is lost then: so it is sent again.
@@ -328,8 +375,10 @@ fn install_kick() {
 /// Runs the guest until the CPU is to end, or the machine has.
 fn work(cpu: &mut VcpuFd, index: u32, buses: &Buses, ending: &Ending, control: &Control) {
     while control.may_run() {
+        // A guest that stood still shall not take its own CPUs for stuck. One that has no such clock needs nothing.
+        let _ = cpu.kvmclock_ctrl();
         loop {
-            match step(cpu, index, buses) {
+            match step(cpu, index, buses, &control.exits) {
                 Next::Enter => {}
                 Next::Look => break,
                 Next::End(end) => {
@@ -350,9 +399,18 @@ enum Next {
 }
 
 /// Runs the guest until its next exit, and does what that asks for.
-fn step(cpu: &mut VcpuFd, index: u32, buses: &Buses) -> Next {
-    let fault = |what: String| Next::End(End { reason: EndReason::CpuFault, detail: format!("virtual CPU {index} {what}") });
-    match cpu.run() {
+fn step(cpu: &mut VcpuFd, index: u32, buses: &Buses, exits: &Exits) -> Next {
+    let fault = |what: String| {
+        Next::End(End { reason: EndReason::CpuFault, detail: format!("virtual CPU {index} {what}") })
+    };
+    let exit = cpu.run();
+    let counter = match &exit {
+        Ok(VcpuExit::IoOut(..) | VcpuExit::IoIn(..)) => &exits.ports,
+        Ok(VcpuExit::MmioWrite(..) | VcpuExit::MmioRead(..)) => &exits.memory,
+        _ => &exits.other,
+    };
+    counter.fetch_add(1, Ordering::Relaxed);
+    match exit {
         Ok(VcpuExit::IoOut(port, data)) => buses.ports.write(port.into(), data),
         Ok(VcpuExit::IoIn(port, data)) => buses.ports.read(port.into(), data),
         Ok(VcpuExit::MmioWrite(address, data)) => buses.memory.write(address, data),
@@ -362,7 +420,9 @@ fn step(cpu: &mut VcpuFd, index: u32, buses: &Buses) -> Next {
         // A triple fault is how Linux resets a machine that has nothing else.
         Ok(VcpuExit::Shutdown) => return Next::End(End { reason: EndReason::Reset, detail: String::new() }),
         Ok(VcpuExit::FailEntry(reason, _)) => {
-            return fault(format!("cannot enter the guest: the processor refuses its state, reason {reason:#x}"));
+            return fault(format!(
+                "cannot enter the guest: the processor refuses its state, reason {reason:#x}"
+            ));
         }
         Ok(VcpuExit::InternalError) => {
             let place = place(cpu);

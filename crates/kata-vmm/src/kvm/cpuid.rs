@@ -85,8 +85,15 @@ mod tests {
 
     #[test]
     fn each_cpu_has_its_own_number_in_every_leaf_that_tells_it() {
-        let supported =
-            CpuId::from_entries(&[entry(1, 0), entry(0xb, 0), entry(0xb, 1), entry(0xb, 2), entry(SIZES, 0), entry(CORE, 0)]).unwrap();
+        let supported = CpuId::from_entries(&[
+            entry(1, 0),
+            entry(0xb, 0),
+            entry(0xb, 1),
+            entry(0xb, 2),
+            entry(SIZES, 0),
+            entry(CORE, 0),
+        ])
+        .unwrap();
         for index in 0..3 {
             let cpuid = of(&supported, index, 3);
             assert_eq!(find(&cpuid, 1, 0).ebx >> 24, index);

@@ -122,7 +122,8 @@ impl Hypervisor {
             };
             // SAFETY: the range is a whole mapping of guest memory. The machine owns a handle on all of them as long as there
             // are CPUs that could reach it (`machine::Machine`), and nothing in this process holds references into it.
-            unsafe { machine.set_user_memory_region(part) }.map_err(refused("give the machine its memory"))?;
+            unsafe { machine.set_user_memory_region(part) }
+                .map_err(refused("give the machine its memory"))?;
         }
         Ok(Hypervisor { kvm, machine: Arc::new(machine) })
     }

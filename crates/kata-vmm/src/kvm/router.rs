@@ -66,7 +66,8 @@ fn pin(pin: u32) -> kvm_irq_routing_entry {
 }
 
 fn message(line: u32, msi: Msi) -> kvm_irq_routing_entry {
-    let [low, high] = [msi.address, msi.address >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0));
+    let [low, high] =
+        [msi.address, msi.address >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0));
     let msi = kvm_irq_routing_msi { address_lo: low, address_hi: high, data: msi.data, ..Default::default() };
     kvm_irq_routing_entry {
         gsi: line,
