@@ -85,7 +85,8 @@ impl Limits {
         let Some(wait) = buckets.into_iter().flatten().filter_map(|bucket| bucket.wait(now)).max() else {
             return true;
         };
-        let wait = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: i64::from(u32::MAX), tv_nsec: 0 });
+        let wait =
+            Timespec::try_from(wait).unwrap_or_else(|_| Timespec { tv_sec: i64::from(u32::MAX), tv_nsec: 0 });
         let once = Itimerspec { it_interval: Timespec::default(), it_value: wait };
         match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once) {
             Ok(_) => false,

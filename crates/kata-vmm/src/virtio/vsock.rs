@@ -72,7 +72,7 @@ struct Server {
 }
 
 impl Work for Server {
-    const NAME: &'static str = "vsock";
+    const NAME: &'static str = "virtio-vsock";
 
     fn sources(&self) -> Vec<(BorrowedFd<'_>, EventFlags)> {
         // Stays readable while there is something left that one call does not take.

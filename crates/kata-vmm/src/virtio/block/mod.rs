@@ -206,7 +206,7 @@ impl Server {
 }
 
 impl Work for Server {
-    const NAME: &'static str = "block";
+    const NAME: &'static str = "virtio-block";
 
     fn sources(&self) -> Vec<(BorrowedFd<'_>, EventFlags)> {
         self.limits.iter().map(|limits| (limits.as_fd(), EventFlags::IN | EventFlags::ET)).collect()

@@ -323,7 +323,7 @@ impl Server {
 }
 
 impl Work for Server {
-    const NAME: &'static str = "net";
+    const NAME: &'static str = "virtio-net";
 
     fn sources(&self) -> Vec<(BorrowedFd<'_>, EventFlags)> {
         let flags = EventFlags::IN | EventFlags::ET;
