@@ -20,11 +20,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, QueueState};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MemoryRegionAddress,
 };
 
-use super::drain::{QueueFault, drain};
+use super::buffers::ChainError;
+use super::drain::drain;
+use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
 use super::{ActivateError, Activation, Device, Interrupt, read_space};
 
@@ -169,15 +171,13 @@ impl Discard {
         &mut self,
         memory: &GuestMemoryMmap,
         chain: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Result<u32, QueueFault> {
+    ) -> Result<usize, QueueFault> {
         let mut pages = Vec::new();
         for descriptor in chain.readable().take(MOST_DESCRIPTORS) {
             let room = MOST_PAGES - pages.len();
             let count = usize::try_from(descriptor.len() / 4).unwrap_or(0).min(room);
             let mut numbers = vec![0; count * 4];
-            let outside =
-                |_| QueueFault::Buffer { address: descriptor.addr().0, length: descriptor.len().into() };
-            memory.read_slice(&mut numbers, descriptor.addr()).map_err(outside)?;
+            memory.read_slice(&mut numbers, descriptor.addr()).map_err(ChainError::Memory)?;
             let (numbers, _) = numbers.as_chunks();
             pages.extend(numbers.iter().map(|number| u64::from(u32::from_le_bytes(*number))));
         }
@@ -195,7 +195,7 @@ impl Discard {
         &mut self,
         memory: &GuestMemoryMmap,
         chain: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Result<u32, QueueFault> {
+    ) -> Result<usize, QueueFault> {
         for descriptor in chain.writable().take(MOST_DESCRIPTORS) {
             self.discard(memory, descriptor.addr().0, descriptor.len().into())?;
         }
@@ -203,10 +203,10 @@ impl Discard {
     }
 
     /// Gives the whole pages of this memory back to the host.
-    fn discard(&mut self, memory: &GuestMemoryMmap, address: u64, length: u64) -> Result<(), QueueFault> {
+    fn discard(&mut self, memory: &GuestMemoryMmap, address: u64, length: u64) -> Result<(), ChainError> {
         let mut done = 0;
         while done < length {
-            let outside = || QueueFault::Buffer { address, length };
+            let outside = || ChainError::Memory(GuestMemoryError::InvalidGuestAddress(GuestAddress(address)));
             let at = address.checked_add(done).ok_or_else(outside)?;
             let region = memory.find_region(GuestAddress(at)).ok_or_else(outside)?;
             let offset = region.to_region_addr(GuestAddress(at)).ok_or_else(outside)?.0;

@@ -8,7 +8,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{DescriptorChain, QueueState};
 use vm_memory::GuestMemoryMmap;
 
-use super::drain::{QueueFault, drain};
+use super::drain::drain;
+use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
 use super::{ActivateError, Activation, Device};
 
@@ -60,8 +61,8 @@ impl Work for Source {
 }
 
 /// Fills what the device may write of a chain.
-fn fill(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> Result<u32, QueueFault> {
-    let mut room = chain.writer(memory)?;
+fn fill(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> Result<usize, QueueFault> {
+    let mut room = chain.writer(memory).map_err(QueueFault::Ring)?;
     let mut block = [0; BLOCK];
     let mut written = 0;
     while written < MOST {
@@ -75,7 +76,7 @@ fn fill(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> R
         }
         written += wrote;
     }
-    Ok(u32::try_from(written).unwrap_or(u32::MAX))
+    Ok(written)
 }
 
 #[cfg(test)]

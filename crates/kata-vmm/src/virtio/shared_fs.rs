@@ -8,12 +8,16 @@
 //! The socket and the guest's memory are all that both processes share. A share whose server is gone cannot be served by
 //! another: that knows nothing of open files. So its loss is told, and the machine ends.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -173,7 +177,10 @@ impl Device for SharedFs {
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         self.stop();
         if let Err(source) = self.hand_over(&activation) {
-            if let Some(watch) = self.worker.standing() {
+            // It can be the driver's fault; then the server is still there.
+            if let Some(watch) = self.worker.standing()
+                && watch.is_over()
+            {
                 watch.tell();
             }
             return Err(ActivateError { action: "hand its queues to the file server", source });
@@ -214,6 +221,13 @@ struct Watch {
 }
 
 impl Watch {
+    /// Whether the server has closed the connection.
+    fn is_over(&self) -> bool {
+        let mut socket = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let polled = poll(&mut socket, Some(&Timespec::default()));
+        polled.is_ok() && socket.iter().any(|socket| !socket.revents().is_empty())
+    }
+
     /// The server is gone.
     fn tell(&mut self) {
         if !std::mem::replace(&mut self.lost, true) {

@@ -10,12 +10,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{Activation, ActiveQueue, Interrupt};
 
 /// Writes down what a driver is told.
-pub struct Told(Mutex<Vec<String>>);
+#[derive(Default)]
+pub struct Told(Mutex<Vec<String>>, Mutex<Vec<(usize, EventFd)>>);
 
 impl Told {
     /// Was told nothing yet.
     pub fn new() -> Arc<Told> {
-        Arc::new(Told(Mutex::new(Vec::new())))
+        Arc::new(Told::default())
     }
 
     /// All that it was told.
@@ -31,6 +32,19 @@ impl Told {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.0.lock().unwrap().clear();
+    }
+
+    /// Waits until the descriptor that belongs to a queue was written to.
+    pub fn raised(&self, queue: usize) {
+        let end = Instant::now() + Duration::from_secs(20);
+        let raised = || {
+            let events = self.1.lock().unwrap();
+            events.iter().any(|(index, event)| *index == queue && event.read().is_ok())
+        };
+        while !raised() {
+            assert!(Instant::now() < end, "no interrupt of queue {queue}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What a device is activated with, and the kicks of its queues.
@@ -70,7 +84,9 @@ impl Interrupt for Told {
     fn needs_reset(&self) {
         self.0.lock().unwrap().push("needs reset".to_owned());
     }
-    fn descriptor(&self, _queue: usize) -> Option<EventFd> {
-        Some(event())
+    fn descriptor(&self, queue: usize) -> Option<EventFd> {
+        let event = event();
+        self.1.lock().unwrap().push((queue, event.try_clone().unwrap()));
+        Some(event)
     }
 }

@@ -100,4 +100,16 @@ mod tests {
             super::run(&data);
         }
     }
+
+    /// Inputs that show what the target can do; the fuzzer starts from the same files.
+    #[test]
+    fn corpus_leaves_the_disk_alive() {
+        let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/block");
+        let mut inputs = 0;
+        for entry in std::fs::read_dir(corpus).expect("the corpus") {
+            super::run(&std::fs::read(entry.expect("an entry").path()).expect("an input"));
+            inputs += 1;
+        }
+        assert!(inputs > 0);
+    }
 }

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use super::*;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+/// Where the guest has what it sends.
+const OUT: u64 = BUFFERS + 0x4_0000;
 /// The local experimental EtherType (IEEE 802): nothing else on the interface has it.
 const EXPERIMENT: [u8; 2] = [0x88, 0xb5];
 const IPV4: [u8; 2] = [0x08, 0x00];
@@ -77,6 +79,17 @@ impl Interface {
         let sent = rustix::io::write(&self.packets, &[&header[..], frame].concat());
         assert_eq!(sent, Ok(10 + frame.len()));
     }
+
+    /// The next frame of the test's EtherType and this length.
+    fn next(&self, frame: usize) -> Vec<u8> {
+        let mut got = [0; 4096];
+        loop {
+            let len = rustix::io::read(&self.packets, &mut got).unwrap();
+            if got[22..24] == EXPERIMENT && len == 10 + frame {
+                return got[10..len].to_vec();
+            }
+        }
+    }
 }
 
 /// A socket for whole frames of the interface.
@@ -110,6 +123,46 @@ fn packets() -> OwnedFd {
 }
 
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+#[test]
+fn kernel_moves_packets_where_it_has_vhost() {
+    let vhost = match OpenOptions::new().read(true).write(true).open("/dev/vhost-net") {
+        Ok(vhost) => vhost,
+        Err(e) => return eprintln!("skipped: no /dev/vhost-net: {e}"),
+    };
+    let Some(interface) = Interface::new(1, FLAGS) else { return };
+    let mem = memory();
+    let config = NetConfig {
+        mac: MAC,
+        mtu: 9000,
+        queues: vec![interface.queues[0].try_clone().unwrap()],
+        vhost: vec![vhost.into()],
+    };
+    let device = Net::new(config).unwrap();
+    assert_ne!(device.features() & MERGE, 0);
+    let mut guest = Guest::new(&mem, device, MERGE);
+    for (round, len) in [50, 4000].into_iter().enumerate() {
+        let sent = frame(EXPERIMENT, len);
+        interface.send([0; 10], &sent);
+        assert_eq!(guest.next(EXPERIMENT)[HEADER_LEN..], sent, "{len}");
+        guest.told.raised(0);
+        guest.device.memory_changed().unwrap();
+
+        let sent = frame(EXPERIMENT, 300 + round);
+        guest.send(&sent);
+        guest.told.raised(1);
+        assert_eq!(interface.next(sent.len()), sent);
+
+        // Paused and resumed, it goes on where it was.
+        let states = guest.device.stop();
+        assert_eq!(positions(&states)[1], (1, u16::try_from(round).unwrap() + 1));
+        let queues: Vec<_> =
+            states.into_iter().map(|(index, state)| (index, state.try_into().unwrap())).collect();
+        let (activation, kicks) = guest.told.activation(&mem, MERGE, &queues);
+        guest.kicks = kicks;
+        guest.device.activate(activation).unwrap();
+    }
+}
 
 fn device(queues: Vec<OwnedFd>) -> Result<Net, NetError> {
     Net::new(NetConfig { mac: MAC, mtu: 9000, queues, vhost: Vec::new() })
@@ -154,6 +207,14 @@ impl<'m> Guest<'m> {
         let (activation, kicks) = told.activation(mem, features, &queues);
         device.activate(activation).unwrap();
         Guest { mem, device, told, receive, transmit, kicks, received: 0 }
+    }
+
+    /// Sends a frame in two pieces.
+    fn send(&self, frame: &[u8]) {
+        self.mem.write_slice(&[&[0; HEADER_LEN][..], frame].concat(), GuestAddress(OUT)).unwrap();
+        let len = u32::try_from(frame.len()).unwrap();
+        self.transmit.offer(0, &[(OUT, 12, 0), (OUT + 12, len, 0)]);
+        self.kicks[1].write(1).unwrap();
     }
 
     /// The next packet of this EtherType, with its header.
@@ -203,22 +264,13 @@ fn packets_cross_a_tap_both_ways_and_the_link_falls_with_the_interface() {
         assert_eq!(got[HEADER_LEN..], sent, "{len}");
     }
     let sent = frame(EXPERIMENT, 3000);
-    let at = BUFFERS + 0x4_0000;
-    mem.write_slice(&[&[0; HEADER_LEN][..], &sent].concat(), GuestAddress(at)).unwrap();
-    guest.transmit.offer(0, &[(at, 12, 0), (at + 12, 3014, 0)]);
-    guest.kicks[1].write(1).unwrap();
-    let mut got = [0; 4096];
-    loop {
-        let len = rustix::io::read(&interface.packets, &mut got).unwrap();
-        if got[22..24] == EXPERIMENT && len == 10 + sent.len() {
-            assert_eq!(got[10..len], sent);
-            break;
-        }
-    }
+    guest.send(&sent);
+    assert_eq!(interface.next(sent.len()), sent);
 
     // A header that no kernel believes costs its packet alone.
-    mem.write_slice(&[1, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], GuestAddress(at)).unwrap();
-    guest.transmit.offer(0, &[(at, 12, 0), (at + 12, 3014, 0)]);
+    guest.told.eventually("used 1");
+    mem.write_slice(&[1, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], GuestAddress(OUT)).unwrap();
+    guest.transmit.offer(0, &[(OUT, 12, 0), (OUT + 12, 3014, 0)]);
     guest.kicks[1].write(1).unwrap();
     guest.told.eventually("used 1");
 
