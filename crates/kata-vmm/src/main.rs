@@ -1,20 +1,22 @@
 //! `kata-vmm`: a virtual machine monitor, and its devices as back ends for others.
 
 use std::error::Error;
+use std::fs::File;
 use std::io::IsTerminal;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use kata_vmm::jail::{Jail, SOCKETS, User};
-use kata_vmm::monitor::Vmm;
+use kata_vmm::kvm::End;
+use kata_vmm::machine::{Descriptors, Machine, Place, Vmm};
 use kata_vmm::seccomp;
 use kata_vmm::server::{self, Served};
 use kata_vmm::vhost_user;
 use kata_vmm::vsock::{Vsock, VsockConfig};
-use kata_vmm_api::EndReason;
+use kata_vmm_api::{Descriptor, EndReason, MachineSpec, MemorySpec};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
@@ -32,6 +34,8 @@ enum Command {
     Vsock(VsockArgs),
     /// Run one virtual machine, as the client at the other end of a socket says
     Run(RunArgs),
+    /// Boot a guest here and now, its console on the standard output and nothing confined: to try a kernel, and to measure
+    Boot(BootArgs),
     /// Try whether a virtual machine could be confined here, and say what is missing
     Check(CheckArgs),
 }
@@ -56,6 +60,28 @@ struct RunArgs {
     /// Least level of the messages on stderr: error, warn, info, debug, trace or off
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LevelFilter,
+}
+
+#[derive(Args)]
+struct BootArgs {
+    /// ELF file with a PVH note, or bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "LINE", default_value = "console=ttyS0 reboot=t panic=-1")]
+    append: String,
+    /// Virtual CPUs
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    cpus: u32,
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    memory: u64,
+    /// No serial port: what the guest says is lost, and it boots faster
+    #[arg(long)]
+    no_console: bool,
 }
 
 #[derive(Args)]
@@ -99,6 +125,14 @@ enum CommandError {
     CpuFault(String),
     #[error("a device of the machine cannot go on, so the machine ended: {0}")]
     DeviceLost(String),
+    #[error("{} cannot be opened", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{0}")]
+    Fault(String),
     #[error("--listen-fd: the front end cannot be accepted")]
     Accept(#[source] std::io::Error),
 }
@@ -112,6 +146,10 @@ fn main() -> ExitCode {
         Command::Run(args) => {
             log(args.log_level);
             run(&args)
+        }
+        Command::Boot(args) => {
+            log(LevelFilter::WARN);
+            boot(&args)
         }
         Command::Check(args) => check(&args),
     };
@@ -156,6 +194,45 @@ fn run(args: &RunArgs) -> Result<(), Box<dyn Error>> {
         Served::Ended(EndReason::CpuFault, detail) => Err(CommandError::CpuFault(detail).into()),
         Served::Ended(EndReason::DeviceLost, detail) => Err(CommandError::DeviceLost(detail).into()),
         Served::Closed | Served::Shutdown | Served::Ended(..) => Ok(()),
+    }
+}
+
+/// A machine of nothing but a kernel, until it ends.
+fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
+    let open = |path: &PathBuf| {
+        File::open(path)
+            .map_err(|source| CommandError::Open { path: path.clone(), source })
+            .map(OwnedFd::from)
+    };
+    let mut files = vec![open(&args.kernel)?];
+    let mut named = |file: Option<OwnedFd>| {
+        file.map(|file| {
+            files.push(file);
+            Descriptor(files.len() - 1)
+        })
+    };
+    let initrd = named(args.initrd.as_ref().map(open).transpose()?);
+    let console =
+        named((!args.no_console).then(|| std::io::stdout().as_fd().try_clone_to_owned()).transpose()?);
+    let (size_mib, max_mib) = (args.memory, args.memory);
+    let spec = MachineSpec {
+        cpus: args.cpus,
+        max_cpus: args.cpus,
+        memory: MemorySpec { size_mib, max_mib, prealloc: false, hugepages: false, reporting: false },
+        kernel: Descriptor(0),
+        initrd,
+        command_line: args.append.clone(),
+        console,
+        vsock: None,
+        shared_fs: None,
+        disks: Vec::new(),
+        nics: Vec::new(),
+    };
+    let machine = Machine::new(&spec, Descriptors::new(files), Place { kvm: None, sockets: None })?;
+    machine.resume()?;
+    match machine.ending().wait() {
+        End { reason: EndReason::Shutdown | EndReason::Reset, .. } => Ok(()),
+        End { detail, .. } => Err(CommandError::Fault(detail).into()),
     }
 }
 

@@ -149,7 +149,6 @@ const FILES: &[c_long] = &[
     libc::SYS_fallocate,
 ];
 const VECTORS: &[c_long] = &[libc::SYS_readv, libc::SYS_writev];
-const RINGS: &[c_long] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 
 /// Let through here, and then answered as not there, see [`super::apply`].
 pub(super) const ABSENT: &[c_long] = &[libc::SYS_clone3, libc::SYS_openat];

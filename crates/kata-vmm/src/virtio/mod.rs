@@ -9,12 +9,27 @@
 //! A device knows its queues, its configuration space and what it lends to the guest. It knows neither PCI nor KVM, so all of it
 //! runs in tests on queues in plain memory.
 
+pub mod balloon;
+pub mod block;
+pub mod buffers;
+mod drain;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod driver;
+pub mod limit;
+pub mod net;
+pub mod ring;
+pub mod rng;
+pub mod shared_fs;
+#[cfg(test)]
+mod told;
+mod vhost;
+pub mod vsock;
 pub mod worker;
 
 use std::sync::Arc;
 
 use thiserror::Error;
-use virtio_queue::{Queue, QueueState};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -67,6 +82,19 @@ pub struct Activation {
     pub interrupt: Arc<dyn Interrupt>,
 }
 
+impl Activation {
+    /// Where the driver is with each queue, by the queue's number: with all at 0 when it starts, and where [`Device::stop`] said
+    /// when it was only paused.
+    pub fn positions(&self) -> Vec<(usize, u16)> {
+        self.queues.iter().map(|active| (active.index, active.queue.next_avail())).collect()
+    }
+}
+
+/// Where queues stand that came to a stop, as [`Activation::positions`] says it.
+fn positions(states: &[(usize, QueueState)]) -> Vec<(usize, u16)> {
+    states.iter().map(|(index, state)| (*index, state.next_avail)).collect()
+}
+
 /// A virtio device.
 ///
 /// ```text
@@ -99,6 +127,11 @@ pub trait Device: Send {
 
     /// Begins to work, in a thread of its own. On an error it stands still.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// The guest's memory has grown, for those who hand a table of it on; they can be at work.
+    fn memory_changed(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 
     /// Comes to a stand: the thread is gone, and nothing of the guest's memory is touched any more. Answers how far it got with
     /// each queue, by the queue's number. Nothing happens where it stands already.
