@@ -3,7 +3,7 @@
 //! ```text
 //!   MachineSpec, descriptors ─▶ memory ─▶ KVM ─▶ PCI bus, devices ─▶ kernel, ACPI ─▶ CPUs, which stand still
 //!        boot ─▶ they run ◀─ pause / resume ─▶ they stand still, and so do the devices
-//!                   │ add and remove devices: the bus changes, the event tells the guest
+//!                   │ add and remove devices, add CPUs: the bus or a register changes, the event tells the guest
 //!                   └ power, reset, a CPU's fault, a lost device ─▶ Ending
 //! ```
 
@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec};
+use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec, Size};
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -26,8 +26,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, AcpiError, EVENT_PIN};
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, BusError, Device};
+use crate::cpus::{self, Present};
 use crate::events::EventError;
-use crate::kvm::{Buses, CpuThread, Ending, Hypervisor, KvmError};
+use crate::kvm::{Buses, Cpu, CpuThread, Ending, Hypervisor, KvmError};
 use crate::memory::{self, Backing, MemoryError, PCI_WINDOW};
 use crate::pci::{self, PciError, Slot};
 use crate::power::{self, Power};
@@ -165,7 +166,10 @@ pub struct Machine {
     cpus: Vec<CpuThread>,
     bus: Devices,
     /// The machine in the kernel goes before the memory that it reaches.
-    _hypervisor: Hypervisor,
+    hypervisor: Hypervisor,
+    buses: Buses,
+    /// How many CPUs the guest is told that there are, and how many there can be.
+    present: (Arc<Present>, u32),
     memory: Memory,
     event: EventFd,
     ending: Arc<Ending>,
@@ -209,19 +213,59 @@ impl Machine {
         for (id, device) in ready {
             bus.0.attach(&id, device)?;
         }
-        let facts =
-            acpi::Facts { cpus: spec.cpus, pci: &bus.0.aml(), scan: pci::SCAN_METHOD, serial: has_console };
+        let present = Arc::new(Present::new(spec.cpus));
+        buses.ports.insert(cpus::PORT.into(), cpus::PORTS.into(), present.clone())?;
+        let facts = acpi::Facts {
+            cpus: spec.cpus,
+            most_cpus: spec.max_cpus,
+            pci: &bus.0.aml(),
+            scan: pci::SCAN_METHOD,
+            serial: has_console,
+        };
         acpi::write(&memory.memory(), &facts)?;
-        let cpus = hypervisor.cpus(spec.cpus)?;
-        if let Some(first) = cpus.first() {
+        let ready = hypervisor.cpus(0..spec.cpus, spec.max_cpus)?;
+        if let Some(first) = ready.first() {
             first.enter(entry)?;
         }
-        let start = |(number, cpu): (u32, crate::kvm::Cpu)| {
+        let (cpus, present) = (Vec::new(), (present, spec.max_cpus));
+        let mut machine = Machine { cpus, bus, hypervisor, buses, present, memory, event, ending };
+        machine.start(ready)?;
+        Ok(machine)
+    }
+
+    /// Gives these CPUs, the next ones, their threads, in which they stand still.
+    fn start(&mut self, cpus: Vec<Cpu>) -> Result<(), MachineError> {
+        for cpu in cpus {
+            let number = self.cpus.len();
             let confine = move || seccomp::confine_thread(&format!("vcpu{number}")).map_err(|e| chain(&e));
-            cpu.start(buses.clone(), Arc::clone(&ending), confine)
-        };
-        let cpus = (0..).zip(cpus).map(start).collect::<Result<_, _>>()?;
-        Ok(Machine { cpus, bus, _hypervisor: hypervisor, memory, event, ending })
+            self.cpus.push(cpu.start(self.buses.clone(), Arc::clone(&self.ending), confine)?);
+        }
+        Ok(())
+    }
+
+    /// Brings a running machine to another size: more CPUs, up to what it was made for. The guest is told of them, and brings
+    /// them to use itself.
+    pub fn resize(&mut self, size: Size) -> Result<(), MachineError> {
+        let have = u32::try_from(self.cpus.len()).unwrap_or(u32::MAX);
+        let most = self.present.1;
+        if size.memory_mib != self.memory() >> 20 {
+            return Err(MachineError::Unsupported { what: "changing the size of the memory" });
+        }
+        if size.cpus < have {
+            return Err(MachineError::Unsupported { what: "taking virtual CPUs away" });
+        }
+        if size.cpus > most {
+            let reason = format!("the machine was made for up to {most}");
+            return Err(MachineError::Field { field: "cpus", reason });
+        }
+        let cpus = self.hypervisor.cpus(have..size.cpus, most)?;
+        let started = self.start(cpus);
+        let new = self.cpus.iter().skip(usize::try_from(have).unwrap_or(usize::MAX));
+        new.for_each(CpuThread::resume);
+        // Those that did start are there, even if another did not.
+        self.present.0.set(u32::try_from(self.cpus.len()).unwrap_or(u32::MAX));
+        self.tell("tell the guest of new virtual CPUs")?;
+        started
     }
 
     /// Lets the CPUs run: the guest boots, or goes on.
@@ -315,9 +359,6 @@ fn check(spec: &MachineSpec) -> Result<(), MachineError> {
     }
     if spec.max_cpus < spec.cpus || spec.memory.max_mib < spec.memory.size_mib {
         return fault("max-cpus, max-mib", "less than it starts with");
-    }
-    if spec.max_cpus > spec.cpus {
-        return Err(MachineError::Unsupported { what: "adding virtual CPUs later" });
     }
     if spec.memory.max_mib > spec.memory.size_mib {
         return Err(MachineError::Unsupported { what: "adding memory later" });
