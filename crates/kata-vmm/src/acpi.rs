@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn tables_that_do_not_fit_are_refused() {
-        let memory = crate::memory::allocate(64 << 20, crate::memory::Backing::default()).unwrap();
+        let memory = crate::memory::allocate(64 << 20, 0, crate::memory::Backing::default()).unwrap();
         let memory = vm_memory::GuestAddressSpace::memory(&memory);
         let pci = vec![0; 0x2_0000];
         let refused =

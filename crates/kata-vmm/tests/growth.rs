@@ -1,4 +1,4 @@
-//! A machine of the library boots, gets more CPUs while it runs, stands still, goes on, and turns itself off. Wants KVM that boots
+//! A machine of the library boots, gets more CPUs and memory while it runs, stands still, goes on, and turns itself off. Wants KVM that boots
 //! kernels, and:
 //!
 //! | variable | what |
@@ -28,6 +28,13 @@ new=/sys/devices/system/cpu/cpu2
 until [ -e $new ]; do usleep 20000; done
 echo 1 > /sys/devices/system/cpu/cpu1/online; echo 1 > $new/online
 say has $(nproc) and cpu2 counts $(taskset 4 sh -c 'cut -d" " -f39 /proc/self/stat')
+has() { awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo; }
+echo online_movable > /sys/devices/system/memory/auto_online_blocks
+before=$(has); say memory
+until [ $(has) -ge $((before + 120)) ]; do usleep 20000; done
+say grew
+until [ $(has) -le $((before + 8)) ]; do usleep 20000; done
+say shrank
 say told $(dmesg | grep -ci "acpi.*error")
 poweroff -f
 "#;
@@ -55,7 +62,7 @@ fn initrd(busybox: &Path, at: &Path) -> File {
 }
 
 #[test]
-fn cpus_come_while_the_guest_runs_and_it_stands_still_when_it_is_to() {
+fn cpus_come_and_memory_comes_and_goes_while_the_guest_runs() {
     let kernel = std::env::var_os("KATA_TEST_KERNEL").map(PathBuf::from).filter(|path| path.exists());
     let busybox = std::env::var_os("KATA_TEST_BUSYBOX");
     let busybox = busybox.map_or_else(|| "/usr/bin/busybox".into(), PathBuf::from);
@@ -76,7 +83,7 @@ fn cpus_come_while_the_guest_runs_and_it_stands_still_when_it_is_to() {
         max_cpus: 3,
         memory: MemorySpec {
             size_mib: 192,
-            max_mib: 192,
+            max_mib: 450,
             prealloc: false,
             hugepages: false,
             reporting: false,
@@ -105,7 +112,7 @@ fn cpus_come_while_the_guest_runs_and_it_stands_still_when_it_is_to() {
         }
     };
     assert_eq!(said(), "has 1 of 0-2");
-    for (cpus, memory_mib) in [(4, 192), (0, 192), (1, 256)] {
+    for (cpus, memory_mib) in [(4, 192), (0, 192), (1, 191), (1, 451)] {
         let refused = machine.resize(Size { cpus, memory_mib });
         assert!(
             matches!(refused, Err(MachineError::Unsupported { .. } | MachineError::Field { .. })),
@@ -119,6 +126,11 @@ fn cpus_come_while_the_guest_runs_and_it_stands_still_when_it_is_to() {
     assert_eq!(threads.len(), 3);
     assert!(threads.iter().all(|thread| Path::new(&format!("/proc/self/task/{thread}")).exists()));
     assert_eq!(said(), "has 3 and cpu2 counts 2");
+    assert_eq!(said(), "memory");
+    machine.resize(Size { cpus: 3, memory_mib: 320 }).unwrap();
+    assert_eq!((said(), machine.memory() >> 20), ("grew".to_owned(), 320));
+    machine.resize(Size { cpus: 3, memory_mib: 192 }).unwrap();
+    assert_eq!((said(), machine.memory() >> 20), ("shrank".to_owned(), 192));
     assert_eq!(said(), "told 0");
     assert_eq!(machine.ending().wait(), End { reason: EndReason::Shutdown, detail: String::new() });
 }

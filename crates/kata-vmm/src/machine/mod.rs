@@ -13,6 +13,7 @@ mod monitor;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +35,7 @@ use crate::pci::{self, PciError, Slot};
 use crate::power::{self, Power};
 use crate::seccomp;
 use crate::serial::{self, SerialPort};
+use crate::virtio::mem::Growth;
 use crate::virtio::{self, Memory};
 
 use devices::DeviceError;
@@ -41,6 +43,10 @@ pub use monitor::Vmm;
 
 /// How long the guest may take to let go of a device.
 const REMOVAL_BOUND: Duration = Duration::from_secs(10);
+/// How long the guest may take for the next block of memory.
+const GROWTH_BOUND: Duration = Duration::from_secs(5);
+/// How often it is looked how far it is.
+const GROWTH_LOOK: Duration = Duration::from_millis(2);
 /// How often it is looked whether the machine has ended meanwhile.
 const LOOK: Duration = Duration::from_millis(100);
 /// Longest name of a device, in bytes.
@@ -170,6 +176,8 @@ pub struct Machine {
     buses: Buses,
     /// How many CPUs the guest is told that there are, and how many there can be.
     present: (Arc<Present>, u32),
+    /// Memory that it can have later.
+    growth: Option<Growth>,
     memory: Memory,
     event: EventFd,
     ending: Arc<Ending>,
@@ -190,7 +198,8 @@ impl Machine {
         check(spec)?;
         let kvm = place.kvm.map_or_else(Hypervisor::open, Ok)?;
         let backing = Backing { prealloc: spec.memory.prealloc, hugepages: spec.memory.hugepages };
-        let memory = memory::allocate(spec.memory.size_mib << 20, backing)?;
+        let later = (spec.memory.max_mib - spec.memory.size_mib) << 20;
+        let memory = memory::allocate(spec.memory.size_mib << 20, later, backing)?;
         let hypervisor = Hypervisor::new(kvm, &memory.memory())?;
         let router = hypervisor.router();
         let host = |action| move |source| MachineError::Host { action, source };
@@ -210,7 +219,12 @@ impl Machine {
         let entry = load_kernel(spec, &mut files, &memory)?;
         let ready = devices::all(spec, &mut files, place.sockets.as_deref(), &ending)?;
         files.finish()?;
-        for (id, device) in ready {
+        let (growth, grows) = match memory::growth(&memory.memory()) {
+            Some((base, size)) => Some(devices::growth(base, size, backing)?).unzip(),
+            None => (None, None),
+        };
+        let grows = grows.map(|device| (devices::GROWTH.to_owned(), device));
+        for (id, device) in ready.into_iter().chain(grows) {
             bus.0.attach(&id, device)?;
         }
         let present = Arc::new(Present::new(spec.cpus));
@@ -228,7 +242,7 @@ impl Machine {
             first.enter(entry)?;
         }
         let (cpus, present) = (Vec::new(), (present, spec.max_cpus));
-        let mut machine = Machine { cpus, bus, hypervisor, buses, present, memory, event, ending };
+        let mut machine = Machine { cpus, bus, hypervisor, buses, present, growth, memory, event, ending };
         machine.start(ready)?;
         Ok(machine)
     }
@@ -243,29 +257,57 @@ impl Machine {
         Ok(())
     }
 
-    /// Brings a running machine to another size: more CPUs, up to what it was made for. The guest is told of them, and brings
-    /// them to use itself.
+    /// Brings a running machine to another size, up to what it was made for, as far as it can: CPUs come and do not go; of the
+    /// memory the guest takes and gives back what it can in time, see [`Machine::memory`]. It brings both to use itself.
     pub fn resize(&mut self, size: Size) -> Result<(), MachineError> {
+        let fault = |field, reason| MachineError::Field { field, reason };
         let have = u32::try_from(self.cpus.len()).unwrap_or(u32::MAX);
         let most = self.present.1;
-        if size.memory_mib != self.memory() >> 20 {
-            return Err(MachineError::Unsupported { what: "changing the size of the memory" });
-        }
         if size.cpus < have {
             return Err(MachineError::Unsupported { what: "taking virtual CPUs away" });
         }
         if size.cpus > most {
-            let reason = format!("the machine was made for up to {most}");
-            return Err(MachineError::Field { field: "cpus", reason });
+            return Err(fault("cpus", format!("the machine was made for up to {most}")));
         }
-        let cpus = self.hypervisor.cpus(have..size.cpus, most)?;
+        let memory = self.memory.memory();
+        let (ram, later) = (memory::size(&memory), memory::growth(&memory).map_or(0, |(_, size)| size));
+        let wanted = size.memory_mib.checked_mul(1 << 20).and_then(|bytes| bytes.checked_sub(ram));
+        let Some(wanted) = wanted.filter(|wanted| *wanted <= later) else {
+            let (least, most) = (ram >> 20, (ram + later) >> 20);
+            return Err(fault("memory-mib", format!("the machine was made for {least} to {most} MiB")));
+        };
+        self.add_cpus(have..size.cpus)?;
+        self.grow(wanted);
+        Ok(())
+    }
+
+    fn add_cpus(&mut self, numbers: Range<u32>) -> Result<(), MachineError> {
+        if numbers.is_empty() {
+            return Ok(());
+        }
+        let before = self.cpus.len();
+        let cpus = self.hypervisor.cpus(numbers, self.present.1)?;
         let started = self.start(cpus);
-        let new = self.cpus.iter().skip(usize::try_from(have).unwrap_or(usize::MAX));
-        new.for_each(CpuThread::resume);
+        self.cpus.iter().skip(before).for_each(CpuThread::resume);
         // Those that did start are there, even if another did not.
         self.present.0.set(u32::try_from(self.cpus.len()).unwrap_or(u32::MAX));
         self.tell("tell the guest of new virtual CPUs")?;
         started
+    }
+
+    /// Asks the guest to have so much of the later memory, and waits until it has or gets no further.
+    fn grow(&self, bytes: u64) {
+        let Some(growth) = &self.growth else { return };
+        let wanted = growth.set(bytes);
+        let mut last = growth.plugged();
+        let mut until = Instant::now() + GROWTH_BOUND;
+        while growth.plugged() != wanted && Instant::now() < until && self.ending.get().is_none() {
+            std::thread::sleep(GROWTH_LOOK);
+            let now = growth.plugged();
+            if now != last {
+                (last, until) = (now, Instant::now() + GROWTH_BOUND);
+            }
+        }
     }
 
     /// Lets the CPUs run: the guest boots, or goes on.
@@ -337,9 +379,9 @@ impl Machine {
         self.cpus.iter().map(CpuThread::id).collect()
     }
 
-    /// Its memory in bytes.
+    /// Its memory in bytes, with what the guest took of what can come later.
     pub fn memory(&self) -> u64 {
-        memory::size(&self.memory.memory())
+        memory::size(&self.memory.memory()) + self.growth.as_ref().map_or(0, Growth::plugged)
     }
 
     /// Counters of its CPUs, by name.
@@ -360,10 +402,7 @@ fn check(spec: &MachineSpec) -> Result<(), MachineError> {
     if spec.max_cpus < spec.cpus || spec.memory.max_mib < spec.memory.size_mib {
         return fault("max-cpus, max-mib", "less than it starts with");
     }
-    if spec.memory.max_mib > spec.memory.size_mib {
-        return Err(MachineError::Unsupported { what: "adding memory later" });
-    }
-    if spec.memory.size_mib > u64::MAX >> 20 {
+    if spec.memory.max_mib > u64::MAX >> 20 {
         return fault("memory", "more than there are addresses");
     }
     spec.disks
