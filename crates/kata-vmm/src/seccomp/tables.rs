@@ -26,32 +26,32 @@ pub(super) const VHOST_USER: Table =
 
 /// The main thread of a VMM, which makes the machine and all other threads, and so can do all of what those can.
 pub(super) const API: Table = Table {
-    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES, RINGS],
+    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
     checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
 
 /// A virtual processor. By its writes to a device's registers the guest starts and stops devices, so threads come from here too.
 const VCPU: Table = Table {
-    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES, RINGS],
+    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
     checked: &[MEMORY, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
 const VSOCK: Table = Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS] };
-const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES, RINGS], checked: &[MEMORY, DISK] };
-const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP] };
+const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES], checked: &[MEMORY, DESCRIPTORS, DISK] };
+const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP, VHOST] };
 /// A vhost-user front end, which talks to its back end.
 const SHARED_FS: Table = Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, DESCRIPTORS] };
 const BALLOON: Table = Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY] };
 const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY] };
 
-/// By the thread's name, whose number does not count.
+/// By the thread's name; `vcpu` has a number behind it.
 pub(super) fn of_thread(name: &str) -> Table {
-    match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
-        "vcpu" => VCPU,
+    match name {
         "virtio-vsock" => VSOCK,
         "virtio-block" => BLOCK,
         "virtio-net" => NET,
         "virtio-fs" => SHARED_FS,
         "virtio-balloon" => BALLOON,
+        name if name.starts_with("vcpu") => VCPU,
         _ => OTHER,
     }
 }
@@ -149,7 +149,6 @@ const FILES: &[c_long] = &[
     libc::SYS_fallocate,
 ];
 const VECTORS: &[c_long] = &[libc::SYS_readv, libc::SYS_writev];
-const RINGS: &[c_long] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 
 /// Let through here, and then answered as not there, see [`super::apply`].
 pub(super) const ABSENT: &[c_long] = &[libc::SYS_clone3, libc::SYS_openat];
@@ -190,11 +189,12 @@ const fn requests_of(device: u64) -> Test {
 }
 const KVM: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xae))];
 const VHOST: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xaf))];
-/// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And whether to
-/// block.
+/// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And
+/// whether to block (FIONBIO).
 const TAP: &[Checked] = &[
     (libc::SYS_ioctl, 1, Test::Is(0x4004_54d0)),
     (libc::SYS_ioctl, 1, Test::Is(0x4004_54d8)),
+    (libc::SYS_ioctl, 1, Test::Is(0x4004_54d9)),
     (libc::SYS_ioctl, 1, Test::Is(0x8004_54cf)),
     (libc::SYS_ioctl, 1, Test::Is(0x8004_54d2)),
     (libc::SYS_ioctl, 1, Test::Is(0x5421)),
