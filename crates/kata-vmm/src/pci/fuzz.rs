@@ -20,6 +20,9 @@ use crate::virtio::rng::Rng;
 /// Devices by name, with the number of their vectors.
 const DEVICES: [(&str, usize); 2] = [("rng", 2), ("balloon", 6)];
 
+/// The step in which a driver starts a device.
+const START: u8 = 5;
+
 /// Takes `N` bytes off the front.
 fn take<const N: usize>(data: &mut &[u8]) -> Option<[u8; N]> {
     let (front, rest) = data.split_first_chunk()?;
@@ -45,6 +48,29 @@ pub fn run(mut data: &[u8]) {
         }
         check(&guest);
     }
+    finish(&guest);
+}
+
+/// Plays several inputs at once, as vCPUs and the owner do, to devices that work.
+pub fn run_together(inputs: &[Vec<u8>]) {
+    let guest = Guest::new();
+    plug(&guest, 0);
+    plug(&guest, 1);
+    start(&guest, 1, WINDOW.base + BAR_SIZE, 0);
+    start(&guest, 2, WINDOW.base + 2 * BAR_SIZE, 2);
+    std::thread::scope(|scope| {
+        for mut data in inputs.iter().map(Vec::as_slice) {
+            let guest = &guest;
+            scope.spawn(move || {
+                while let Some([step]) = take(&mut data) {
+                    // A driver that shares the address register with others finds nothing it can rely on.
+                    if step % 10 != START && step_once(guest, step, &mut data).is_none() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
     finish(&guest);
 }
 
@@ -81,7 +107,7 @@ fn step_once(guest: &Guest, step: u8, data: &mut &[u8]) -> Option<()> {
                 guest.read(base.saturating_add(u32::from(part % 7) * 0x1000 + u32::from(offset)));
         }
         // A well-behaved driver starts a device.
-        5 => {
+        START => {
             let [slot, place, queue] = take(data)?;
             let (slot, bar) = (1 + slot % 3, WINDOW.base + u32::from(place % 70) * BAR_SIZE);
             if guest.config_double(slot, 0) != u32::MAX {
@@ -237,6 +263,18 @@ mod tests {
         fn working_devices_come_to_an_end(data in prop::collection::vec(any::<u8>(), 0..700)) {
             let starts = [[5, 0, 1, 0], [5, 1, 2, 2], [5, 1, 3, 4]].concat();
             super::run(&[&starts[..], &data].concat());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50))]
+
+        /// Nothing waits for itself, and all of it is gone at the end.
+        #[test]
+        fn vcpus_and_owner_at_once_come_to_an_end(
+            inputs in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..1000), 3)
+        ) {
+            super::run_together(&inputs);
         }
     }
 

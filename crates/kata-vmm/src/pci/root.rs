@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::configuration::{Configuration, Identity};
-use super::ports::{HotPlug, Ports};
+use super::ports::{Enhanced, HotPlug, Ports};
 use super::virtio::{BAR_SIZE, Function};
 use super::{PciError, SLOTS, Slot, Window, aml};
 use crate::bus::{self, Bus};
@@ -90,6 +90,17 @@ impl Root {
     /// [`CONFIGURATION_PORT`](super::CONFIGURATION_PORT).
     pub fn config_ports(self: &Arc<Self>) -> Arc<dyn bus::Device> {
         Arc::new(Ports::new(Arc::clone(self)))
+    }
+
+    /// Configuration space in memory, for [`ECAM_SIZE`](super::ECAM_SIZE) addresses. Linux takes it only where it does not find the
+    /// ports, an MCFG table tells of it, and [`Root::ecam_aml`] keeps the addresses for it.
+    pub fn ecam(self: &Arc<Self>) -> Arc<dyn bus::Device> {
+        Arc::new(Enhanced(Arc::clone(self)))
+    }
+
+    /// What the DSDT says of configuration space in memory from `base` on.
+    pub fn ecam_aml(&self, base: u32) -> Vec<u8> {
+        aml::ecam(base)
     }
 
     /// The hot-plug registers, for [`HOTPLUG_PORTS`](super::HOTPLUG_PORTS) from [`HOTPLUG_PORT`](super::HOTPLUG_PORT).
