@@ -126,9 +126,8 @@ pub struct VsockSpec {
     pub cid: u64,
     /// Listening unix socket with the `CONNECT <port>` handshake.
     pub listener: Descriptor,
-    /// Directory of the sockets that the guest's connections go to, opened with `O_PATH`.
-    pub directory: Descriptor,
-    /// Name of the listener's socket in it; the guest's port P is at `<name>_P`.
+    /// Name of the listener's socket in the directory that the VMM was started with (`--sockets`): the guest reaches the host's
+    /// port P at `<name>_P` there. No descriptor of a directory is taken, for it would lead out of the VMM's root.
     pub name: String,
 }
 

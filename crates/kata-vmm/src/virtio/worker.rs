@@ -27,6 +27,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory};
+use crate::seccomp;
 
 /// Stack of a device's thread, in bytes: address space, of which a device touches a few pages.
 const STACK: usize = 128 * 1024;
@@ -292,6 +293,14 @@ impl<W: Work> Worker<W> {
         let (hand, take) = mpsc::sync_channel::<(W, Rings)>(1);
         let control = Arc::clone(&self.control);
         let body = move || {
+            if let Err(error) = seccomp::confine_thread(W::NAME) {
+                tracing::error!(
+                    thread = W::NAME,
+                    error = chain(&error),
+                    "a device's thread does not work unconfined"
+                );
+                return None;
+            }
             let (mut work, mut rings) = take.recv().ok()?;
             run(&poll, &control, &mut work, &mut rings);
             Some((work, rings))
