@@ -26,22 +26,26 @@ pub(super) const VHOST_USER: Table =
 
 /// The main thread of a VMM, which makes the machine and all other threads, and so can do all of what those can.
 pub(super) const API: Table = Table {
-    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES, RINGS],
+    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
     checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
 
 /// A virtual processor. By its writes to a device's registers the guest starts and stops devices, so threads come from here too.
 const VCPU: Table = Table {
-    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES, RINGS],
+    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
     checked: &[MEMORY, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
-const VSOCK: Table = Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS] };
-const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES, RINGS], checked: &[MEMORY, DISK] };
-const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP] };
+const VSOCK: Table =
+    Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, ROUTES] };
+const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES], checked: &[MEMORY, DISK, ROUTES] };
+/// Also where the kernel moves the packets: the driver may change how many queue pairs it uses.
+const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP, VHOST, ROUTES] };
 /// A vhost-user front end, which talks to its back end.
-const SHARED_FS: Table = Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, DESCRIPTORS] };
-const BALLOON: Table = Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY] };
-const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY] };
+const SHARED_FS: Table =
+    Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, DESCRIPTORS, ROUTES] };
+const BALLOON: Table =
+    Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY, ROUTES] };
+const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, ROUTES] };
 
 /// By the thread's name, whose number does not count.
 pub(super) fn of_thread(name: &str) -> Table {
@@ -149,7 +153,6 @@ const FILES: &[c_long] = &[
     libc::SYS_fallocate,
 ];
 const VECTORS: &[c_long] = &[libc::SYS_readv, libc::SYS_writev];
-const RINGS: &[c_long] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 
 /// Let through here, and then answered as not there, see [`super::apply`].
 pub(super) const ABSENT: &[c_long] = &[libc::SYS_clone3, libc::SYS_openat];
@@ -189,12 +192,15 @@ const fn requests_of(device: u64) -> Test {
     Test::Masked { mask: 0xff00, value: device << 8 }
 }
 const KVM: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xae))];
+/// KVM_SET_GSI_ROUTING: where an interrupt goes is set when it is raised for the first time after the guest changed it.
+const ROUTES: &[Checked] = &[(libc::SYS_ioctl, 1, Test::Is(0x4008_ae6a))];
 const VHOST: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xaf))];
-/// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And whether to
+/// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And whether to
 /// block.
 const TAP: &[Checked] = &[
     (libc::SYS_ioctl, 1, Test::Is(0x4004_54d0)),
     (libc::SYS_ioctl, 1, Test::Is(0x4004_54d8)),
+    (libc::SYS_ioctl, 1, Test::Is(0x4004_54d9)),
     (libc::SYS_ioctl, 1, Test::Is(0x8004_54cf)),
     (libc::SYS_ioctl, 1, Test::Is(0x8004_54d2)),
     (libc::SYS_ioctl, 1, Test::Is(0x5421)),
