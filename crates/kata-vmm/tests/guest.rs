@@ -1,9 +1,10 @@
-//! `kata-vmm run`, jailed, with all devices, and Linux's own drivers on the other side. Wants KVM that boots kernels, and:
+//! `kata-vmm run`, jailed, with all devices, and Linux's own drivers on the other side.
+//!
+//! It wants KVM that boots kernels, as in the lab, which `KATA_TEST_LAB` says, and:
 //!
 //! | variable | what |
 //! |---|---|
-//! | `KATA_TEST_REAL_KVM` | set: `/dev/kvm` boots kernels here |
-//! | `KATA_TEST_KERNEL` | a guest kernel with the drivers built in |
+//! | `KATA_TEST_TUNED_KERNEL` | a guest kernel with all drivers built in |
 //! | `KATA_TEST_PROGRAMS` | directory with `kata-virtiofsd` |
 //! | `KATA_TEST_BUSYBOX` | a busybox that needs no libraries; else `/usr/bin/busybox` |
 
@@ -139,16 +140,13 @@ fn fingerprint(bytes: &[u8]) -> u64 {
 
 #[test]
 fn drivers_of_a_guest_work_with_all_devices_of_a_jailed_monitor() {
-    let kernel = std::env::var_os("KATA_TEST_KERNEL").map(PathBuf::from).filter(|path| path.exists());
     let server = file_of("KATA_TEST_PROGRAMS", "").map(|path| path.join("kata-virtiofsd"));
+    let kernel = file_of("KATA_TEST_TUNED_KERNEL", "");
     let busybox = file_of("KATA_TEST_BUSYBOX", "/usr/bin/busybox");
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").ok();
-    let real = std::env::var_os("KATA_TEST_REAL_KVM").is_some();
-    let (Some(kernel), Some(server), Some(busybox), Some(kvm), true) = (kernel, server, busybox, kvm, real)
-    else {
-        return eprintln!(
-            "skipped: wants KATA_TEST_REAL_KVM, and a kernel and programs, see the top of the test"
-        );
+    let kvm = kvm.filter(|_| std::env::var_os("KATA_TEST_LAB").is_some());
+    let (Some(kernel), Some(server), Some(busybox), Some(kvm)) = (kernel, server, busybox, kvm) else {
+        return eprintln!("skipped: wants the lab, KATA_TEST_TUNED_KERNEL and programs");
     };
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
