@@ -135,15 +135,15 @@ mod tests {
         if let Some(what) = std::env::var_os(CONFINED) {
             super::confine_threads().unwrap();
             match what.to_str().unwrap() {
-                "vcpu starts a device" => thread("vcpu0", || thread("net", || {})),
-                "vsock dials" => thread("vsock", || drop(UnixStream::connect("/nowhere"))),
+                "vcpu starts a device" => thread("vcpu0", || thread("virtio-net", || {})),
+                "vsock dials" => thread("virtio-vsock", || drop(UnixStream::connect("/nowhere"))),
                 "file" => thread("vcpu0", || assert!(std::fs::File::open("/etc/passwd").is_err())),
-                "net starts a thread" => thread("net", || thread("net", || {})),
-                "net dials" => thread("net", || drop(UnixStream::connect("/nowhere"))),
+                "net starts a thread" => thread("virtio-net", || thread("virtio-net", || {})),
+                "net dials" => thread("virtio-net", || drop(UnixStream::connect("/nowhere"))),
                 "vcpu dials" => thread("vcpu0", || drop(UnixStream::connect("/nowhere"))),
                 "internet" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
                 "process" => drop(Command::new("/bin/true").spawn()),
-                "exec" => thread("rng", || {
+                "exec" => thread("virtio-rng", || {
                     // SAFETY: a call without effect on memory where it fails, and the end of the process where not.
                     unsafe { libc::execve(c"/bin/true".as_ptr(), std::ptr::null(), std::ptr::null()) };
                 }),
