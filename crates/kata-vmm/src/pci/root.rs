@@ -1,5 +1,6 @@
 //! The bus: which device is in which slot.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -160,6 +161,27 @@ impl Root {
             }
         }
         result
+    }
+
+    /// Tells all devices that the guest's memory has grown; on an error those that could not take it do not reach what is new.
+    pub fn memory_changed(&self) -> Result<(), PciError> {
+        let mut result = Ok(());
+        for occupant in self.lock().occupants() {
+            if let Err(source) = occupant.function.memory_changed() {
+                result = Err(PciError::Memory { id: occupant.id.clone(), source });
+            }
+        }
+        result
+    }
+
+    /// Counters of all devices, each after its device's name and a full stop.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let slots = self.lock();
+        let named = |occupant: &Occupant| {
+            let name = |(counter, value)| (format!("{}.{counter}", occupant.id), value);
+            occupant.function.counters().into_iter().map(name).collect::<Vec<_>>()
+        };
+        slots.occupants().flat_map(named).collect()
     }
 
     fn put(&self, slots: &mut Slots, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {

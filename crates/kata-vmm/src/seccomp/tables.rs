@@ -35,13 +35,17 @@ const VCPU: Table = Table {
     calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
     checked: &[MEMORY, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
-const VSOCK: Table = Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS] };
-const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES], checked: &[MEMORY, DESCRIPTORS, DISK] };
-const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP, VHOST] };
+const VSOCK: Table =
+    Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, ROUTES] };
+const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES], checked: &[MEMORY, DESCRIPTORS, DISK, ROUTES] };
+/// Also where the kernel moves the packets: the driver may change how many queue pairs it uses.
+const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP, VHOST, ROUTES] };
 /// A vhost-user front end, which talks to its back end.
-const SHARED_FS: Table = Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, DESCRIPTORS] };
-const BALLOON: Table = Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY] };
-const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY] };
+const SHARED_FS: Table =
+    Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, DESCRIPTORS, ROUTES] };
+const BALLOON: Table =
+    Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY, ROUTES] };
+const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, ROUTES] };
 
 /// By the thread's name; `vcpu` has a number behind it.
 pub(super) fn of_thread(name: &str) -> Table {
@@ -188,6 +192,8 @@ const fn requests_of(device: u64) -> Test {
     Test::Masked { mask: 0xff00, value: device << 8 }
 }
 const KVM: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xae))];
+/// KVM_SET_GSI_ROUTING: where an interrupt goes is set when it is raised for the first time after the guest changed it.
+const ROUTES: &[Checked] = &[(libc::SYS_ioctl, 1, Test::Is(0x4008_ae6a))];
 const VHOST: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xaf))];
 /// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And
 /// whether to block (FIONBIO).

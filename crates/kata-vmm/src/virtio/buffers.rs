@@ -178,14 +178,6 @@ impl<'m, B: BitmapSlice> Buffers<'m, B> {
         done
     }
 
-    /// Fills all of it with zeroes.
-    pub fn zero(&mut self) {
-        const ZEROES: [u8; 4096] = [0; 4096];
-        while !self.is_empty() {
-            self.put(&ZEROES);
-        }
-    }
-
     /// Whether each piece begins and ends at a multiple of `alignment` in this process's memory.
     pub fn is_aligned(&self, alignment: usize) -> bool {
         self.pieces.iter().all(|piece| {
@@ -298,6 +290,78 @@ fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Re
             Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(VolatileMemoryError::IOError(e)) => return Err(e),
             Err(e) => return Err(io::Error::other(e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::virtio::driver::{Ring, WRITE};
+    use crate::virtio::ring::next_chain;
+
+    /// Memory in two pieces that follow each other: a descriptor may lie over both.
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_0000), 0x1_0000)])
+            .unwrap()
+    }
+
+    proptest! {
+        /// However a chain is cut, its bytes are those of its descriptors in a row.
+        #[test]
+        fn bytes_are_in_a_row_whatever_the_cuts(
+            pieces in prop::collection::vec((0x8000u64..0x1_f000, 0u32..3000), 0..8),
+            answers in prop::collection::vec(1u32..500, 0..6),
+            cuts in prop::collection::vec(0usize..5000, 0..8),
+        ) {
+            let mem = memory();
+            for at in (0x8000..0x2_0000).step_by(2) {
+                mem.write_obj(u16::try_from(at & 0xffff).unwrap(), GuestAddress(at)).unwrap();
+            }
+            let ring = Ring::new(&mem, 0);
+            let mut chain: Vec<_> = pieces.iter().map(|(at, len)| (*at, *len, 0)).collect();
+            chain.extend(answers.iter().map(|len| (0x8000, *len, WRITE)));
+            prop_assume!(!chain.is_empty());
+            ring.offer(0, &chain);
+            let mut expected = Vec::new();
+            for (at, len) in &pieces {
+                let mut piece = vec![0; usize::try_from(*len).unwrap()];
+                mem.read_slice(&mut piece, GuestAddress(*at)).unwrap();
+                expected.extend(piece);
+            }
+
+            let mut queue = ring.queue();
+            let chain = next_chain(&mem, &mut queue).unwrap().unwrap();
+            let Request { mut said, answer } = Request::<'_, ()>::from_chain(&mem, chain).unwrap();
+            let room: u32 = answers.iter().sum();
+            prop_assert_eq!(answer.len(), usize::try_from(room).unwrap());
+            prop_assert_eq!(said.len(), expected.len());
+
+            let mut file = tempfile::tempfile().unwrap();
+            let mut written = 0;
+            while written < said.len() {
+                let mut rest = Buffers { pieces: said.pieces.clone(), len: said.len };
+                rest.split_to(written);
+                written += rest.write_at(&file, u64::try_from(written).unwrap()).unwrap();
+            }
+            let mut got: Vec<u8> = Vec::new();
+            file.read_to_end(&mut got).unwrap();
+            prop_assert_eq!(&got, &expected);
+
+            let mut taken: Vec<u8> = Vec::new();
+            for cut in cuts {
+                let mut part = vec![0; cut];
+                let len = said.take(&mut part);
+                prop_assert_eq!(len, cut.min(expected.len() - taken.len()));
+                taken.extend(&part[..len]);
+            }
+            prop_assert_eq!(&taken[..], &expected[..taken.len()]);
+            prop_assert_eq!(said.len(), expected.len() - taken.len());
         }
     }
 }

@@ -28,6 +28,7 @@ pub mod vsock;
 pub mod worker;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -96,6 +97,20 @@ fn positions(states: &[(usize, QueueState)]) -> Vec<(usize, u16)> {
     states.iter().map(|(index, state)| (*index, state.next_avail)).collect()
 }
 
+/// What a device's thread counts and others read.
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, more: usize) {
+        self.0.fetch_add(u64::try_from(more).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A virtio device.
 ///
 /// ```text
@@ -132,6 +147,11 @@ pub trait Device: Send {
     /// The guest's memory has grown, for those who hand a table of it on; they can be at work.
     fn memory_changed(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+
+    /// Name and value of each of its counters since it was made.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
     }
 
     /// Comes to a stand: the thread is gone, and nothing of the guest's memory is touched any more. Answers how far it got with

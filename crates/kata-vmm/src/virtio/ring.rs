@@ -98,3 +98,66 @@ pub fn wants_interrupt<M: GuestMemory>(mem: &M, queue: &Queue, added: u16) -> Re
     // Without event indexes it has a flag for that (section 2.7.7).
     Ok(u32::from(read(available)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+    use crate::virtio::driver::{Ring, SIZE};
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()
+    }
+
+    #[test]
+    fn chains_given_back_together_appear_together_across_the_end_of_the_ring_and_of_numbers() {
+        let mem = memory();
+        let ring = Ring::new(&mem, 0);
+        let mut queue = ring.queue();
+        queue.set_next_used(u16::MAX - 1);
+        give_back_together(&mem, &mut queue, &[(3, 10), (5, 20), (7, 30)]).unwrap();
+        assert_eq!((ring.given_back(), queue.next_used()), (1, 1));
+        let back: Vec<_> = [u16::MAX - 1, u16::MAX, 0].into_iter().map(|nth| ring.back(nth)).collect();
+        assert_eq!(back, [(3, 10), (5, 20), (7, 30)]);
+        let far = give_back_together(&mem, &mut queue, &[(0, 1), (SIZE, 1)]);
+        assert!(matches!(far, Err(QueueFault::Ring(virtio_queue::Error::InvalidDescriptorIndex))));
+        assert_eq!((ring.given_back(), queue.next_used()), (1, 1));
+    }
+
+    #[test]
+    fn driver_is_interrupted_when_the_chain_it_named_is_among_those_given_back() {
+        let mem = memory();
+        let ring = Ring::new(&mem, 0);
+        let mut queue = ring.queue();
+        queue.set_event_idx(true);
+        let [_, available, _] = ring.addresses();
+        let event = GuestAddress(available + 4 + 2 * u64::from(SIZE));
+        for (next, added, named, wanted) in [
+            (5, 1, 4, true),
+            (5, 1, 5, false),
+            (5, 1, 3, false),
+            (5, 3, 2, true),
+            (5, 3, 1, false),
+            (1, 3, u16::MAX - 1, true),
+            (1, 3, u16::MAX - 2, false),
+            (5, 0, 4, false),
+        ] {
+            queue.set_next_used(next);
+            mem.write_obj::<u16>(named, event).unwrap();
+            let wants = wants_interrupt(&mem, &queue, added).unwrap();
+            assert_eq!(wants, wanted, "{next} {added} {named}");
+        }
+    }
+
+    #[test]
+    fn driver_without_event_indexes_has_a_flag_against_interrupts() {
+        let mem = memory();
+        let ring = Ring::new(&mem, 0);
+        let [_, available, _] = ring.addresses();
+        for (flags, wanted) in [(0u16, true), (1, false)] {
+            mem.write_obj(flags, GuestAddress(available)).unwrap();
+            assert_eq!(wants_interrupt(&mem, &ring.queue(), 1).unwrap(), wanted);
+        }
+    }
+}

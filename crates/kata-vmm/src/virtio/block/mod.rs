@@ -17,6 +17,7 @@ mod tests;
 
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
 use virtio_bindings::bindings::virtio_blk::{
@@ -31,7 +32,7 @@ use vm_memory::GuestMemoryMmap;
 pub use disk::{DiskError, SECTOR};
 
 use self::disk::Disk;
-use self::request::Engine;
+use self::request::{Counters, Engine};
 use super::limit::Limits;
 use super::ring::{QueueFault, give_back, next_or_wait, wants_interrupt};
 use super::worker::{Rings, Served, Then, Wake, Work, Worker};
@@ -73,6 +74,7 @@ pub struct BlockConfig {
 pub struct Block {
     features: u64,
     space: Vec<u8>,
+    counters: Arc<Counters>,
     worker: Worker<Server>,
 }
 
@@ -80,12 +82,12 @@ impl Block {
     /// A device without a driver yet.
     pub fn new(config: BlockConfig) -> Result<Block, DiskError> {
         let server = Server::new(config)?;
-        let (features, space) = (server.features(), server.space());
+        let (features, space, counters) = (server.features(), server.space(), server.engine.counters());
         let worker = Worker::new(server).map_err(|e| DiskError::Host {
             action: "served by a thread",
             source: std::io::Error::other(e),
         })?;
-        Ok(Block { features, space, worker })
+        Ok(Block { features, space, counters, worker })
     }
 }
 
@@ -108,6 +110,18 @@ impl Device for Block {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.worker.start(activation)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Counters { reads, read_bytes, writes, written_bytes, flushes, failures } = &*self.counters;
+        vec![
+            ("reads", reads.get()),
+            ("read-bytes", read_bytes.get()),
+            ("writes", writes.get()),
+            ("written-bytes", written_bytes.get()),
+            ("flushes", flushes.get()),
+            ("failures", failures.get()),
+        ]
     }
 
     fn stop(&mut self) -> Vec<(usize, QueueState)> {

@@ -1,6 +1,7 @@
 //! Requests (virtio 1.2, section 5.2.6): 16 bytes of header, data, one byte of status.
 
 use std::io;
+use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -12,6 +13,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::disk::{Disk, SECTOR, is_unsupported};
 use super::{MAX_DATA, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
+use crate::virtio::Counter;
 use crate::virtio::buffers::{Buffers, ChainError, Request};
 
 /// Bytes of a request's header.
@@ -46,10 +48,35 @@ impl From<io::Error> for Refusal {
     }
 }
 
+/// What was done, and what failed.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub reads: Counter,
+    pub read_bytes: Counter,
+    pub writes: Counter,
+    pub written_bytes: Counter,
+    pub flushes: Counter,
+    pub failures: Counter,
+}
+
+impl Counters {
+    fn done(&self, kind: u32, bytes: usize) {
+        let counters = match kind {
+            VIRTIO_BLK_T_IN => (&self.reads, &self.read_bytes),
+            VIRTIO_BLK_T_OUT => (&self.writes, &self.written_bytes),
+            VIRTIO_BLK_T_FLUSH => return self.flushes.add(1),
+            _ => return,
+        };
+        counters.0.add(1);
+        counters.1.add(bytes);
+    }
+}
+
 /// A disk, and what carries requests out on it.
 pub struct Engine {
     disk: Disk,
     id: [u8; 20],
+    counters: Arc<Counters>,
     /// The host has failed before: it is said aloud once.
     failed: bool,
 }
@@ -57,12 +84,17 @@ pub struct Engine {
 impl Engine {
     /// Works on `disk`, whose serial number is `id`.
     pub fn new(disk: Disk, id: [u8; 20]) -> Engine {
-        Engine { disk, id, failed: false }
+        Engine { disk, id, counters: Arc::default(), failed: false }
     }
 
     /// The disk.
     pub fn disk(&self) -> &Disk {
         &self.disk
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
     }
 
     /// Makes safe what was written.
@@ -103,6 +135,10 @@ impl Engine {
                 (VIRTIO_BLK_S_IOERR, 0, data)
             }
         };
+        match status {
+            VIRTIO_BLK_S_OK => self.counters.done(kind, data),
+            _ => self.counters.failures.add(1),
+        }
         answer.put(&[u8::try_from(status).unwrap_or(u8::MAX)]);
         Ok(Done { written: written + 1, data })
     }

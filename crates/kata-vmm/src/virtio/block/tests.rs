@@ -402,6 +402,7 @@ fn limited_disk_serves_at_its_rate_and_stops_at_once() {
     let [(0, state)] = device.stop()[..] else { panic!("one queue") };
     assert_eq!(state.next_avail, 4);
     assert!(told.all().contains(&"used 0".to_owned()));
+    assert_eq!(device.counters()[..2], [("reads", 4), ("read-bytes", 2048)]);
 }
 
 #[test]

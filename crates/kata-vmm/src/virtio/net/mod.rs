@@ -42,7 +42,7 @@ use virtio_queue::QueueState;
 pub use tap::TapError;
 pub use vhost::KernelError;
 
-use self::packets::Pair;
+use self::packets::{Counters, Pair};
 use self::tap::Tap;
 use self::vhost::Kernel;
 use super::worker::{Rings, Then, Wake, Work, Worker};
@@ -116,12 +116,13 @@ pub struct Net {
     stopped_at: Vec<(usize, u16)>,
 }
 
-/// The configuration space's contents.
+/// What can be read of it while it works.
 struct NetFields {
     mac: [u8; 6],
     mtu: u16,
     pairs: u16,
     link: Arc<AtomicBool>,
+    counters: Arc<Counters>,
 }
 
 impl Net {
@@ -166,8 +167,9 @@ impl Net {
         let kernel = kernel.map(|kernel| Arc::new(Mutex::new(kernel)));
         let link = Arc::new(AtomicBool::new(true));
         let server = Server::new(taps, Arc::clone(&link), kernel.clone());
+        let counters = Arc::clone(&server.counters);
         let worker = Worker::new(server).map_err(NetError::Thread)?;
-        let config = NetFields { mac, mtu, pairs, link };
+        let config = NetFields { mac, mtu, pairs, link, counters };
         Ok(Net { config, features, sizes, worker, kernel, stopped_at: Vec::new() })
     }
 }
@@ -215,7 +217,7 @@ impl Device for Net {
     }
 
     fn read_configuration(&self, offset: u64, into: &mut [u8]) {
-        let NetFields { mac, mtu, pairs, link } = &self.config;
+        let NetFields { mac, mtu, pairs, link, .. } = &self.config;
         let up = if link.load(Ordering::Relaxed) { VIRTIO_NET_S_LINK_UP } else { 0 };
         let status = u16::try_from(up).unwrap_or(0);
         let mut space = Vec::with_capacity(12);
@@ -254,6 +256,21 @@ impl Device for Net {
         states
     }
 
+    /// Nothing is counted of packets that the kernel moves.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Counters { received, received_bytes, sent, sent_bytes, dropped } = &*self.config.counters;
+        if self.kernel.is_some() {
+            return Vec::new();
+        }
+        vec![
+            ("received", received.get()),
+            ("received-bytes", received_bytes.get()),
+            ("sent", sent.get()),
+            ("sent-bytes", sent_bytes.get()),
+            ("dropped", dropped.get()),
+        ]
+    }
+
     fn memory_changed(&mut self) -> io::Result<()> {
         match &self.kernel {
             Some(kernel) => lock(kernel).memory_changed().map_err(io::Error::other),
@@ -277,12 +294,15 @@ struct Server {
     /// Who moves the packets; this thread where there is none.
     kernel: Option<Arc<Mutex<Kernel>>>,
     link: Arc<AtomicBool>,
+    counters: Arc<Counters>,
 }
 
 impl Server {
     fn new(taps: Vec<Tap>, link: Arc<AtomicBool>, kernel: Option<Arc<Mutex<Kernel>>>) -> Server {
         let control = taps.len() * 2;
-        Server { pairs: taps.into_iter().map(Pair::new).collect(), used: 1, control, kernel, link }
+        let counters = Arc::<Counters>::default();
+        let pairs = taps.into_iter().map(|tap| Pair::new(tap, Arc::clone(&counters))).collect();
+        Server { pairs, used: 1, control, kernel, link, counters }
     }
 
     /// A driver starts, with one pair (virtio 1.2, section 5.1.6.5.5), or goes on with those it had.

@@ -1,6 +1,7 @@
 //! Packets between a pair of queues and a queue of the tap.
 
 use std::io;
+use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_queue::{Queue, QueueT};
@@ -8,6 +9,7 @@ use vm_memory::{GuestMemoryMmap, Permissions};
 
 use super::HEADER_LEN;
 use super::tap::Tap;
+use crate::virtio::Counter;
 use crate::virtio::buffers::{Buffers, ChainError};
 use crate::virtio::ring::{QueueFault, give_back, give_back_together, next_or_wait, wants_interrupt};
 use crate::virtio::worker::Served;
@@ -32,15 +34,25 @@ pub struct Pair {
     /// A packet on its way to the guest, with `waiting` bytes.
     packet: Vec<u8>,
     waiting: usize,
-    /// Packets that the kernel refused, or that were too long for the driver's buffers.
-    dropped: u64,
+    counters: Arc<Counters>,
+}
+
+/// Packets by what became of them.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub received: Counter,
+    pub received_bytes: Counter,
+    pub sent: Counter,
+    pub sent_bytes: Counter,
+    /// The kernel refused them, or they were too long for the driver's buffers.
+    pub dropped: Counter,
 }
 
 impl Pair {
     /// Works with a queue of a tap.
-    pub fn new(tap: Tap) -> Pair {
+    pub fn new(tap: Tap, counters: Arc<Counters>) -> Pair {
         let packet = vec![0; MAX_PACKET];
-        Pair { tap, readable: true, lost: false, merge: false, packet, waiting: 0, dropped: 0 }
+        Pair { tap, readable: true, lost: false, merge: false, packet, waiting: 0, counters }
     }
 
     /// A driver starts that agreed on these features.
@@ -125,6 +137,8 @@ impl Pair {
             used.push((head, put));
         }
         give_back_together(mem, queue, &used)?;
+        self.counters.received.add(1);
+        self.counters.received_bytes.add(self.waiting - HEADER_LEN);
         Ok(Some(count))
     }
 
@@ -146,6 +160,9 @@ impl Pair {
             } else if let Err(error) = self.tap.send(&packet) {
                 // The header says what the kernel does not believe, the interface is down, or its queue is full.
                 self.drop_packet(&error.to_string());
+            } else {
+                self.counters.sent.add(1);
+                self.counters.sent_bytes.add(packet.len() - HEADER_LEN);
             }
             // What is dropped costs as much as what is sent, or a guest could keep this thread in one turn.
             moved += packet.len().clamp(1024, MAX_PACKET);
@@ -156,7 +173,7 @@ impl Pair {
     }
 
     fn drop_packet(&mut self, reason: &str) {
-        self.dropped += 1;
-        tracing::debug!(tap = self.tap.name(), dropped = self.dropped, reason, "a packet was dropped");
+        self.counters.dropped.add(1);
+        tracing::debug!(tap = self.tap.name(), reason, "a packet was dropped");
     }
 }

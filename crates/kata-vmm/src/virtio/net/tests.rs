@@ -49,7 +49,7 @@ impl<'m> Fixture<'m> {
             let queue = ring.queue();
             (ring, queue)
         };
-        let mut pair = Pair::new(tap);
+        let mut pair = Pair::new(tap, Arc::default());
         pair.begin(features);
         Fixture { mem, receive: ring(0), transmit: ring(TRANSMIT), pair, world }
     }
@@ -281,6 +281,10 @@ fn device_carries_packets_and_its_link_goes_down_with_the_tap() {
     told.eventually("used 1");
     let mut out = [0; 200];
     assert_eq!(rustix::io::read(&world, &mut out).unwrap(), 112);
+    assert_eq!(
+        device.counters(),
+        [("received", 1), ("received-bytes", 100), ("sent", 1), ("sent-bytes", 100), ("dropped", 0)]
+    );
 
     drop(world);
     told.eventually("configuration changed");

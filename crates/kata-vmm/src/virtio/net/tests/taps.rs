@@ -124,19 +124,66 @@ fn packets() -> OwnedFd {
 
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
+/// The kernel's packet mover, where there is one.
+fn vhost() -> Option<OwnedFd> {
+    match OpenOptions::new().read(true).write(true).open("/dev/vhost-net") {
+        Ok(vhost) => Some(vhost.into()),
+        Err(e) => {
+            eprintln!("skipped: no /dev/vhost-net: {e}");
+            None
+        }
+    }
+}
+
+#[test]
+fn kernel_moves_packets_of_as_many_pairs_as_the_driver_uses() {
+    let (Some(one), Some(other)) = (vhost(), vhost()) else { return };
+    let Some(mut interface) = Interface::new(2, FLAGS | libc::IFF_MULTI_QUEUE) else { return };
+    let queues = interface.queues.drain(..).collect();
+    let config = NetConfig { mac: MAC, mtu: 1500, queues, vhost: vec![one, other] };
+    let (mut device, mem, told) = (Net::new(config).unwrap(), memory(), Told::new());
+    let rings: Vec<_> = (0..5).map(|index| Ring::new(&mem, 0xa_0000 + index * 0x4000)).collect();
+    for slot in 0..16u16 {
+        let at = BUFFERS + u64::from(slot) * 0x800;
+        rings[0].offer(slot, &[(at, 2048, WRITE)]);
+        rings[2].offer(slot, &[(at + 0x1_0000, 2048, WRITE)]);
+    }
+    let queues: Vec<_> = rings.iter().enumerate().map(|(index, ring)| (index, ring.queue())).collect();
+    let (activation, kicks) = told.activation(&mem, MERGE | 1 << VIRTIO_NET_F_MQ, &queues);
+    device.activate(activation).unwrap();
+
+    // Sixteen connections: with one pair all of them, or as many as there are buffers, arrive at it.
+    let flows = || {
+        for port in 0..16 {
+            let (_, mut sent) = segments(10);
+            sent[35] = port;
+            interface.send([0; 10], &sent);
+        }
+    };
+    flows();
+    told.raised(0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(rings[2].given_back(), 0);
+    mem.write_slice(&[4, 0, 2, 0], GuestAddress(OUT)).unwrap();
+    rings[4].offer(0, &[(OUT, 4, 0), (OUT + 16, 1, WRITE)]);
+    kicks[4].write(1).unwrap();
+    told.eventually("used 4");
+    assert_eq!(mem.read_obj::<u8>(GuestAddress(OUT + 16)).unwrap(), 0);
+    flows();
+    told.raised(2);
+    assert_eq!(device.stop().len(), 5);
+}
+
 #[test]
 fn kernel_moves_packets_where_it_has_vhost() {
-    let vhost = match OpenOptions::new().read(true).write(true).open("/dev/vhost-net") {
-        Ok(vhost) => vhost,
-        Err(e) => return eprintln!("skipped: no /dev/vhost-net: {e}"),
-    };
+    let Some(vhost) = vhost() else { return };
     let Some(interface) = Interface::new(1, FLAGS) else { return };
     let mem = memory();
     let config = NetConfig {
         mac: MAC,
         mtu: 9000,
         queues: vec![interface.queues[0].try_clone().unwrap()],
-        vhost: vec![vhost.into()],
+        vhost: vec![vhost],
     };
     let device = Net::new(config).unwrap();
     assert_ne!(device.features() & MERGE, 0);
