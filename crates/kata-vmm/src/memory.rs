@@ -107,7 +107,7 @@ pub fn allocate(size: u64, growth: u64, backing: Backing) -> Result<Memory, Memo
         return Err(MemoryError::Size { size });
     }
     let whole = size.checked_add(growth).filter(|whole| *whole <= MOST && growth.is_multiple_of(1 << 20));
-    let whole = whole.ok_or(MemoryError::Size { size: size.saturating_add(growth) })?;
+    let whole = whole.ok_or_else(|| MemoryError::Size { size: size.saturating_add(growth) })?;
     let host = |step| move |e: rustix::io::Errno| MemoryError::Host { size, step, source: e.into() };
     let flags =
         if backing.hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };

@@ -32,8 +32,8 @@ use client::{Client, Descriptors};
 use crate::life::{Life, kill};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit,
-    VmSpec,
+    Accelerator, Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm,
+    VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -49,6 +49,8 @@ const CREATE_BOUND: Duration = Duration::from_secs(60);
 const COMMAND_BOUND: Duration = Duration::from_secs(10);
 /// For the guest to let go of a device: the VMM's own bound, and some more.
 const REMOVAL_BOUND: Duration = Duration::from_secs(15);
+/// For the guest to take memory: the VMM waits on as long as it gets further.
+const RESIZE_BOUND: Duration = Duration::from_secs(60);
 /// A process whose socket is closed ends: this long its end is waited for, to learn why.
 const SETTLE: Duration = Duration::from_millis(300);
 /// Open files of the VMM: a connection of the guest's takes one.
@@ -63,6 +65,8 @@ pub(crate) struct BuiltinVm {
 #[derive(Default)]
 struct State {
     started: bool,
+    /// How large the machine can become.
+    most: Option<Size>,
     vmm: Option<Vmm>,
 }
 
@@ -173,6 +177,28 @@ impl BuiltinVm {
         }
     }
 
+    /// Refuses what the machine was not made for, before anything is done.
+    fn check_growth(&self, size: Size) -> Result<(), HypervisorError> {
+        let Some(most) = self.state().most else {
+            return Err(HypervisorError::Unsupported {
+                operation: "growing while it runs",
+                driver: format!("{DRIVER} of fixed size; set runtime.static_sandbox_resource_mgmt to false"),
+            });
+        };
+        let too_large = |wanted, most, next| Err(HypervisorError::TooLarge { wanted, most, next });
+        if size.vcpus > most.vcpus {
+            let (wanted, most) =
+                (format!("{} virtual CPUs", size.vcpus), format!("it can have {}", most.vcpus));
+            return too_large(wanted, most, "see hypervisor.qemu.default_maxvcpus");
+        }
+        if size.memory_mib > most.memory_mib {
+            let wanted = format!("{} MiB of memory", size.memory_mib);
+            let most = format!("it can have {} MiB", most.memory_mib);
+            return too_large(wanted, most, "see hypervisor.qemu.default_maxmemory");
+        }
+        Ok(())
+    }
+
     async fn info(&self, operation: &'static str) -> Result<Info, HypervisorError> {
         match self.command(operation, Command::Info, Descriptors::default(), COMMAND_BOUND).await? {
             Answer::Info(info) => Ok(info),
@@ -184,7 +210,10 @@ impl BuiltinVm {
 #[async_trait]
 impl Vm for BuiltinVm {
     fn capabilities(&self) -> Capabilities {
+        let grows = self.state().most.is_some();
         Capabilities {
+            hotplug_cpu: grows,
+            hotplug_memory: grows,
             shared_fs: true,
             pause: true,
             hotplug_block: true,
@@ -198,6 +227,10 @@ impl Vm for BuiltinVm {
         if std::mem::replace(&mut self.state().started, true) {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
         }
+        self.state().most = spec.growth.map(|_| {
+            let Growth { vcpus, memory_mib, .. } = spec::most(&spec);
+            Size { vcpus, memory_mib }
+        });
         match self.start(spec, record).await {
             Ok(vmm) => {
                 self.state().vmm = Some(vmm);
@@ -248,14 +281,19 @@ impl Vm for BuiltinVm {
 
     async fn resize(&self, size: Size) -> Result<Layout, HypervisorError> {
         const OPERATION: &str = "changing the size";
+        let now = self.info(OPERATION).await?.size;
+        // Neither CPUs nor memory are taken back.
+        let wanted = kata_vmm_api::Size {
+            cpus: size.vcpus.max(now.cpus),
+            memory_mib: size.memory_mib.max(now.memory_mib),
+        };
+        if wanted != now {
+            self.check_growth(size)?;
+            let command = Command::Resize(wanted);
+            self.command(OPERATION, command, Descriptors::default(), RESIZE_BOUND).await?;
+        }
         let info = self.info(OPERATION).await?;
         let now = Size { vcpus: info.size.cpus, memory_mib: info.size.memory_mib };
-        if size.vcpus > now.vcpus || size.memory_mib > now.memory_mib {
-            return Err(HypervisorError::Unsupported {
-                operation: "growing while it runs",
-                driver: growth_next(),
-            });
-        }
         let vmm = self.vmm(OPERATION)?;
         Ok(Layout { size: now, vcpu_threads: host_threads(vmm.child.pid(), &info.cpu_threads) })
     }
@@ -280,10 +318,6 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
         VmSpec { vcpus: 0, .. } => "it has no virtual CPU",
         VmSpec { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
         VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
-        VmSpec { growth: Some(_), .. } => {
-            let operation = "growing while it runs";
-            return Err(HypervisorError::Unsupported { operation, driver: growth_next() });
-        }
         VmSpec { accelerator: Accelerator::Tcg, .. } => {
             return Err(HypervisorError::Unsupported {
                 operation: "emulation (TCG)",
@@ -298,12 +332,6 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
         },
     };
     Err(HypervisorError::InvalidSpec { id: spec.id.clone(), reason: reason.to_owned() })
-}
-
-fn growth_next() -> String {
-    format!(
-        "{DRIVER}; set runtime.static_sandbox_resource_mgmt to true, or runtime.hypervisor_name to \"qemu\""
-    )
 }
 
 /// Opened here, so that nobody else needs to be let at it.

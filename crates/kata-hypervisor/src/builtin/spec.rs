@@ -8,12 +8,14 @@ use kata_vmm_api::{DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, Vso
 
 use super::client::Descriptors;
 use crate::files::DiskFile;
-use crate::vm::{Disk, HypervisorError, Nic, VmSpec};
+use crate::vm::{Disk, Growth, HypervisorError, Nic, VmSpec};
 
 /// Name of the root disk among the devices.
 const IMAGE: &str = "image";
 /// Context id of every guest: the device leads to this machine's sockets alone, so there is nobody to tell it from.
 const CID: u64 = 3;
+/// Most virtual CPUs that the VMM's tables can tell of.
+const MOST_CPUS: u32 = 254;
 
 /// What the machine is, and the descriptors that it is made of.
 pub(super) fn machine(
@@ -21,6 +23,7 @@ pub(super) fn machine(
     console: OwnedFd,
     vsock: OwnedFd,
 ) -> Result<(MachineSpec, Descriptors), HypervisorError> {
+    let most = most(&spec);
     let mut descriptors = Descriptors::default();
     let vsock_name = spec.vsock.file_name().and_then(|name| name.to_str()).map(str::to_owned);
     let Some(vsock_name) = vsock_name else {
@@ -34,10 +37,10 @@ pub(super) fn machine(
     }
     let machine = MachineSpec {
         cpus: spec.vcpus,
-        max_cpus: spec.vcpus,
+        max_cpus: most.vcpus,
         memory: MemorySpec {
             size_mib: spec.memory_mib,
-            max_mib: spec.memory_mib,
+            max_mib: most.memory_mib,
             prealloc: spec.backing.prealloc,
             hugepages: spec.backing.hugepages,
             reporting: spec.backing.reporting,
@@ -47,7 +50,7 @@ pub(super) fn machine(
             Some(path) => Some(descriptors.add(file("initrd", path)?)),
             None => None,
         },
-        command_line: command_line(&spec.kernel_params),
+        command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
         console: Some(descriptors.add(console)),
         vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
         shared_fs: spec
@@ -65,6 +68,14 @@ pub(super) fn machine(
                 .to_owned(),
         }),
     }
+}
+
+/// How large it can become, at least as large as it is.
+pub(super) fn most(spec: &VmSpec) -> Growth {
+    let none = Growth { vcpus: 0, memory_mib: 0, slots: 0 };
+    let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or(none);
+    let vcpus = vcpus.min(MOST_CPUS).max(spec.vcpus);
+    Growth { vcpus, memory_mib: memory_mib.max(spec.memory_mib), slots }
 }
 
 /// A disk that is added, and its descriptor.
@@ -97,9 +108,11 @@ fn nic_spec(Nic { id, mac, mtu, queues }: Nic, descriptors: &mut Descriptors) ->
 }
 
 /// The spec's parameters, and how the machine is reset: there is no keyboard controller, and looking for one takes a kernel more
-/// than a second. The last of several `reboot=` counts.
-fn command_line(params: &[String]) -> String {
-    params.iter().map(String::as_str).chain(["reboot=t"]).collect::<Vec<_>>().join(" ")
+/// than a second. The last of several `reboot=` counts. Memory that comes is brought to use by the kernel itself: it takes only 1 GiB
+/// at once as long as somebody else has to.
+fn command_line(params: &[String], grows: bool) -> String {
+    let memory = grows.then_some("memhp_default_state=online");
+    params.iter().map(String::as_str).chain(["reboot=t"]).chain(memory).collect::<Vec<_>>().join(" ")
 }
 
 fn file(what: &'static str, path: &Path) -> Result<File, HypervisorError> {

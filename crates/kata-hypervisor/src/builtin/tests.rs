@@ -101,7 +101,7 @@ async fn running() -> (BuiltinVm, StdUnixStream, Bench) {
     let child = Spawn::new("sleep", "/bin/sleep").arg("600").spawn(&bench.record).unwrap();
     let vm = BuiltinVm::new();
     vm.life.adopt(&child);
-    *vm.state() = State { started: true, vmm: Some(Vmm { client, child }) };
+    *vm.state() = State { started: true, most: None, vmm: Some(Vmm { client, child }) };
     (vm, peer, bench)
 }
 
@@ -123,6 +123,56 @@ async fn machine_is_described_by_descriptors_alone() {
     let command = Command::Create(Box::new(machine));
     client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
     assert_eq!(server.await.unwrap(), (command, 7));
+}
+
+#[test]
+fn machine_that_grows_is_made_for_the_most_and_its_kernel_brings_memory_to_use() {
+    let bench = Bench::new();
+    let growth = Some(Growth { vcpus: 1000, memory_mib: 512, slots: 2 });
+    let (machine, _) = spec::machine(VmSpec { growth, ..bench.spec() }, null(), null()).unwrap();
+    assert_eq!((machine.cpus, machine.max_cpus), (2, 254));
+    assert_eq!((machine.memory.size_mib, machine.memory.max_mib), (256, 512));
+    assert!(machine.command_line.ends_with(" memhp_default_state=online"), "{}", machine.command_line);
+}
+
+#[tokio::test]
+async fn machine_grows_and_tells_what_came_of_it() {
+    fn info(cpus: u32, memory_mib: u64) -> impl FnOnce(u64) -> Vec<u8> {
+        move |id| {
+            let size = kata_vmm_api::Size { cpus, memory_mib };
+            let (version, state) = (String::new(), kata_vmm_api::State::Running);
+            let info = Info { version, state, size, cpu_threads: Vec::new(), jailed: true };
+            let mut line = serde_json::to_vec(&Reply::Done { id, done: Answer::Info(info) }).unwrap();
+            line.push(b'\n');
+            line
+        }
+    }
+    let (vm, peer, _bench) = running().await;
+    let wanted = Size { vcpus: 3, memory_mib: 128 };
+    let server = tokio::task::spawn_blocking(move || {
+        for _ in 0..2 {
+            serve(&peer, info(1, 256));
+        }
+        let asked = serve(&peer, done).0;
+        serve(&peer, info(3, 256));
+        for _ in 0..2 {
+            serve(&peer, info(3, 256));
+        }
+        (asked, peer)
+    });
+    let fixed = vm.resize(wanted).await.unwrap_err();
+    assert!(fixed.to_string().contains("growing while it runs"), "{fixed}");
+    vm.state().most = Some(Size { vcpus: 4, memory_mib: 512 });
+    let layout = vm.resize(wanted).await.unwrap();
+    assert_eq!(layout.size, Size { vcpus: 3, memory_mib: 256 });
+    for size in [Size { vcpus: 5, ..wanted }, Size { memory_mib: 513, ..wanted }] {
+        let refused = vm.resize(size).await.unwrap_err();
+        assert!(matches!(refused, HypervisorError::TooLarge { .. }), "{refused}");
+    }
+    let (asked, _peer) = server.await.unwrap();
+    // Memory is not taken back.
+    assert_eq!(asked, Command::Resize(kata_vmm_api::Size { cpus: 3, memory_mib: 256 }));
+    vm.stop().await.unwrap();
 }
 
 #[tokio::test]
@@ -205,10 +255,8 @@ async fn answer_that_is_none_and_an_end_are_told_apart() {
 #[tokio::test]
 async fn machine_that_cannot_be_had_is_refused_before_anything_starts() {
     let bench = Bench::new();
-    let growth = Some(Growth { vcpus: 4, memory_mib: 512, slots: 2 });
     for (spec, text) in [
         (VmSpec { vcpus: 0, ..bench.spec() }, "no virtual CPU"),
-        (VmSpec { growth, ..bench.spec() }, "static_sandbox_resource_mgmt"),
         (VmSpec { accelerator: Accelerator::Tcg, ..bench.spec() }, "hypervisor_name"),
         (VmSpec { initrd: None, ..bench.spec() }, "neither an initrd nor an image"),
     ] {
