@@ -24,8 +24,8 @@ const MANIFEST: &str = "manifest.json";
 /// What a pod is started from. All paths are absolute and existed when they were found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Artefacts {
-    /// `qemu-system-<arch>`.
-    pub qemu: PathBuf,
+    /// What runs virtual machines: `qemu-system-<arch>`, or `kata-vmm`.
+    pub vmm: PathBuf,
     /// `kata-vmm`.
     pub kata_vmm: PathBuf,
     /// The virtio-fs daemon; `None` where `shared_fs = "none"`.
@@ -52,12 +52,12 @@ fn places(looked: &[(PathBuf, String)]) -> String {
 }
 
 impl Artefacts {
-    /// Finds every artefact that a pod under `config` needs.
+    /// Finds every artefact that a pod under `config` needs; QEMU only where it `needs_qemu`.
     ///
     /// # Errors
     /// The first artefact that is nowhere, with all the places looked at.
-    pub fn locate(config: &Config) -> Result<Self, ArtefactError> {
-        Search::from_process().artefacts(config)
+    pub fn locate(config: &Config, needs_qemu: bool) -> Result<Self, ArtefactError> {
+        Search::from_process().artefacts(config, needs_qemu)
     }
 
     /// Finds one of the project's own programs, e.g. `containerd-shim-kata-v2`.
@@ -100,7 +100,7 @@ impl Search {
         }
     }
 
-    fn artefacts(&self, config: &Config) -> Result<Artefacts, ArtefactError> {
+    fn artefacts(&self, config: &Config, needs_qemu: bool) -> Result<Artefacts, ArtefactError> {
         let qemu = &config.hypervisor.qemu;
         let virtiofsd = match (qemu.shared_fs, &qemu.virtio_fs_daemon) {
             (SharedFs::None, _) => None,
@@ -109,10 +109,11 @@ impl Search {
             }
             (SharedFs::VirtioFs, None) => Some(self.program("kata-virtiofsd")?),
         };
+        let kata_vmm = self.program("kata-vmm")?;
         let self_contained = qemu.kernel.is_some() && (qemu.initrd.is_some() || qemu.image.is_some());
         Ok(Artefacts {
-            qemu: self.qemu(config)?,
-            kata_vmm: self.program("kata-vmm")?,
+            vmm: if needs_qemu { self.qemu(config)? } else { kata_vmm.clone() },
+            kata_vmm,
             virtiofsd,
             guest_image: if self_contained { None } else { Some(self.guest_image()?) },
         })

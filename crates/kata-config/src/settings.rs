@@ -244,7 +244,8 @@ settings! {
     /// `[runtime]`
     pub struct Runtime in "runtime": |config| config.runtime;
 
-    /// Which driver runs the machine; its section counts.
+    /// Which driver runs the machine: `builtin` is this project's own, which needs KVM and takes its settings from
+    /// `[hypervisor.qemu]` as well, but for those of QEMU itself.
     hypervisor_name: HypervisorChoice = HypervisorChoice::Auto,
         { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["clh", "cloud-hypervisor", "dragonball", "fc", "firecracker", "openvmm", "remote"]) };
     /// Hardware virtualisation, emulation, or whichever the host can do.
@@ -339,7 +340,7 @@ keywords! {
 }
 keywords! {
     /// `hypervisor_name`.
-    HypervisorChoice { Auto = "auto", Qemu = "qemu" }
+    HypervisorChoice { Auto = "auto", Builtin = "builtin", Qemu = "qemu" }
 }
 keywords! {
     /// `internetworking_model`: how the pod's interfaces are joined to the machine's.

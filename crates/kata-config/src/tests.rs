@@ -259,7 +259,7 @@ fn choosing_an_absent_driver_is_read_and_not_carried_out() {
     assert_eq!(
         faults(&etc, &[]),
         [
-            "configuration.toml:2: runtime.hypervisor_name: \"clh\" is not carried out by this version, which knows auto, qemu"
+            "configuration.toml:2: runtime.hypervisor_name: \"clh\" is not carried out by this version, which knows auto, builtin, qemu"
         ]
     );
     assert!(etc.load(&["runtime.hypervisor_name=qemu"]).is_ok());

@@ -160,7 +160,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", help_heading = "Virtual machine")]
     pub cpus: Option<Cpus>,
     /// Virtual machine monitor: auto or qemu
-    #[arg(long, value_name = "NAME", value_parser = ["auto", "qemu"], help_heading = "Virtual machine")]
+    #[arg(long, value_name = "NAME", value_parser = ["auto", "builtin", "qemu"], help_heading = "Virtual machine")]
     pub hypervisor: Option<String>,
     /// Change one setting of the configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Virtual machine")]

@@ -25,15 +25,18 @@ const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DriverKind {
+    /// This project's own, `kata-vmm`.
+    Builtin,
     /// `qemu-system-*`.
     Qemu,
 }
 
 impl fmt::Display for DriverKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Qemu => f.write_str("qemu"),
-        }
+        f.write_str(match self {
+            Self::Builtin => "builtin",
+            Self::Qemu => "qemu",
+        })
     }
 }
 
@@ -234,9 +237,10 @@ pub struct Choice {
 /// [`HostError::KvmUnusable`] where the configuration insists on KVM and the host has none that works. Without that it falls back
 /// to TCG and says so in [`Choice::reason`].
 pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
-    let driver = match config.runtime.hypervisor_name {
-        HypervisorChoice::Auto | HypervisorChoice::Qemu => DriverKind::Qemu,
-    };
+    if config.runtime.hypervisor_name == HypervisorChoice::Builtin {
+        return choose_builtin(config.runtime.accelerator, &host.kvm);
+    }
+    let driver = DriverKind::Qemu;
     let (accelerator, reason) = match (config.runtime.accelerator, &host.kvm) {
         (AcceleratorChoice::Tcg, _) => (
             Accelerator::Tcg,
@@ -255,6 +259,22 @@ pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
     Ok(Choice { driver, accelerator, reason })
 }
 
+/// The built-in VMM emulates nothing.
+fn choose_builtin(accelerator: AcceleratorChoice, kvm: &Kvm) -> Result<Choice, HostError> {
+    match (accelerator, kvm) {
+        (AcceleratorChoice::Tcg, _) => Err(HostError::BuiltinEmulates),
+        (AcceleratorChoice::Auto | AcceleratorChoice::Kvm, Kvm::Usable) => Ok(Choice {
+            driver: DriverKind::Builtin,
+            accelerator: Accelerator::Kvm,
+            reason: "the built-in virtual machine monitor runs the guest on the host's hardware virtualisation (KVM)"
+                .to_owned(),
+        }),
+        (AcceleratorChoice::Auto | AcceleratorChoice::Kvm, kvm) => {
+            Err(HostError::BuiltinWithoutKvm { kvm: kvm.clone() })
+        }
+    }
+}
+
 /// Why the host cannot run what was asked for.
 #[derive(Debug, Error)]
 pub enum HostError {
@@ -265,6 +285,18 @@ pub enum HostError {
         /// What is wrong with it.
         kvm: Kvm,
     },
+    /// The built-in VMM was asked for by name, and it needs KVM.
+    #[error("runtime.hypervisor_name is \"builtin\", which needs KVM, but KVM {kvm}; {next} (or set runtime.hypervisor_name to \"auto\")",
+        next = .kvm.next_step().unwrap_or("try again"))]
+    BuiltinWithoutKvm {
+        /// What is wrong with it.
+        kvm: Kvm,
+    },
+    /// The built-in VMM was asked for by name, and emulation as well.
+    #[error(
+        "runtime.hypervisor_name is \"builtin\", which cannot emulate as runtime.accelerator = \"tcg\" wants it; set one of both to \"auto\""
+    )]
+    BuiltinEmulates,
     /// QEMU does not run.
     #[error("{program:?} cannot be run; install QEMU's system emulator or set hypervisor.qemu.path", program = .program.display())]
     Qemu {

@@ -1,7 +1,8 @@
 //! Hypervisor drivers behind one small trait.
 //!
 //! ```text
-//!   kata-sandbox ──▶ trait Vm ──┬─ qemu   q35 and microvm, KVM or TCG; driven over QMP
+//!   kata-sandbox ──▶ trait Vm ──┬─ builtin  this project's own VMM on KVM, `kata-vmm run`
+//!                               ├─ qemu   q35 and microvm, KVM or TCG; driven over QMP
 //!                               └─ fake   no guest at all; for tests of what sits above
 //!                      │
 //!                      ├─ host      what this machine can run, and the choice that follows from it
@@ -13,14 +14,18 @@
 //! A driver gets a [`VmSpec`], starts the processes that make up one virtual machine and tells how they ended. It knows
 //! nothing of pods, containers or the agent.
 
+mod builtin;
 pub mod fake;
+mod files;
 pub mod host;
+mod life;
 pub mod process;
 mod qemu;
 mod slots;
 mod vm;
 mod vsock;
 
+pub use builtin::BuiltinError;
 pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
 pub use vm::{
@@ -32,6 +37,7 @@ pub use vsock::VsockError;
 /// A driver of the given kind that runs nothing yet.
 pub fn driver(kind: DriverKind) -> Box<dyn Vm> {
     match kind {
+        DriverKind::Builtin => Box::new(builtin::BuiltinVm::new()),
         DriverKind::Qemu => Box::new(qemu::QemuVm::new()),
     }
 }

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::builtin::BuiltinError;
 use crate::process::{Exit, Identity, Record, RecordError, SpawnError};
 use crate::qemu::qmp::QmpError;
 use crate::vsock::VsockError;
@@ -96,11 +97,11 @@ pub struct VmSpec {
     pub id: String,
     /// The pod's directory. The driver puts its sockets here.
     pub run_dir: PathBuf,
-    /// The VMM's executable: `qemu-system-x86_64`.
+    /// The VMM's executable: `qemu-system-x86_64`, or `kata-vmm`.
     pub program: PathBuf,
     /// The vsock back end's executable: `kata-vmm`, or any program that takes the arguments of `kata-vmm vsock`.
     pub vsock_program: PathBuf,
-    /// The emulated machine.
+    /// Which machine QEMU emulates; other VMMs have one of their own.
     pub machine: Machine,
     /// How its instructions are run. See [`crate::host::choose`].
     pub accelerator: Accelerator,
@@ -427,6 +428,9 @@ pub enum HypervisorError {
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),
+    /// The built-in VMM failed, or its socket.
+    #[error("the virtual machine monitor does not do what it was asked")]
+    Builtin(#[from] BuiltinError),
     /// The machine has ended.
     #[error("{0}")]
     Ended(VmExit),

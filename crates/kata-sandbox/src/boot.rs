@@ -370,7 +370,7 @@ impl Guest {
         VmSpec {
             id: pod.id.clone(),
             run_dir: pod.run_dir.clone(),
-            program: pod.artefacts.qemu.clone(),
+            program: pod.artefacts.vmm.clone(),
             vsock_program: pod.artefacts.kata_vmm.clone(),
             machine: match qemu.machine_type {
                 MachineType::Q35 => Machine::Q35,

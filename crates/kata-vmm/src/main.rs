@@ -121,6 +121,10 @@ enum CommandError {
     },
     #[error("--listen-fd and --hybrid-fd are the same descriptor, {0}")]
     SameDescriptor(RawFd),
+    #[error("a virtual processor did what cannot be emulated, so the machine ended: {0}")]
+    CpuFault(String),
+    #[error("a device of the machine cannot go on, so the machine ended: {0}")]
+    DeviceLost(String),
     #[error("{} cannot be opened", path.display())]
     Open {
         path: PathBuf,
@@ -129,10 +133,6 @@ enum CommandError {
     },
     #[error("{0}")]
     Fault(String),
-    #[error("a virtual processor did what cannot be emulated, so the machine ended")]
-    CpuFault,
-    #[error("a device of the machine cannot go on, so the machine ended")]
-    DeviceLost,
     #[error("--listen-fd: the front end cannot be accepted")]
     Accept(#[source] std::io::Error),
 }
@@ -191,9 +191,9 @@ fn run(args: &RunArgs) -> Result<(), Box<dyn Error>> {
     }
     let served = server::serve(&api, &mut Vmm::new(kvm, sockets, !args.no_jail))?;
     match served {
-        Served::Ended(EndReason::CpuFault) => Err(CommandError::CpuFault.into()),
-        Served::Ended(EndReason::DeviceLost) => Err(CommandError::DeviceLost.into()),
-        Served::Closed | Served::Shutdown | Served::Ended(_) => Ok(()),
+        Served::Ended(EndReason::CpuFault, detail) => Err(CommandError::CpuFault(detail).into()),
+        Served::Ended(EndReason::DeviceLost, detail) => Err(CommandError::DeviceLost(detail).into()),
+        Served::Closed | Served::Shutdown | Served::Ended(..) => Ok(()),
     }
 }
 

@@ -68,14 +68,14 @@ pub enum ServeError {
 }
 
 /// How serving came to its end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Served {
     /// The client closed its end.
     Closed,
     /// The client asked for it.
     Shutdown,
-    /// The machine ended in this way, and the client knows.
-    Ended(EndReason),
+    /// The machine ended in this way, with more about it for people, and the client knows.
+    Ended(EndReason, String),
 }
 
 /// Serves the client at the other end of `socket` until one of the three is over: the client, the machine, or what it wanted.
@@ -87,11 +87,11 @@ pub fn serve(socket: &UnixStream, monitor: &mut impl Monitor) -> Result<Served, 
     loop {
         let (readable, ended) = wait(socket, monitor.ended())?;
         if ended && let Some((reason, detail)) = monitor.end() {
-            let told = tell(socket, &Reply::Event { event: Event::Ended { reason, detail } });
+            let told = tell(socket, &Reply::Event { event: Event::Ended { reason, detail: detail.clone() } });
             if told.is_err() {
                 tracing::debug!("the client is not there to be told of the end");
             }
-            return Ok(Served::Ended(reason));
+            return Ok(Served::Ended(reason, detail));
         }
         if !readable {
             continue;

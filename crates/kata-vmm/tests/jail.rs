@@ -1,5 +1,13 @@
 //! The jail of a real `kata-vmm run`, looked at from outside while it waits for its first command.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a test ends at the first surprise"
+)]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};

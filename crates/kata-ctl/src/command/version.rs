@@ -66,7 +66,7 @@ fn of_image(config: &Config) -> Vec<Part> {
     let unknown = |note: String| {
         ["agent", "guest kernel"].map(|name| Part { name, version: None, note: note.clone() }).into()
     };
-    let dir = match Artefacts::locate(config) {
+    let dir = match Artefacts::locate(config, false) {
         Ok(artefacts) => artefacts.guest_image,
         Err(error) => return unknown(chain(&error)),
     };

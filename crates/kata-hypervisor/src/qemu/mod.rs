@@ -11,7 +11,7 @@
 
 mod clock;
 mod command_line;
-mod files;
+
 mod hotplug;
 pub(crate) mod qmp;
 mod resize;
@@ -31,11 +31,11 @@ use tokio::task::JoinHandle;
 
 use self::clock::Measurement;
 use self::command_line::{Fds, NicPlan, Plan, command_line};
-use self::files::{open_for, with_kvm};
 use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
 use self::resize::Resizer;
 use self::supervisor::{LastWords, explain, listen, supervise};
+use crate::files::{open_for, with_kvm};
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, Tail, capture};
 use crate::vm::{
     Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, PciPath, ProcessInfo, Size, Vm,
@@ -424,7 +424,7 @@ fn spawn_qemu(
         fds,
     });
     tracing::debug!(program = %spec.program.display(), args = args.join(" "), "starting QEMU");
-    let namespaces = Namespaces { mount: true, ipc: true, network: true };
+    let namespaces = Namespaces { mount: true, ipc: true, network: true, pid: false };
     spawn.args(args).identity(identity).namespaces(namespaces).spawn(record)
 }
 

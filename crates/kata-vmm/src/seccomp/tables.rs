@@ -30,32 +30,32 @@ pub(super) const API: Table = Table {
     checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
 
-/// A virtual processor. By its writes to a device's registers the guest starts and stops devices, so threads come from here too.
+/// A virtual processor. By its writes to a device's registers the guest starts and stops devices, so threads come from here too, and it may do what those do.
 const VCPU: Table = Table {
     calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
-    checked: &[MEMORY, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
+    checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
 };
 const VSOCK: Table =
-    Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, ROUTES] };
-const BLOCK: Table = Table { calls: &[ABSENT, LOOP, FILES], checked: &[MEMORY, DISK, ROUTES] };
-/// Also where the kernel moves the packets: the driver may change how many queue pairs it uses.
-const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, TAP, VHOST, ROUTES] };
+    Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, INTERRUPTS, UNIX_SOCKETS, DESCRIPTORS] };
+const BLOCK: Table =
+    Table { calls: &[ABSENT, LOOP, FILES], checked: &[MEMORY, INTERRUPTS, DESCRIPTORS, DISK] };
+const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, INTERRUPTS, TAP, VHOST] };
 /// A vhost-user front end, which talks to its back end.
 const SHARED_FS: Table =
-    Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, DESCRIPTORS, ROUTES] };
+    Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, INTERRUPTS, DESCRIPTORS] };
 const BALLOON: Table =
-    Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY, ROUTES] };
-const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, ROUTES] };
+    Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY, INTERRUPTS] };
+const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, INTERRUPTS] };
 
-/// By the thread's name, whose number does not count.
+/// By the thread's name; `vcpu` has a number behind it.
 pub(super) fn of_thread(name: &str) -> Table {
-    match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
-        "vcpu" => VCPU,
+    match name {
         "virtio-vsock" => VSOCK,
         "virtio-block" => BLOCK,
         "virtio-net" => NET,
         "virtio-fs" => SHARED_FS,
         "virtio-balloon" => BALLOON,
+        name if name.starts_with("vcpu") => VCPU,
         _ => OTHER,
     }
 }
@@ -192,11 +192,12 @@ const fn requests_of(device: u64) -> Test {
     Test::Masked { mask: 0xff00, value: device << 8 }
 }
 const KVM: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xae))];
-/// KVM_SET_GSI_ROUTING: where an interrupt goes is set when it is raised for the first time after the guest changed it.
-const ROUTES: &[Checked] = &[(libc::SYS_ioctl, 1, Test::Is(0x4008_ae6a))];
+/// A device's thread routes its interrupt when it first raises it: KVM_SET_GSI_ROUTING and KVM_IRQFD, and nothing else of KVM's.
+const INTERRUPTS: &[Checked] =
+    &[(libc::SYS_ioctl, 1, Test::Is(0x4008_ae6a)), (libc::SYS_ioctl, 1, Test::Is(0x4020_ae76))];
 const VHOST: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0xaf))];
-/// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And whether to
-/// block.
+/// TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE, TUNGETFEATURES and TUNGETIFF: the terminal's requests have the same second byte. And
+/// whether to block (FIONBIO).
 const TAP: &[Checked] = &[
     (libc::SYS_ioctl, 1, Test::Is(0x4004_54d0)),
     (libc::SYS_ioctl, 1, Test::Is(0x4004_54d8)),

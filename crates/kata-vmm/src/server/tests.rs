@@ -151,7 +151,7 @@ fn end_of_the_machine_is_told_without_being_asked_for() {
     let (client, server) = served();
     assert_eq!(ask(&client, r#"{"id":1,"command":"boot"}"#, 0), "{\"id\":1,\"done\":\"nothing\"}\n");
     assert_eq!(read_line(&client), "{\"event\":{\"ended\":{\"reason\":\"reset\",\"detail\":\"as told\"}}}\n");
-    assert_eq!(server.join().unwrap().0.unwrap(), Served::Ended(EndReason::Reset));
+    assert_eq!(server.join().unwrap().0.unwrap(), Served::Ended(EndReason::Reset, "as told".to_owned()));
 }
 
 proptest::proptest! {
