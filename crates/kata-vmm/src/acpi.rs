@@ -3,7 +3,8 @@
 //! ```text
 //!   root pointer ─▶ XSDT ─┬─▶ FADT   hardware-reduced: registers to sleep and reset by, and nothing older ─▶ DSDT
 //!                         └─▶ MADT   local APICs, the I/O APIC
-//!   DSDT: \_SB.PCI0 (pci::Root::aml) · \_SB.GED0, which calls its scan on an event · \_SB.COM1, if there is one · \_S5
+//!   DSDT: \_SB.PCI0 (pci::Root::aml) · \_SB.CPUS, if more can come (cpus) · \_SB.GED0, which calls the scans of both on an event ·
+//!         \_SB.COM1, if there is one · \_S5
 //! ```
 
 use acpi_tables::Aml;
@@ -20,6 +21,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::boot::{ACPI, ACPI_END};
+use crate::cpus;
 use crate::memory::{IO_APIC, LOCAL_APIC};
 use crate::power;
 use crate::serial;
@@ -53,8 +55,10 @@ pub enum AcpiError {
 
 /// What the tables tell.
 pub struct Facts<'a> {
-    /// How many CPUs.
+    /// How many CPUs there are at boot.
     pub cpus: u32,
+    /// How many there can be later; at least as many.
+    pub most_cpus: u32,
     /// AML of the PCI bus.
     pub pci: &'a [u8],
     /// Method that looks for devices that came or go.
@@ -76,9 +80,9 @@ pub fn write(memory: &GuestMemoryMmap, facts: &Facts<'_>) -> Result<(), AcpiErro
 /// All tables, one after the other, the root pointer first.
 fn tables(facts: &Facts<'_>) -> Result<Vec<u8>, AcpiError> {
     let mut all = Tables { bytes: vec![0; Rsdp::len().next_multiple_of(16)] };
-    let dsdt = all.add(dsdt(facts).as_slice());
+    let dsdt = all.add(dsdt(facts)?.as_slice());
     let fadt = all.add(&encode(&fadt(dsdt)));
-    let madt = all.add(&encode(&madt(facts.cpus)?));
+    let madt = all.add(&encode(&madt(facts.cpus, facts.most_cpus)?));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -129,20 +133,32 @@ fn fadt(dsdt: u64) -> impl Aml {
     table.finalize()
 }
 
-fn madt(cpus: u32) -> Result<impl Aml, AcpiError> {
+/// A number of CPUs in a byte.
+fn count(cpus: u32) -> Result<u8, AcpiError> {
+    u8::try_from(cpus).ok().filter(|_| cpus <= MOST_CPUS).ok_or(AcpiError::Cpus { cpus })
+}
+
+fn madt(cpus: u32, most: u32) -> Result<impl Aml, AcpiError> {
     let mut table = MADT::new(OEM, OEM_TABLE, REVISION, LocalInterruptController::Address(LOCAL_APIC));
-    let count = u8::try_from(cpus).ok().filter(|_| cpus <= MOST_CPUS).ok_or(AcpiError::Cpus { cpus })?;
-    for number in 0..count {
-        table.add_structure(ProcessorLocalApic::new(number, number, EnabledStatus::Enabled));
+    let at_boot = count(cpus)?;
+    for number in 0..count(most)? {
+        let status =
+            if number < at_boot { EnabledStatus::Enabled } else { EnabledStatus::DisabledOnlineCapable };
+        table.add_structure(ProcessorLocalApic::new(number, number, status));
     }
     table.add_structure(IoApic::new(0, IO_APIC, 0));
     Ok(table)
 }
 
-fn dsdt(facts: &Facts<'_>) -> Sdt {
+fn dsdt(facts: &Facts<'_>) -> Result<Sdt, AcpiError> {
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, REVISION);
     let mut body = facts.pci.to_vec();
-    body.extend(events(facts.scan));
+    let mut scans = vec![facts.scan];
+    if facts.most_cpus > facts.cpus {
+        body.extend(cpus::aml(count(facts.cpus)?, count(facts.most_cpus)?));
+        scans.push(cpus::SCAN_METHOD);
+    }
+    body.extend(events(&scans));
     if facts.serial {
         body.extend(serial_port());
     }
@@ -150,19 +166,20 @@ fn dsdt(facts: &Facts<'_>) -> Sdt {
     let off = Package::new(vec![&five, &ZERO, &ZERO, &ZERO]);
     body.extend(encode(&Name::new("\\_S5_".into(), &off)));
     table.append_slice(&body);
-    table
+    Ok(table)
 }
 
 /// The device by which the guest hears of events: it calls what looks for them.
-fn events(scan: &str) -> Vec<u8> {
+fn events(scans: &[&str]) -> Vec<u8> {
     let hid = Name::new("_HID".into(), &"ACPI0013");
     let uid = Name::new("_UID".into(), &ZERO);
     // An edge, high, of its own.
     let interrupt = Interrupt::new(true, true, false, false, EVENT_PIN);
     let resources = ResourceTemplate::new(vec![&interrupt]);
     let resources = Name::new("_CRS".into(), &resources);
-    let scan = MethodCall::new(scan.into(), vec![]);
-    let handler = Method::new("_EVT".into(), 1, true, vec![&scan]);
+    let scans: Vec<_> = scans.iter().map(|scan| MethodCall::new((*scan).into(), vec![])).collect();
+    let handler =
+        Method::new("_EVT".into(), 1, true, scans.iter().map(|scan| -> &dyn Aml { scan }).collect());
     encode(&Device::new("\\_SB_.GED0".into(), vec![&hid, &uid, &resources, &handler]))
 }
 
@@ -182,7 +199,8 @@ mod tests {
 
     fn some(cpus: u32) -> Vec<u8> {
         let pci = encode(&Device::new("\\_SB_.PCI0".into(), vec![]));
-        tables(&Facts { cpus, pci: &pci, scan: crate::pci::SCAN_METHOD, serial: true }).unwrap()
+        tables(&Facts { cpus, most_cpus: cpus, pci: &pci, scan: crate::pci::SCAN_METHOD, serial: true })
+            .unwrap()
     }
 
     fn table(bytes: &[u8], signature: &[u8]) -> Vec<u8> {
@@ -218,16 +236,29 @@ mod tests {
     fn each_cpu_is_told_once() {
         let madt = table(&some(254), b"APIC");
         assert_eq!(madt.len(), 44 + 254 * 8 + 12);
-        let refused = tables(&Facts { cpus: 255, pci: &[], scan: "\\SCAN", serial: false });
+        let refused = tables(&Facts { cpus: 1, most_cpus: 255, pci: &[], scan: "\\SCAN", serial: false });
         assert!(matches!(refused, Err(AcpiError::Cpus { cpus: 255 })));
     }
 
     #[test]
+    fn cpus_that_can_come_are_told_apart_from_those_that_are_there() {
+        let facts = Facts { cpus: 2, most_cpus: 254, pci: &[], scan: "\\SCAN", serial: false };
+        let bytes = tables(&facts).unwrap();
+        let madt = table(&bytes, b"APIC");
+        let flags: Vec<u8> = (0..254).map(|number| madt[44 + number * 8 + 4]).collect();
+        assert_eq!((&flags[..2], &flags[2..]), (&[1, 1][..], &[2; 252][..]));
+        let dsdt = table(&bytes, b"DSDT");
+        assert_eq!(dsdt.windows(4).filter(|name| name == b"_MAT").count(), 252);
+        assert!(u64::try_from(bytes.len()).unwrap() < (ACPI_END - ACPI) / 2, "{}", bytes.len());
+    }
+
+    #[test]
     fn tables_that_do_not_fit_are_refused() {
-        let memory = crate::memory::allocate(64 << 20, crate::memory::Backing::default()).unwrap();
+        let memory = crate::memory::allocate(64 << 20, 0, crate::memory::Backing::default()).unwrap();
         let memory = vm_memory::GuestAddressSpace::memory(&memory);
         let pci = vec![0; 0x2_0000];
-        let refused = write(&memory, &Facts { cpus: 1, pci: &pci, scan: "\\SCAN", serial: false });
+        let refused =
+            write(&memory, &Facts { cpus: 1, most_cpus: 1, pci: &pci, scan: "\\SCAN", serial: false });
         assert!(matches!(refused, Err(AcpiError::Room { .. })));
     }
 }

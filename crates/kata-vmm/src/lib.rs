@@ -11,6 +11,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod bus;
+pub mod cpus;
 pub mod events;
 pub mod jail;
 pub mod kvm;

@@ -39,7 +39,7 @@ fn elf(code: &[u8], note: bool) -> Vec<u8> {
 }
 
 fn boot(kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> (GuestMemoryMmap, Result<Entry, BootError>) {
-    let memory = GuestMemoryMmap::clone(&allocate(64 * MIB, Backing::default()).unwrap().memory());
+    let memory = GuestMemoryMmap::clone(&allocate(64 * MIB, 0, Backing::default()).unwrap().memory());
     let mut kernel = file(kernel);
     let mut initrd = initrd.map(file);
     let entry = load(&memory, Guest { kernel: &mut kernel, initrd: initrd.as_mut(), command_line: line });

@@ -12,6 +12,7 @@ mod router;
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -133,13 +134,13 @@ impl Hypervisor {
         Arc::new(Router::new(Arc::clone(&self.machine)))
     }
 
-    /// The machine's CPUs, which stand still.
-    pub fn cpus(&self, count: u32) -> Result<Vec<Cpu>, KvmError> {
-        let most = self.kvm.get_max_vcpus();
-        if usize::try_from(count).map_or(true, |count| count > most) {
-            return Err(KvmError::Cpus { wanted: count, most });
+    /// CPUs of these numbers, of a machine that can have `most`; they stand still. A number is given once, even if that fails.
+    pub fn cpus(&self, numbers: Range<u32>, most: u32) -> Result<Vec<Cpu>, KvmError> {
+        let host = self.kvm.get_max_vcpus();
+        if usize::try_from(most).map_or(true, |most| most > host) {
+            return Err(KvmError::Cpus { wanted: most, most: host });
         }
         let supported = cpuid::supported(&self.kvm)?;
-        (0..count).map(|index| Cpu::new(&self.machine, &supported, index, count)).collect()
+        numbers.map(|number| Cpu::new(&self.machine, &supported, number, most)).collect()
     }
 }

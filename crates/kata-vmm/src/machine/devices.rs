@@ -9,8 +9,10 @@ use thiserror::Error;
 
 use super::{Descriptors, MachineError, chain};
 use crate::kvm::Ending;
+use crate::memory::Backing;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{Block, BlockConfig, DiskError};
+use crate::virtio::mem::{Growth, Mem};
 use crate::virtio::net::{Net, NetConfig, NetError};
 use crate::virtio::rng::Rng;
 use crate::virtio::shared_fs::{SharedFs, SharedFsConfig, SharedFsError};
@@ -22,6 +24,7 @@ const RNG: &str = "rng";
 const BALLOON: &str = "balloon";
 const VSOCK: &str = "vsock";
 const SHARED_FS: &str = "shared-fs";
+pub(super) const GROWTH: &str = "memory";
 
 /// Why there is no such device.
 #[derive(Debug, Error)]
@@ -54,7 +57,7 @@ type Named = (String, Box<dyn Device>);
 
 /// Whether this name is that of a device which every machine of its kind keeps.
 pub(super) fn is_fixed(id: &str) -> bool {
-    [RNG, BALLOON, VSOCK, SHARED_FS].contains(&id)
+    [RNG, BALLOON, VSOCK, SHARED_FS, GROWTH].contains(&id)
 }
 
 /// All devices that a machine starts with, in the order of their slots.
@@ -84,6 +87,17 @@ pub(super) fn all(
         add(&wanted.id, nic(wanted, files)?);
     }
     Ok(all)
+}
+
+/// Memory that comes later. What has to be there when the guest touches it is taken from the host when the guest plugs it.
+pub(super) fn growth(
+    base: u64,
+    size: u64,
+    backing: Backing,
+) -> Result<(Growth, Box<dyn Device>), MachineError> {
+    let populate = backing.prealloc || backing.hugepages;
+    let (device, growth) = Mem::new(base, size, populate).map_err(|e| failed(GROWTH, e))?;
+    Ok((growth, Box::new(device)))
 }
 
 fn failed(id: &str, source: impl Into<DeviceError>) -> MachineError {

@@ -3,7 +3,7 @@
 //! ```text
 //!   MachineSpec, descriptors ─▶ memory ─▶ KVM ─▶ PCI bus, devices ─▶ kernel, ACPI ─▶ CPUs, which stand still
 //!        boot ─▶ they run ◀─ pause / resume ─▶ they stand still, and so do the devices
-//!                   │ add and remove devices: the bus changes, the event tells the guest
+//!                   │ add and remove devices, add CPUs: the bus or a register changes, the event tells the guest
 //!                   └ power, reset, a CPU's fault, a lost device ─▶ Ending
 //! ```
 
@@ -13,12 +13,13 @@ mod monitor;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec};
+use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec, Size};
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -26,13 +27,15 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, AcpiError, EVENT_PIN};
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, BusError, Device};
+use crate::cpus::{self, Present};
 use crate::events::EventError;
-use crate::kvm::{Buses, CpuThread, Ending, Hypervisor, KvmError};
+use crate::kvm::{Buses, Cpu, CpuThread, Ending, Hypervisor, KvmError};
 use crate::memory::{self, Backing, MemoryError, PCI_WINDOW};
 use crate::pci::{self, PciError, Slot};
 use crate::power::{self, Power};
 use crate::seccomp;
 use crate::serial::{self, SerialPort};
+use crate::virtio::mem::Growth;
 use crate::virtio::{self, Memory};
 
 use devices::DeviceError;
@@ -40,6 +43,10 @@ pub use monitor::Vmm;
 
 /// How long the guest may take to let go of a device.
 const REMOVAL_BOUND: Duration = Duration::from_secs(10);
+/// How long the guest may take for the next block of memory.
+const GROWTH_BOUND: Duration = Duration::from_secs(5);
+/// How often it is looked how far it is.
+const GROWTH_LOOK: Duration = Duration::from_millis(2);
 /// How often it is looked whether the machine has ended meanwhile.
 const LOOK: Duration = Duration::from_millis(100);
 /// Longest name of a device, in bytes.
@@ -165,7 +172,12 @@ pub struct Machine {
     cpus: Vec<CpuThread>,
     bus: Devices,
     /// The machine in the kernel goes before the memory that it reaches.
-    _hypervisor: Hypervisor,
+    hypervisor: Hypervisor,
+    buses: Buses,
+    /// How many CPUs the guest is told that there are, and how many there can be.
+    present: (Arc<Present>, u32),
+    /// Memory that it can have later.
+    growth: Option<Growth>,
     memory: Memory,
     event: EventFd,
     ending: Arc<Ending>,
@@ -186,7 +198,8 @@ impl Machine {
         check(spec)?;
         let kvm = place.kvm.map_or_else(Hypervisor::open, Ok)?;
         let backing = Backing { prealloc: spec.memory.prealloc, hugepages: spec.memory.hugepages };
-        let memory = memory::allocate(spec.memory.size_mib << 20, backing)?;
+        let later = (spec.memory.max_mib - spec.memory.size_mib) << 20;
+        let memory = memory::allocate(spec.memory.size_mib << 20, later, backing)?;
         let hypervisor = Hypervisor::new(kvm, &memory.memory())?;
         let router = hypervisor.router();
         let host = |action| move |source| MachineError::Host { action, source };
@@ -206,22 +219,95 @@ impl Machine {
         let entry = load_kernel(spec, &mut files, &memory)?;
         let ready = devices::all(spec, &mut files, place.sockets.as_deref(), &ending)?;
         files.finish()?;
-        for (id, device) in ready {
+        let (growth, grows) = match memory::growth(&memory.memory()) {
+            Some((base, size)) => Some(devices::growth(base, size, backing)?).unzip(),
+            None => (None, None),
+        };
+        let grows = grows.map(|device| (devices::GROWTH.to_owned(), device));
+        for (id, device) in ready.into_iter().chain(grows) {
             bus.0.attach(&id, device)?;
         }
-        let facts =
-            acpi::Facts { cpus: spec.cpus, pci: &bus.0.aml(), scan: pci::SCAN_METHOD, serial: has_console };
+        let present = Arc::new(Present::new(spec.cpus));
+        buses.ports.insert(cpus::PORT.into(), cpus::PORTS.into(), present.clone())?;
+        let facts = acpi::Facts {
+            cpus: spec.cpus,
+            most_cpus: spec.max_cpus,
+            pci: &bus.0.aml(),
+            scan: pci::SCAN_METHOD,
+            serial: has_console,
+        };
         acpi::write(&memory.memory(), &facts)?;
-        let cpus = hypervisor.cpus(spec.cpus)?;
-        if let Some(first) = cpus.first() {
+        let ready = hypervisor.cpus(0..spec.cpus, spec.max_cpus)?;
+        if let Some(first) = ready.first() {
             first.enter(entry)?;
         }
-        let start = |(number, cpu): (u32, crate::kvm::Cpu)| {
+        let (cpus, present) = (Vec::new(), (present, spec.max_cpus));
+        let mut machine = Machine { cpus, bus, hypervisor, buses, present, growth, memory, event, ending };
+        machine.start(ready)?;
+        Ok(machine)
+    }
+
+    /// Gives these CPUs, the next ones, their threads, in which they stand still.
+    fn start(&mut self, cpus: Vec<Cpu>) -> Result<(), MachineError> {
+        for cpu in cpus {
+            let number = self.cpus.len();
             let confine = move || seccomp::confine_thread(&format!("vcpu{number}")).map_err(|e| chain(&e));
-            cpu.start(buses.clone(), Arc::clone(&ending), confine)
+            self.cpus.push(cpu.start(self.buses.clone(), Arc::clone(&self.ending), confine)?);
+        }
+        Ok(())
+    }
+
+    /// Brings a running machine to another size, up to what it was made for, as far as it can: CPUs come and do not go; of the
+    /// memory the guest takes and gives back what it can in time, see [`Machine::memory`]. It brings both to use itself.
+    pub fn resize(&mut self, size: Size) -> Result<(), MachineError> {
+        let fault = |field, reason| MachineError::Field { field, reason };
+        let have = u32::try_from(self.cpus.len()).unwrap_or(u32::MAX);
+        let most = self.present.1;
+        if size.cpus < have {
+            return Err(MachineError::Unsupported { what: "taking virtual CPUs away" });
+        }
+        if size.cpus > most {
+            return Err(fault("cpus", format!("the machine was made for up to {most}")));
+        }
+        let memory = self.memory.memory();
+        let (ram, later) = (memory::size(&memory), memory::growth(&memory).map_or(0, |(_, size)| size));
+        let wanted = size.memory_mib.checked_mul(1 << 20).and_then(|bytes| bytes.checked_sub(ram));
+        let Some(wanted) = wanted.filter(|wanted| *wanted <= later) else {
+            let (least, most) = (ram >> 20, (ram + later) >> 20);
+            return Err(fault("memory-mib", format!("the machine was made for {least} to {most} MiB")));
         };
-        let cpus = (0..).zip(cpus).map(start).collect::<Result<_, _>>()?;
-        Ok(Machine { cpus, bus, _hypervisor: hypervisor, memory, event, ending })
+        self.add_cpus(have..size.cpus)?;
+        self.grow(wanted);
+        Ok(())
+    }
+
+    fn add_cpus(&mut self, numbers: Range<u32>) -> Result<(), MachineError> {
+        if numbers.is_empty() {
+            return Ok(());
+        }
+        let before = self.cpus.len();
+        let cpus = self.hypervisor.cpus(numbers, self.present.1)?;
+        let started = self.start(cpus);
+        self.cpus.iter().skip(before).for_each(CpuThread::resume);
+        // Those that did start are there, even if another did not.
+        self.present.0.set(u32::try_from(self.cpus.len()).unwrap_or(u32::MAX));
+        self.tell("tell the guest of new virtual CPUs")?;
+        started
+    }
+
+    /// Asks the guest to have so much of the later memory, and waits until it has or gets no further.
+    fn grow(&self, bytes: u64) {
+        let Some(growth) = &self.growth else { return };
+        let wanted = growth.set(bytes);
+        let mut last = growth.plugged();
+        let mut until = Instant::now() + GROWTH_BOUND;
+        while growth.plugged() != wanted && Instant::now() < until && self.ending.get().is_none() {
+            std::thread::sleep(GROWTH_LOOK);
+            let now = growth.plugged();
+            if now != last {
+                (last, until) = (now, Instant::now() + GROWTH_BOUND);
+            }
+        }
     }
 
     /// Lets the CPUs run: the guest boots, or goes on.
@@ -293,9 +379,9 @@ impl Machine {
         self.cpus.iter().map(CpuThread::id).collect()
     }
 
-    /// Its memory in bytes.
+    /// Its memory in bytes, with what the guest took of what can come later.
     pub fn memory(&self) -> u64 {
-        memory::size(&self.memory.memory())
+        memory::size(&self.memory.memory()) + self.growth.as_ref().map_or(0, Growth::plugged)
     }
 
     /// Counters of its CPUs, by name.
@@ -316,13 +402,7 @@ fn check(spec: &MachineSpec) -> Result<(), MachineError> {
     if spec.max_cpus < spec.cpus || spec.memory.max_mib < spec.memory.size_mib {
         return fault("max-cpus, max-mib", "less than it starts with");
     }
-    if spec.max_cpus > spec.cpus {
-        return Err(MachineError::Unsupported { what: "adding virtual CPUs later" });
-    }
-    if spec.memory.max_mib > spec.memory.size_mib {
-        return Err(MachineError::Unsupported { what: "adding memory later" });
-    }
-    if spec.memory.size_mib > u64::MAX >> 20 {
+    if spec.memory.max_mib > u64::MAX >> 20 {
         return fault("memory", "more than there are addresses");
     }
     spec.disks

@@ -92,9 +92,12 @@ impl Monitor for Vmm {
                 Ok(Answer::Nothing)
             }
             Command::Resize(size) if size == self.info().size => Ok(Answer::Nothing),
-            Command::Resize(_) => {
-                self.machine("resize", live)?;
-                Err(failure(&MachineError::Unsupported { what: "changing the size" }))
+            Command::Resize(size) => {
+                self.machine("resize", running)?;
+                if let Some(machine) = &mut self.machine {
+                    machine.resize(size).map_err(|e| failure(&e))?;
+                }
+                Ok(Answer::Nothing)
             }
             Command::Info => Ok(Answer::Info(self.info())),
             Command::Metrics => {

@@ -52,13 +52,9 @@ fn machine_that_makes_no_sense_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn growing_is_refused_as_not_possible() {
-    for spec in [
-        MachineSpec { max_cpus: 2, ..spec() },
-        MachineSpec { memory: MemorySpec { max_mib: 128, ..spec().memory }, ..spec() },
-    ] {
-        assert_eq!(refusal(Command::Create(Box::new(spec)), Vec::new()).0, FailureKind::Unsupported);
-    }
+fn resizing_a_machine_that_does_not_run_is_the_wrong_state() {
+    let size = kata_vmm_api::Size { cpus: 2, memory_mib: 64 };
+    assert_eq!(refusal(Command::Resize(size), Vec::new()).0, FailureKind::WrongState);
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod drain;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod driver;
 pub mod limit;
+pub mod mem;
 pub mod net;
 pub mod ring;
 pub mod rng;
