@@ -48,6 +48,14 @@ say end
 reboot -f
 "#;
 
+/// A machine with all devices, of the descriptors that the test sends along.
+const CREATE: &str = r#"{"id":1,"command":{"create":{"cpus":1,"max-cpus":1,
+"memory":{"size-mib":192,"max-mib":192},"kernel":0,"initrd":1,"console":2,
+"command-line":"console=ttyS0 rdinit=/init reboot=t panic=-1",
+"shared-fs":{"tag":"kataShared","socket":3},
+"disks":[{"id":"scratch","file":4,"readonly":false},{"id":"data","file":5,"readonly":true}],
+"nics":[{"id":"eth0","mac":[2,0,0,0,0,1],"mtu":1500,"queues":[6]}]}}}"#;
+
 /// Sectors of each disk.
 const SECTORS: usize = 16 * 1024;
 
@@ -124,6 +132,20 @@ fn request(api: &UnixStream, line: &str, files: &[BorrowedFd<'_>]) {
     assert_eq!(sent, line.len());
 }
 
+/// A jailed monitor that waits for its first command, and the socket for that.
+fn monitor(kvm: &File) -> (Child, UnixStream) {
+    let (api, theirs) = UnixStream::pair().unwrap();
+    for fd in [theirs.as_fd(), kvm.as_fd()] {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
+    }
+    let monitor = Command::new("unshare")
+        .args(["--fork", "--pid", "--kill-child", env!("CARGO_BIN_EXE_kata-vmm"), "run"])
+        .args(["--api-fd", &theirs.as_raw_fd().to_string(), "--kvm-fd", &kvm.as_raw_fd().to_string()])
+        .spawn()
+        .unwrap();
+    (monitor, api)
+}
+
 /// Counts what one connection says, and takes a sum of it.
 fn sum(mut stream: impl Read) -> (usize, u64) {
     let mut bytes = Vec::new();
@@ -167,16 +189,7 @@ fn drivers_of_a_guest_work_with_all_devices_of_a_jailed_monitor() {
     std::thread::spawn(move || gives.accept().unwrap().0.write_all(&given));
     let (mut share, share_socket) = file_server(&server, directory.path());
 
-    let (api, theirs) = UnixStream::pair().unwrap();
-    for fd in [theirs.as_fd(), kvm.as_fd()] {
-        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
-    }
-    let mut monitor = Command::new("unshare")
-        .args(["--fork", "--pid", "--kill-child", env!("CARGO_BIN_EXE_kata-vmm"), "run"])
-        .args(["--api-fd", &theirs.as_raw_fd().to_string(), "--kvm-fd", &kvm.as_raw_fd().to_string()])
-        .spawn()
-        .unwrap();
-    drop(theirs);
+    let (mut monitor, api) = monitor(&kvm);
     let (console, output) = rustix::pipe::pipe().unwrap();
     let kernel = File::open(kernel).unwrap();
     let initrd = initrd(&busybox, &at("initrd"));
@@ -191,13 +204,7 @@ fn drivers_of_a_guest_work_with_all_devices_of_a_jailed_monitor() {
         readonly.as_fd(),
         tap.as_fd(),
     ];
-    let create = r#"{"id":1,"command":{"create":{"cpus":1,"max-cpus":1,
-        "memory":{"size-mib":192,"max-mib":192},"kernel":0,"initrd":1,"console":2,
-        "command-line":"console=ttyS0 rdinit=/init reboot=t panic=-1",
-        "shared-fs":{"tag":"kataShared","socket":3},
-        "disks":[{"id":"scratch","file":4,"readonly":false},{"id":"data","file":5,"readonly":true}],
-        "nics":[{"id":"eth0","mac":[2,0,0,0,0,1],"mtu":1500,"queues":[6]}]}}}"#;
-    request(&api, &create.replace('\n', ""), &files);
+    request(&api, &CREATE.replace('\n', ""), &files);
     drop((output, share_socket, tap));
     let mut replies = BufReader::new(api.try_clone().unwrap()).lines().map(Result::unwrap);
     let done = |id: u64| format!(r#"{{"id":{id},"done":"nothing"}}"#);

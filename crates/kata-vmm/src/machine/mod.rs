@@ -384,12 +384,12 @@ impl Machine {
         memory::size(&self.memory.memory()) + self.growth.as_ref().map_or(0, Growth::plugged)
     }
 
-    /// Counters of its CPUs, by name.
+    /// Counters of its CPUs and devices, each after the name of what counts.
     pub fn metrics(&self) -> BTreeMap<String, u64> {
         let of_cpu = |(number, cpu): (usize, &CpuThread)| {
             cpu.exits().map(|(name, count)| (format!("cpu{number}.{name}"), count))
         };
-        self.cpus.iter().enumerate().flat_map(of_cpu).collect()
+        self.cpus.iter().enumerate().flat_map(of_cpu).chain(self.bus.0.counters()).collect()
     }
 }
 

@@ -122,13 +122,4 @@ pub enum PciError {
         #[source]
         source: ActivateError,
     },
-    /// A device could not be told of new memory.
-    #[error("device {id} cannot reach the memory that was added")]
-    Memory {
-        /// Which one.
-        id: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
 }

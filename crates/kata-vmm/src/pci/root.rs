@@ -163,17 +163,6 @@ impl Root {
         result
     }
 
-    /// Tells all devices that the guest's memory has grown; on an error those that could not take it do not reach what is new.
-    pub fn memory_changed(&self) -> Result<(), PciError> {
-        let mut result = Ok(());
-        for occupant in self.lock().occupants() {
-            if let Err(source) = occupant.function.memory_changed() {
-                result = Err(PciError::Memory { id: occupant.id.clone(), source });
-            }
-        }
-        result
-    }
-
     /// Counters of all devices, each after its device's name and a full stop.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         let slots = self.lock();

@@ -171,11 +171,6 @@ impl Function {
         self.lock().transport.resume()
     }
 
-    /// Tells the device that the guest's memory has grown.
-    pub fn memory_changed(&self) -> std::io::Result<()> {
-        self.lock().transport.device().memory_changed()
-    }
-
     /// What the device counts.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.lock().transport.device().counters()

@@ -144,11 +144,6 @@ pub trait Device: Send {
     /// Begins to work, in a thread of its own. On an error it stands still.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// The guest's memory has grown, for those who hand a table of it on; they can be at work.
-    fn memory_changed(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-
     /// Name and value of each of its counters since it was made.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

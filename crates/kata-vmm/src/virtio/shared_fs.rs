@@ -204,12 +204,6 @@ impl Device for SharedFs {
         }
         states
     }
-
-    fn memory_changed(&mut self) -> io::Result<()> {
-        let Some((_, memory)) = &self.works else { return Ok(()) };
-        let table = regions(&memory.memory())?;
-        self.frontend.set_mem_table(&table).map(drop).map_err(io::Error::other)
-    }
 }
 
 /// Looks whether the server is there.

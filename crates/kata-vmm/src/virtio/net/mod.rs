@@ -270,13 +270,6 @@ impl Device for Net {
             ("dropped", dropped.get()),
         ]
     }
-
-    fn memory_changed(&mut self) -> io::Result<()> {
-        match &self.kernel {
-            Some(kernel) => lock(kernel).memory_changed().map_err(io::Error::other),
-            None => Ok(()),
-        }
-    }
 }
 
 /// Nothing in it is half done when somebody who holds it ends.

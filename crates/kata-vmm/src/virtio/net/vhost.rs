@@ -135,11 +135,6 @@ impl Kernel {
     pub fn stop(&mut self) -> Vec<(usize, QueueState)> {
         self.backends.iter_mut().flat_map(Backend::stop).collect()
     }
-
-    /// Tells the kernel what memory there is now.
-    pub fn memory_changed(&self) -> Result<(), KernelError> {
-        self.backends.iter().try_for_each(Backend::tell_memory)
-    }
 }
 
 impl Backend {
@@ -167,13 +162,6 @@ impl Backend {
         drop(guard);
         self.rings = Some((queues, activation.memory.clone()));
         Ok(())
-    }
-
-    fn tell_memory(&self) -> Result<(), KernelError> {
-        let Some((_, memory)) = &self.rings else { return Ok(()) };
-        let table = regions(&memory.memory()).map_err(failed("describe memory"))?;
-        let handle = Handle { file: &self.file, memory };
-        handle.set_mem_table(&table).map(drop).map_err(failed("take the table of memory"))
     }
 
     fn connect(&mut self, tap: Option<&File>) -> Result<(), KernelError> {

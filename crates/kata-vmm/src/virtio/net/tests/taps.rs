@@ -193,7 +193,6 @@ fn kernel_moves_packets_where_it_has_vhost() {
         interface.send([0; 10], &sent);
         assert_eq!(guest.next(EXPERIMENT)[HEADER_LEN..], sent, "{len}");
         guest.told.raised(0);
-        guest.device.memory_changed().unwrap();
 
         let sent = frame(EXPERIMENT, 300 + round);
         guest.send(&sent);
