@@ -95,7 +95,10 @@ pub enum SandboxError {
     #[error("{0} was killed while it was being created")]
     CreateCancelled(ProcessId),
     /// The agent did not answer a creation in time.
-    #[error("the agent did not create {process} within {bound:?} (agent.kata.create_container_timeout)")]
+    #[error(
+        "the guest's agent did not create {process} within {bound:?}: its files are large or slow, or the guest hangs; raise \
+         agent.kata.create_container_timeout, or see the agent's log (agent.kata.enable_debug shows more)"
+    )]
     CreateTimeout {
         /// Of which process.
         process: ProcessId,

@@ -161,7 +161,7 @@ pub enum StorageError {
         source: AgentError,
     },
     /// The work was interrupted by a fault of this program.
-    #[error("interrupted")]
+    #[error("preparing the files was interrupted by a fault of the owner; its log has the place (owner.log)")]
     Interrupted,
     /// The leak record could not be written, so nothing was made.
     #[error("cannot record what is about to be mounted")]
