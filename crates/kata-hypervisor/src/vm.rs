@@ -271,9 +271,15 @@ impl fmt::Display for Quoted<'_> {
 /// What to do about a file that cannot be used, as the end of a sentence.
 fn remedy(what: &str) -> &'static str {
     match what {
-        "guest kernel" => "; set hypervisor.qemu.kernel to a file that can, or leave it out for the guest image's own",
-        "initrd" => "; set hypervisor.qemu.initrd to a file that can, or leave it out for the guest image's own",
-        "image" => "; set hypervisor.qemu.image to a file that can, or leave it out for the guest image's own",
+        "guest kernel" => {
+            "; set hypervisor.qemu.kernel to a file that can, or leave it out for the guest image's own"
+        }
+        "initrd" => {
+            "; set hypervisor.qemu.initrd to a file that can, or leave it out for the guest image's own"
+        }
+        "image" => {
+            "; set hypervisor.qemu.image to a file that can, or leave it out for the guest image's own"
+        }
         _ => "",
     }
 }

@@ -441,10 +441,9 @@ async fn reach_agent(
     };
     timeline.add_guest(&announcement, vmm_ran, Instant::now());
     let start = Instant::now();
-    let open = hybrid::connect(&pod.hybrid, ports::AGENT).await.map_err(|source| BootError::Connect {
-        source,
-        console: Excerpt::console(&pod.vm.console_tail()),
-    })?;
+    let open = hybrid::connect(&pod.hybrid, ports::AGENT)
+        .await
+        .map_err(|source| BootError::Connect { source, console: Excerpt::console(&pod.vm.console_tail()) })?;
     timeline.add(Layer::Agent, "connect", start);
     Ok((Agent::new(open.stream).announced(), Some(announcement)))
 }

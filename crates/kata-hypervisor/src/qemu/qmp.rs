@@ -35,7 +35,9 @@ pub(crate) const LINE_LIMIT: usize = 1 << 20;
 #[derive(Debug, Error)]
 pub enum QmpError {
     /// QEMU has closed the socket, as it does when it ends.
-    #[error("QEMU ended, or closed its control socket, before it answered {command:?}; its last output in the owner's log tells why")]
+    #[error(
+        "QEMU ended, or closed its control socket, before it answered {command:?}; its last output in the owner's log tells why"
+    )]
     Closed {
         /// The command.
         command: String,
