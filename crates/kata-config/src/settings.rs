@@ -254,6 +254,9 @@ settings! {
     /// somebody else to join the taps.
     internetworking_model: InternetworkingModel = InternetworkingModel::TcFilter,
         { .annotated().planned_words(&["l3forwarding"]) };
+    /// Directory of networks that are attached directly, one file `<pod>.json` each. This version carries none: a pod that has
+    /// such a file is refused.
+    dan_conf: PathBuf = PathBuf::from("/run/kata-containers/dans");
     /// User ids for the processes of pods, `"first-last"`; each pod's helpers run as one of them.
     uid_range: UidRange = UidRange { first: 900_000, last: 999_999 }, { .ours() };
     /// Level of the owner's log.

@@ -269,6 +269,22 @@ impl fmt::Display for Quoted<'_> {
     }
 }
 
+/// What to do about a file that cannot be used, as the end of a sentence.
+fn remedy(what: &str) -> &'static str {
+    match what {
+        "guest kernel" => {
+            "; set hypervisor.qemu.kernel to a file that can, or leave it out for the guest image's own"
+        }
+        "initrd" => {
+            "; set hypervisor.qemu.initrd to a file that can, or leave it out for the guest image's own"
+        }
+        "image" => {
+            "; set hypervisor.qemu.image to a file that can, or leave it out for the guest image's own"
+        }
+        _ => "",
+    }
+}
+
 /// What can go wrong with a virtual machine before and while it runs. Each says which layer failed and what to do.
 #[derive(Debug, Error)]
 pub enum HypervisorError {
@@ -297,7 +313,7 @@ pub enum HypervisorError {
         state: &'static str,
     },
     /// A file that the VMM needs could not be opened or prepared.
-    #[error("{what} {path:?} cannot be used", path = .path.display())]
+    #[error("{what} {path:?} cannot be used{next}", path = .path.display(), next = remedy(.what))]
     File {
         /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket`.
         what: &'static str,

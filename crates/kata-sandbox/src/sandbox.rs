@@ -299,6 +299,10 @@ impl Sandbox {
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
     let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network, resources } = spec;
+    let directly = config.runtime.dan_conf.join(format!("{id}.json"));
+    if config.runtime.dan_conf.is_absolute() && directly.exists() {
+        return Err(SandboxError::DirectNetwork(directly));
+    }
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);
     let start = std::time::Instant::now();

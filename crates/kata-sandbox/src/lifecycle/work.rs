@@ -21,7 +21,7 @@ use crate::process_table::Pending;
 use crate::resources::{self, ResourceError};
 use crate::spec;
 use crate::stdio::{Connected, StdioError, Streams};
-use crate::storage::SharedRoot;
+use crate::storage::{Abort, SharedRoot};
 use crate::timeline::{Layer, Timeline};
 
 /// How long the removal of a process waits for its client to take the last output.
@@ -139,7 +139,8 @@ async fn prepare(
     let root = SharedRoot { path: root, mounts: rootfs };
     let mut guest =
         guest_spec::translate(name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
-    let ways = files::choose(pod, id, &root, &guest).await?;
+    let mut abort = Abort::on(cancel);
+    let ways = files::choose(pod, id, &root, &guest, &mut abort).await?;
     if files::need_guest(&ways) {
         tokio::select! {
             biased;
@@ -149,7 +150,7 @@ async fn prepare(
     }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
-    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest).await?;
+    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest, &mut abort).await?;
     timeline.add(Layer::Host, format!("files of {name}"), start);
 
     let request = CreateContainerRequest {
@@ -224,7 +225,7 @@ pub(super) fn understood(
 pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
     let Created { files, hooks, streams, .. } = created;
     drop(streams);
-    pod.resources.dismiss(&id.container).await;
+    pod.resources.dismiss(&id.container, &*pod.vm).await;
     let up = match &*link.borrow() {
         Link::Up(agent) => Some(agent.clone()),
         Link::Pending | Link::Down(_) => None,
@@ -409,7 +410,7 @@ pub(super) async fn delete(
         files.release(pod, link).await;
     }
     if id.exec.is_none() {
-        pod.resources.dismiss(&id.container).await;
+        pod.resources.dismiss(&id.container, &*pod.vm).await;
     }
     if let Some(hooks) = hooks {
         hooks.poststop().await;

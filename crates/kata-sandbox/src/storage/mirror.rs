@@ -168,8 +168,8 @@ fn steps(old: &Tree, new: &Tree) -> Steps {
 pub(crate) struct Changes {
     inotify: Arc<AsyncFd<OwnedFd>>,
     count: watch::Receiver<u64>,
-    /// The kernel does not tell of all directories.
-    blind: AtomicBool,
+    /// It was told that the kernel does not tell of all directories.
+    warned: AtomicBool,
     task: JoinHandle<()>,
 }
 
@@ -200,11 +200,12 @@ impl Changes {
                 }
             }
         });
-        Ok(Self { inotify, count, blind: AtomicBool::new(false), task })
+        Ok(Self { inotify, count, warned: AtomicBool::new(false), task })
     }
 
-    /// Hears of changes in these directories. Those that are gone meanwhile are passed over.
-    fn watch<'a>(&self, root: &Path, directories: impl Iterator<Item = &'a PathBuf>) -> Result<(), Errno> {
+    /// Hears of changes in these directories, or in some only: whether in all is the answer. Those that are gone meanwhile are
+    /// passed over.
+    fn watch<'a>(&self, root: &Path, directories: impl Iterator<Item = &'a PathBuf>) -> Result<bool, Errno> {
         use inotify::WatchFlags as On;
         let changes = On::CREATE | On::DELETE | On::MOVE | On::CLOSE_WRITE | On::MODIFY | On::ATTRIB;
         for directory in directories {
@@ -212,21 +213,21 @@ impl Changes {
             match inotify::add_watch(self.inotify.get_ref(), &path, changes | On::DELETE_SELF | On::ONLYDIR) {
                 Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => {}
                 Err(error @ (Errno::NOSPC | Errno::NOMEM)) => {
-                    if !self.blind.swap(true, Ordering::Relaxed) {
+                    if !self.warned.swap(true, Ordering::Relaxed) {
                         tracing::warn!(
                             path = %path.display(),
                             %error,
-                            "the host has no inotify watches left, so volumes are looked at every {} s: raise \
-                             fs.inotify.max_user_watches",
+                            "the host has no inotify watches left, so this volume, and any other without, is looked at \
+                             every {} s: raise fs.inotify.max_user_watches",
                             INTERVAL.as_secs()
                         );
                     }
-                    return Ok(());
+                    return Ok(false);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -254,6 +255,7 @@ impl Mirror {
             changes,
             source: source.to_owned(),
             target: target.display().to_string(),
+            blind: false,
             there: Tree::new(),
         };
         copy.update().await?;
@@ -267,6 +269,8 @@ struct Copy {
     count: Option<watch::Receiver<u64>>,
     source: PathBuf,
     target: String,
+    /// The kernel does not tell of all of its directories.
+    blind: bool,
     there: Tree,
 }
 
@@ -275,8 +279,7 @@ impl Copy {
         loop {
             match &mut self.count {
                 Some(count) => {
-                    let blind = |changes: &Arc<Changes>| changes.blind.load(Ordering::Relaxed);
-                    if self.changes.as_ref().is_some_and(blind) {
+                    if self.blind {
                         if let Ok(Err(_)) = tokio::time::timeout(INTERVAL, count.changed()).await {
                             return;
                         }
@@ -306,7 +309,8 @@ impl Copy {
         for _ in 0..LOOKS {
             let (source, changes) = (self.source.clone(), self.changes.clone());
             let look = move || stable(&source, changes.as_deref());
-            let looked = blocking(look).await.unwrap_or(Err(StorageError::Interrupted))?;
+            let (looked, told) = blocking(look).await.unwrap_or(Err(StorageError::Interrupted))?;
+            self.blind = !told;
             match looked {
                 Look::Moving => tokio::time::sleep(QUIET).await,
                 Look::TooLarge if self.there.is_empty() => break,
@@ -373,8 +377,8 @@ enum Look {
     TooLarge,
 }
 
-/// Looks twice: what is between two versions is neither of them.
-fn stable(source: &Path, changes: Option<&Changes>) -> Result<Look, StorageError> {
+/// Looks twice: what is between two versions is neither of them. Also answers whether `changes` will tell of every change.
+fn stable(source: &Path, changes: Option<&Changes>) -> Result<(Look, bool), StorageError> {
     let failed = |error| StorageError::file("look through", source, error);
     let look = || match scan(source) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && source.exists() => Ok(Look::Moving),
@@ -383,17 +387,19 @@ fn stable(source: &Path, changes: Option<&Changes>) -> Result<Look, StorageError
         Ok(Some(tree)) => Ok(Look::Still(tree)),
     };
     let first = look()?;
-    let Look::Still(tree) = &first else { return Ok(first) };
+    let Look::Still(tree) = &first else { return Ok((first, true)) };
+    let mut told = true;
     if let Some(changes) = changes {
         let directories =
             tree.iter().filter(|(_, entry)| entry.kind == Kind::Directory).map(|(name, _)| name);
-        changes.watch(source, directories).map_err(|error| failed(error.into()))?;
+        told = changes.watch(source, directories).map_err(|error| failed(error.into()))?;
     }
-    match look()? {
-        Look::Still(again) if again == *tree => Ok(first),
-        Look::Still(_) | Look::Moving => Ok(Look::Moving),
-        Look::TooLarge => Ok(Look::TooLarge),
-    }
+    let looked = match look()? {
+        Look::Still(again) if again == *tree => first,
+        Look::Still(_) | Look::Moving => Look::Moving,
+        Look::TooLarge => Look::TooLarge,
+    };
+    Ok((looked, told))
 }
 
 fn request(path: &Path, target: String, entry: &Entry) -> Result<CopyFileRequest, StorageError> {
