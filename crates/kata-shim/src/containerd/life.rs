@@ -191,7 +191,7 @@ impl Pod {
         let gone = self.containers.iter().filter(|(id, _)| !pod.containers.iter().any(|it| it.id == **id));
         for (id, told) in gone {
             let process = ProcessId::init(id);
-            let exit = told.exit.unwrap_or(Exit { code: UNKNOWN, at: SystemTime::now() });
+            let exit = told.exit.unwrap_or_else(|| Exit { code: UNKNOWN, at: SystemTime::now() });
             if told.exit.is_none() {
                 events.push(Event::Exited { process: process.clone(), exit });
             }
