@@ -70,7 +70,7 @@ pub(super) async fn create(
             if first {
                 hooks.poststop().await;
             }
-            return Err(error);
+            return Err(cause_of(error, link));
         }
     };
     if let Some(process) = request.oci.as_mut().and_then(|oci| oci.process.as_mut()) {
@@ -101,11 +101,16 @@ pub(super) async fn create(
         Ok(()) => Ok(created),
         Err(error) => {
             undo(pod, link, &id, created).await;
-            Err(match (error, &*link.borrow()) {
-                (SandboxError::CreateCancelled(_), Link::Down(cause)) => cause.clone(),
-                (error, _) => error,
-            })
+            Err(cause_of(error, link))
         }
+    }
+}
+
+/// Why a creation failed: one that was given up because its pod came to its end failed of what the pod did.
+fn cause_of(error: SandboxError, link: &watch::Receiver<Link>) -> SandboxError {
+    match (error, &*link.borrow()) {
+        (SandboxError::CreateCancelled(_), Link::Down(cause)) => cause.clone(),
+        (error, _) => error,
     }
 }
 
