@@ -92,7 +92,7 @@ impl Wake {
         source < 64 && self.own >> source & 1 == 1
     }
 
-    /// Whether [`Worker::wake`] was called.
+    /// Whether [`Waker::wake`] was called.
     pub fn called(self) -> bool {
         self.control
     }

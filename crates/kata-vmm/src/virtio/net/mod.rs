@@ -11,7 +11,7 @@
 //! into memory of its own first: how many of the driver's buffers it takes is known only then, and a packet for which there are
 //! none waits there.
 //!
-//! With `/dev/vhost-net` the kernel moves the packets ([`vhost`]), and the thread serves the control queue alone.
+//! With `/dev/vhost-net` the kernel moves the packets (`vhost`), and the thread serves the control queue alone.
 
 mod control;
 #[cfg(any(test, feature = "fuzzing"))]
