@@ -1,18 +1,15 @@
-//! A machine of the library boots, gets more CPUs and memory while it runs, stands still, goes on, and turns itself off. Wants KVM that boots
-//! kernels, and:
-//!
-//! | variable | what |
-//! |---|---|
-//! | `KATA_TEST_REAL_KVM` | set: `/dev/kvm` boots kernels here |
-//! | `KATA_TEST_KERNEL` | a guest kernel |
-//! | `KATA_TEST_BUSYBOX` | a busybox that needs no libraries; else `/usr/bin/busybox` |
+//! A machine of the library boots, gets more CPUs and memory while it runs, stands still, goes on, and turns itself off. What it wants
+//! is said in `initrd`.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends at the first surprise")]
 
+mod initrd;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use initrd::{initrd, kernel_and_busybox};
 use kata_vmm::kvm::End;
 use kata_vmm::machine::{Descriptors, Machine, MachineError, Place};
 use kata_vmm_api::{Descriptor, EndReason, MachineSpec, MemorySpec, Size};
@@ -39,43 +36,14 @@ say told $(dmesg | grep -ci "acpi.*error")
 poweroff -f
 "#;
 
-/// An entry of a cpio archive (`newc`).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: usize, content: &[u8]) {
-    archive.extend(b"070701");
-    for field in [0, mode, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0] {
-        archive.extend(format!("{field:08x}").bytes());
-    }
-    archive.extend(name.bytes().chain([0]));
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    archive.extend(content);
-    archive.resize(archive.len().next_multiple_of(4), 0);
-}
-
-fn initrd(busybox: &Path, at: &Path) -> File {
-    let mut archive = Vec::new();
-    entry(&mut archive, "bin", 0o040_755, &[]);
-    entry(&mut archive, "bin/busybox", 0o100_755, &std::fs::read(busybox).unwrap());
-    entry(&mut archive, "init", 0o100_755, SCRIPT.as_bytes());
-    entry(&mut archive, "TRAILER!!!", 0, &[]);
-    std::fs::write(at, archive).unwrap();
-    File::open(at).unwrap()
-}
-
 #[test]
 fn cpus_come_and_memory_comes_and_goes_while_the_guest_runs() {
-    let kernel = std::env::var_os("KATA_TEST_KERNEL").map(PathBuf::from).filter(|path| path.exists());
-    let busybox = std::env::var_os("KATA_TEST_BUSYBOX");
-    let busybox = busybox.map_or_else(|| "/usr/bin/busybox".into(), PathBuf::from);
-    let (Some(kernel), true, true) =
-        (kernel, busybox.exists(), std::env::var_os("KATA_TEST_REAL_KVM").is_some())
-    else {
-        return eprintln!("skipped: wants KATA_TEST_REAL_KVM, a kernel and busybox, see the top of the test");
-    };
+    let Some((kernel, busybox)) = kernel_and_busybox() else { return };
     let directory = tempfile::tempdir().unwrap();
     let (console, output) = std::io::pipe().unwrap();
     let files = vec![
         File::open(kernel).unwrap().into(),
-        initrd(&busybox, &directory.path().join("initrd")).into(),
+        initrd(&busybox, SCRIPT, &directory.path().join("initrd")).into(),
         output.into(),
     ];
     let spec = MachineSpec {

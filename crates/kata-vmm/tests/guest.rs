@@ -1,12 +1,5 @@
-//! `kata-vmm run`, jailed, with all devices, and Linux's own drivers on the other side.
-//!
-//! It wants KVM that boots kernels, as in the lab, which `KATA_TEST_LAB` says, and:
-//!
-//! | variable | what |
-//! |---|---|
-//! | `KATA_TEST_TUNED_KERNEL` | a guest kernel with all drivers built in |
-//! | `KATA_TEST_PROGRAMS` | directory with `kata-virtiofsd` |
-//! | `KATA_TEST_BUSYBOX` | a busybox that needs no libraries; else `/usr/bin/busybox` |
+//! `kata-vmm run`, jailed, with all devices, and Linux's own drivers on the other side. What it wants is said in `initrd`, and
+//! `KATA_TEST_PROGRAMS` with `kata-virtiofsd`.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,6 +7,8 @@
     clippy::indexing_slicing,
     reason = "a test ends at the first surprise"
 )]
+
+mod initrd;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -25,6 +20,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
+use initrd::{initrd, kernel_and_busybox};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 const SCRIPT: &str = r#"#!/bin/busybox sh
@@ -58,34 +54,6 @@ const CREATE: &str = r#"{"id":1,"command":{"create":{"cpus":1,"max-cpus":1,
 
 /// Sectors of each disk.
 const SECTORS: usize = 16 * 1024;
-
-fn file_of(variable: &str, otherwise: &str) -> Option<PathBuf> {
-    let path = std::env::var_os(variable).map_or_else(|| PathBuf::from(otherwise), PathBuf::from);
-    path.exists().then_some(path)
-}
-
-/// An entry of a cpio archive (`newc`).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: usize, content: &[u8]) {
-    archive.extend(b"070701");
-    for field in [0, mode, 0, 0, 1, 0, content.len(), 0, 0, 5, 1, name.len() + 1, 0] {
-        archive.extend(format!("{field:08x}").bytes());
-    }
-    archive.extend(name.bytes().chain([0]));
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    archive.extend(content);
-    archive.resize(archive.len().next_multiple_of(4), 0);
-}
-
-fn initrd(busybox: &Path, at: &Path) -> File {
-    let mut archive = Vec::new();
-    entry(&mut archive, "bin", 0o040755, &[]);
-    entry(&mut archive, "dev", 0o040755, &[]);
-    entry(&mut archive, "bin/busybox", 0o100755, &std::fs::read(busybox).unwrap());
-    entry(&mut archive, "init", 0o100755, SCRIPT.as_bytes());
-    entry(&mut archive, "TRAILER!!!", 0, &[]);
-    std::fs::write(at, archive).unwrap();
-    File::open(at).unwrap()
-}
 
 /// A tap with an address, in a network namespace of this thread's.
 fn tap() -> OwnedFd {
@@ -162,14 +130,12 @@ fn fingerprint(bytes: &[u8]) -> u64 {
 
 #[test]
 fn drivers_of_a_guest_work_with_all_devices_of_a_jailed_monitor() {
-    let server = file_of("KATA_TEST_PROGRAMS", "").map(|path| path.join("kata-virtiofsd"));
-    let kernel = file_of("KATA_TEST_TUNED_KERNEL", "");
-    let busybox = file_of("KATA_TEST_BUSYBOX", "/usr/bin/busybox");
-    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").ok();
-    let kvm = kvm.filter(|_| std::env::var_os("KATA_TEST_LAB").is_some());
-    let (Some(kernel), Some(server), Some(busybox), Some(kvm)) = (kernel, server, busybox, kvm) else {
-        return eprintln!("skipped: wants the lab, KATA_TEST_TUNED_KERNEL and programs");
+    let Some((kernel, busybox)) = kernel_and_busybox() else { return };
+    let Some(programs) = std::env::var_os("KATA_TEST_PROGRAMS") else {
+        return eprintln!("skipped: wants KATA_TEST_PROGRAMS");
     };
+    let server = PathBuf::from(programs).join("kata-virtiofsd");
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let data: Vec<u8> = (0..SECTORS * 512).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect();
@@ -192,7 +158,7 @@ fn drivers_of_a_guest_work_with_all_devices_of_a_jailed_monitor() {
     let (mut monitor, api) = monitor(&kvm);
     let (console, output) = rustix::pipe::pipe().unwrap();
     let kernel = File::open(kernel).unwrap();
-    let initrd = initrd(&busybox, &at("initrd"));
+    let initrd = initrd(&busybox, SCRIPT, &at("initrd"));
     let scratch = OpenOptions::new().read(true).write(true).open(at("scratch")).unwrap();
     let readonly = File::open(at("data")).unwrap();
     let files = [

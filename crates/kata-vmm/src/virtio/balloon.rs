@@ -12,8 +12,8 @@
 //! Drivers differ about the number of the reporting queue: with statistics and hinting not offered, some count it as the third and
 //! others as the fifth. Here it is whichever of these the driver sets up.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, madvise};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
@@ -28,7 +28,7 @@ use super::buffers::ChainError;
 use super::drain::drain;
 use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
-use super::{ActivateError, Activation, Device, Interrupt, read_space};
+use super::{ActivateError, Activation, Device, Driver, read_space};
 
 /// Bytes of a page, as the balloon counts.
 pub const PAGE: u64 = 4096;
@@ -64,22 +64,14 @@ struct Shared {
     wanted: AtomicU32,
     actual: AtomicU32,
     discarded: AtomicU64,
-    driver: Mutex<Option<Arc<dyn Interrupt>>>,
-}
-
-impl Shared {
-    fn set_driver(&self, driver: Option<Arc<dyn Interrupt>>) {
-        *self.driver.lock().unwrap_or_else(PoisonError::into_inner) = driver;
-    }
+    driver: Driver,
 }
 
 impl Target {
     /// Asks the guest to keep so many pages of [`PAGE`] bytes in the balloon. It does what it can, in its own time.
     pub fn set(&self, pages: u32) {
         self.0.wanted.store(pages, Ordering::SeqCst);
-        if let Some(driver) = &*self.0.driver.lock().unwrap_or_else(PoisonError::into_inner) {
-            driver.configuration_changed();
-        }
+        self.0.driver.configuration_changed();
     }
 
     /// How many pages the guest says are in it.
@@ -132,12 +124,12 @@ impl Device for Balloon {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let driver = Arc::clone(&activation.interrupt);
         self.worker.start(activation)?;
-        self.shared.set_driver(Some(driver));
+        self.shared.driver.set(Some(driver));
         Ok(())
     }
 
     fn stop(&mut self) -> Vec<(usize, QueueState)> {
-        self.shared.set_driver(None);
+        self.shared.driver.set(None);
         self.worker.stop()
     }
 }

@@ -110,3 +110,25 @@ pub fn take<const N: usize>(data: &mut &[u8]) -> Option<[u8; N]> {
     *data = rest;
     Some(*front)
 }
+
+/// Any descriptor, as a fuzzer says: also one of a table of descriptors, which then lies in 0x1000 bytes from 0x1_0000 on.
+pub fn any_descriptor(data: &mut &[u8]) -> Option<(u64, u32, u16)> {
+    let [flags] = take(data)?;
+    let at = u64::from_le_bytes(take(data)?);
+    let len = u32::from_le_bytes(take(data)?);
+    let flags = u16::from(flags) & (NEXT | WRITE | INDIRECT);
+    let at = if flags & INDIRECT != 0 { 0x1_0000 + at % 0x1000 } else { at };
+    Some((at, len, flags))
+}
+
+/// Plays the inputs that the fuzzer of this name starts from; there are some.
+#[cfg(test)]
+pub fn corpus(name: &str, run: impl Fn(&[u8])) {
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+    let mut inputs = 0;
+    for entry in std::fs::read_dir(corpus).expect("the corpus") {
+        run(&std::fs::read(entry.expect("an entry").path()).expect("an input"));
+        inputs += 1;
+    }
+    assert!(inputs > 0);
+}

@@ -10,8 +10,8 @@
 //! the host. A guest that breaks the rules and touches blocks it did not plug gets no more than the whole stretch.
 
 use std::io::Read;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, madvise};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -23,7 +23,7 @@ use super::buffers::ChainError;
 use super::drain::drain;
 use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
-use super::{ActivateError, Activation, Device, Interrupt, read_space};
+use super::{ActivateError, Activation, Device, Driver, read_space};
 
 /// Bytes of a block: what Linux plugs at once, and a huge page.
 pub const BLOCK: u64 = 2 << 20;
@@ -70,13 +70,7 @@ struct Shared {
     size: u64,
     wanted: AtomicU64,
     plugged: AtomicU64,
-    driver: Mutex<Option<Arc<dyn Interrupt>>>,
-}
-
-impl Shared {
-    fn set_driver(&self, driver: Option<Arc<dyn Interrupt>>) {
-        *self.driver.lock().unwrap_or_else(PoisonError::into_inner) = driver;
-    }
+    driver: Driver,
 }
 
 impl Growth {
@@ -85,9 +79,7 @@ impl Growth {
     pub fn set(&self, bytes: u64) -> u64 {
         let wanted = bytes.min(self.0.size).next_multiple_of(BLOCK);
         self.0.wanted.store(wanted, Ordering::SeqCst);
-        if let Some(driver) = &*self.0.driver.lock().unwrap_or_else(PoisonError::into_inner) {
-            driver.configuration_changed();
-        }
+        self.0.driver.configuration_changed();
         wanted
     }
 
@@ -134,12 +126,12 @@ impl Device for Mem {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let driver = Arc::clone(&activation.interrupt);
         self.worker.start(activation)?;
-        self.shared.set_driver(Some(driver));
+        self.shared.driver.set(Some(driver));
         Ok(())
     }
 
     fn stop(&mut self) -> Vec<(usize, QueueState)> {
-        self.shared.set_driver(None);
+        self.shared.driver.set(None);
         self.worker.stop()
     }
 }
