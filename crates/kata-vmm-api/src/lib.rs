@@ -197,7 +197,8 @@ pub enum Reply {
         /// What came of it.
         done: Answer,
     },
-    /// A command failed, and changed nothing.
+    /// A command failed, and changed nothing, but for two: a device that was held may still leave later, and of a size that was
+    /// not reached some may be there.
     Failed {
         /// The request's; 0 for a line that could not be read as a request.
         id: u64,
@@ -253,8 +254,6 @@ pub enum State {
     Running,
     /// Its guest stands still.
     Paused,
-    /// It has ended.
-    Ended,
 }
 
 /// Why a command failed.
@@ -315,8 +314,6 @@ pub enum EndReason {
     CpuFault,
     /// A device cannot go on.
     DeviceLost,
-    /// The client asked for it, or closed its socket.
-    Stopped,
 }
 
 #[cfg(test)]

@@ -25,3 +25,15 @@ pub mod server;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
+
+/// An error with all its causes, for people.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

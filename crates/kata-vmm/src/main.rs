@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use kata_vmm::chain;
 use kata_vmm::jail::{Jail, SOCKETS, User};
 use kata_vmm::kvm::End;
 use kata_vmm::machine::{Descriptors, Machine, Place, Vmm};
@@ -156,13 +157,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut line = format!("kata-vmm: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                line.push_str(&format!(": {error}"));
-                cause = error.source();
-            }
-            eprintln!("{line}");
+            eprintln!("kata-vmm: {}", chain(&*error));
             ExitCode::FAILURE
         }
     }
@@ -212,8 +207,7 @@ fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
         })
     };
     let initrd = named(args.initrd.as_ref().map(open).transpose()?);
-    let console =
-        named((!args.no_console).then(|| std::io::stdout().as_fd().try_clone_to_owned()).transpose()?);
+    let console = named((!args.no_console).then(standard_output).transpose()?);
     let (size_mib, max_mib) = (args.memory, args.memory);
     let spec = MachineSpec {
         cpus: args.cpus,
@@ -233,6 +227,15 @@ fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
     match machine.ending().wait() {
         End { reason: EndReason::Shutdown | EndReason::Reset, .. } => Ok(()),
         End { detail, .. } => Err(CommandError::Fault(detail).into()),
+    }
+}
+
+/// The standard output once more. The port makes its descriptor non-blocking, which whoever else has this one must not notice: so
+/// it is opened anew, where it is something that can be opened.
+fn standard_output() -> std::io::Result<OwnedFd> {
+    match File::options().append(true).open("/proc/self/fd/1") {
+        Ok(file) => Ok(file.into()),
+        Err(_) => std::io::stdout().as_fd().try_clone_to_owned(),
     }
 }
 

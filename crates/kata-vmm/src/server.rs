@@ -36,7 +36,7 @@ pub trait Monitor {
     fn ended(&self) -> Option<BorrowedFd<'_>>;
 
     /// How it has ended, and more about it for people; `None` where it has not.
-    fn end(&mut self) -> Option<(EndReason, String)>;
+    fn end(&self) -> Option<(EndReason, String)>;
 }
 
 /// Why a connection ended that neither the client nor the machine ended.

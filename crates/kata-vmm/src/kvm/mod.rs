@@ -35,7 +35,6 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::UserMemory, "memory of a process"),
     (Cap::SetTssAddr, "a place for its task state"),
     (Cap::TscDeadlineTimer, "timers by the time stamp counter"),
-    (Cap::ImmediateExit, "CPUs that can be stopped"),
 ];
 
 /// Why KVM runs no machine.

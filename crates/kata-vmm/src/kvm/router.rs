@@ -15,7 +15,7 @@ use crate::events::{EventError, Events, Line, Msi};
 
 /// Pins of the I/O APIC, and so the first numbers of interrupts; lines have the numbers above.
 const PINS: u32 = 24;
-/// Most lines: more than 31 devices can have.
+/// Most lines: some 3 a disk and 130 a network interface of the most queues.
 const MOST_LINES: usize = 1024;
 
 /// The table of interrupts of one machine.

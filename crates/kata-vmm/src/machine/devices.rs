@@ -7,7 +7,8 @@ use std::sync::Arc;
 use kata_vmm_api::{DiskSpec, EndReason, MachineSpec, NicSpec, SharedFsSpec, VsockSpec};
 use thiserror::Error;
 
-use super::{Descriptors, MachineError, chain};
+use super::{Descriptors, MachineError};
+use crate::chain;
 use crate::kvm::Ending;
 use crate::memory::Backing;
 use crate::virtio::balloon::Balloon;
@@ -71,8 +72,7 @@ pub(super) fn all(
     let mut add = |id: &str, device| all.push((id.to_owned(), device));
     add(RNG, Box::new(Rng::new().map_err(|e| failed(RNG, e))?));
     if spec.memory.reporting {
-        let (balloon, _) = Balloon::new(true).map_err(|e| failed(BALLOON, e))?;
-        add(BALLOON, Box::new(balloon));
+        add(BALLOON, Box::new(Balloon::new().map_err(|e| failed(BALLOON, e))?));
     }
     if let Some(wanted) = &spec.vsock {
         add(VSOCK, vsock(wanted, files, sockets)?);

@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, AcpiError, EVENT_PIN};
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, BusError, Device};
+use crate::chain;
 use crate::cpus::{self, Present};
 use crate::events::EventError;
 use crate::kvm::{Buses, Cpu, CpuThread, Ending, Hypervisor, KvmError};
@@ -441,17 +442,6 @@ fn load_kernel(
     let guest =
         boot::Guest { kernel: &mut kernel, initrd: initrd.as_mut(), command_line: &spec.command_line };
     Ok(boot::load(&memory.memory(), guest)?)
-}
-
-/// An error with all its causes, for people.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! From the commands of the interface to the machine.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use kata_vmm_api::{Answer, Command, EndReason, Failure, FailureKind, Info, MachineSpec, Size, State};
 
-use super::{Descriptors, Machine, MachineError, Place, chain};
+use super::{Descriptors, Machine, MachineError, Place};
+use crate::chain;
 use crate::pci::{PciError, Slot};
 use crate::server::Monitor;
+use crate::virtio::worker::descriptor;
 
 /// The machine of this process, before, while and after there is one.
 pub struct Vmm {
@@ -91,7 +93,6 @@ impl Monitor for Vmm {
                 self.machine("remove-device", running)?.remove(&id).map_err(|e| failure(&e))?;
                 Ok(Answer::Nothing)
             }
-            Command::Resize(size) if size == self.info().size => Ok(Answer::Nothing),
             Command::Resize(size) => {
                 self.machine("resize", running)?;
                 if let Some(machine) = &mut self.machine {
@@ -109,14 +110,11 @@ impl Monitor for Vmm {
     }
 
     fn ended(&self) -> Option<BorrowedFd<'_>> {
-        let event = self.machine.as_ref()?.ending().event();
-        // SAFETY: the descriptor is open as long as the machine is there, which is borrowed.
-        Some(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) })
+        Some(descriptor(self.machine.as_ref()?.ending().event()))
     }
 
-    fn end(&mut self) -> Option<(EndReason, String)> {
+    fn end(&self) -> Option<(EndReason, String)> {
         let end = self.machine.as_ref()?.ending().get()?;
-        self.state = State::Ended;
         Some((end.reason, end.detail))
     }
 }
@@ -127,7 +125,6 @@ fn name(state: State) -> &'static str {
         State::Created => "created and not booted",
         State::Running => "running",
         State::Paused => "paused",
-        State::Ended => "at its end",
     }
 }
 

@@ -10,13 +10,13 @@
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
-    FieldLockRule, FieldUpdateRule, IO, If, Local, Memory32Fixed, Method, Name, Notify, OpRegion,
-    OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
+    FieldLockRule, FieldUpdateRule, IO, If, Local, Method, Name, Notify, OpRegion, OpRegionSpace, Path,
+    ResourceTemplate, Store, ZERO,
 };
 use acpi_tables::{Aml, AmlSink};
 
 use super::ports::{CONFIGURATION_PORT, CONFIGURATION_PORTS, HOTPLUG_PORT, HOTPLUG_PORTS};
-use super::{ECAM_SIZE, SLOTS, Window};
+use super::{SLOTS, Window};
 
 /// Device check, and request to eject (ACPI 6.5, table 5.218).
 const DEVICE_CHECK: u8 = 1;
@@ -48,15 +48,6 @@ pub fn root(window: Window) -> Vec<u8> {
     children.extend(slots.iter().map(|slot| -> &dyn Aml { slot }));
     children.push(&scan);
     encode(&Device::new("\\_SB_.PCI0".into(), children))
-}
-
-/// A device that has the addresses of configuration space in memory, so that nobody else gets them.
-pub fn ecam(base: u32) -> Vec<u8> {
-    let addresses = Memory32Fixed::new(true, base, ECAM_SIZE);
-    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&addresses]));
-    let hid = Name::new("_HID".into(), &EISAName::new("PNP0C02"));
-    let uid = Name::new("_UID".into(), &ZERO);
-    encode(&Device::new("\\_SB_.ECAM".into(), vec![&hid, &uid, &resources]))
 }
 
 /// AML that is ready.

@@ -79,7 +79,7 @@ fn plug(guest: &Guest, which: usize) {
     // It is refused while there is one.
     let _ = match id {
         "rng" => guest.root.plug(id, Box::new(Rng::new().expect("a device"))),
-        _ => guest.root.plug(id, Box::new(Balloon::new(true).expect("a device").0)),
+        _ => guest.root.plug(id, Box::new(Balloon::new().expect("a device"))),
     };
 }
 

@@ -1,7 +1,7 @@
 //! PCI as the guest sees it: one bus, on it a host bridge and virtio devices, which come and go while the guest runs.
 //!
 //! ```text
-//!   0xcf8, 0xcfc, or ECAM ──▶ ports ───┐                        ┌─▶ slot 0: host bridge
+//!   0xcf8, 0xcfc ──▶ ports ────────────┐                        ┌─▶ slot 0: host bridge
 //!   hot-plug ports ──────▶ HotPlug ────┼─▶ Root ─ 32 slots ─────┴─▶ virtio::Function ─▶ virtio::Device
 //!   the VMM: attach, plug, unplug ─────┘    └ BARs on the memory bus, in the window ◀── guest's accesses
 //! ```
@@ -43,8 +43,6 @@ pub use root::{Departure, Root};
 /// The ACPI method that looks at the hot-plug registers: for the handler of the event that the VMM raises after
 /// [`Root::plug`] and [`Root::unplug`].
 pub const SCAN_METHOD: &str = "\\_SB_.PCI0.PCNT";
-/// Bytes of configuration space in memory: 4 KiB for each function that the bus could have.
-pub const ECAM_SIZE: u32 = 1 << 20;
 /// Slots of the bus, with the host bridge's.
 pub const SLOTS: u8 = 32;
 

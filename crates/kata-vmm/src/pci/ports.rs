@@ -14,7 +14,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{Root, SLOTS};
+use super::Root;
 use crate::bus::Device;
 
 /// First port of the configuration mechanism.
@@ -73,33 +73,6 @@ impl Device for Ports {
             }
         } else if let Some((slot, register)) = self.target(offset, data.len()) {
             self.root.write_configuration(slot, register, data);
-        }
-    }
-}
-
-/// The same in memory: enhanced configuration access (PCI Express 5.0, section 7.2.2), one exit of a vCPU for an access instead of
-/// two. The rest of a function's 4 KiB is not there.
-pub struct Enhanced(pub Arc<Root>);
-
-impl Enhanced {
-    /// Which slot and register an offset is of. Only function 0 is there.
-    fn target(offset: u64) -> Option<(u8, usize)> {
-        let (slot, function, register) = (offset >> 15, offset >> 12 & 7, offset & 0xfff);
-        let slot = u8::try_from(slot).ok().filter(|slot| function == 0 && *slot < SLOTS)?;
-        Some((slot, usize::try_from(register).ok()?))
-    }
-}
-
-impl Device for Enhanced {
-    fn read(&self, offset: u64, into: &mut [u8]) {
-        if let Some((slot, register)) = Enhanced::target(offset) {
-            self.0.read_configuration(slot, register, into);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((slot, register)) = Enhanced::target(offset) {
-            self.0.write_configuration(slot, register, data);
         }
     }
 }

@@ -1,7 +1,6 @@
 //! The bus: which device is in which slot.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::configuration::{Configuration, Identity};
-use super::ports::{Enhanced, HotPlug, Ports};
+use super::ports::{HotPlug, Ports};
 use super::virtio::{BAR_SIZE, Function};
 use super::{PciError, SLOTS, Slot, Window, aml};
 use crate::bus::{self, Bus};
@@ -55,7 +54,7 @@ impl Departure {
     /// Waits until the device has left; false if it has not by then.
     pub fn wait(&self, most: Duration) -> bool {
         let timeout = Timespec::try_from(most).ok();
-        let mut gone = [PollFd::new(self, PollFlags::IN)];
+        let mut gone = [PollFd::from_borrowed_fd(descriptor(&self.0), PollFlags::IN)];
         let started = std::time::Instant::now();
         loop {
             match poll(&mut gone, timeout.as_ref()) {
@@ -64,13 +63,6 @@ impl Departure {
                 Err(_) => return false,
             }
         }
-    }
-}
-
-/// Readable from when the device has left.
-impl AsFd for Departure {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        descriptor(&self.0)
     }
 }
 
@@ -90,17 +82,6 @@ impl Root {
     /// [`CONFIGURATION_PORT`](super::CONFIGURATION_PORT).
     pub fn config_ports(self: &Arc<Self>) -> Arc<dyn bus::Device> {
         Arc::new(Ports::new(Arc::clone(self)))
-    }
-
-    /// Configuration space in memory, for [`ECAM_SIZE`](super::ECAM_SIZE) addresses. Linux takes it only where it does not find the
-    /// ports, an MCFG table tells of it, and [`Root::ecam_aml`] keeps the addresses for it.
-    pub fn ecam(self: &Arc<Self>) -> Arc<dyn bus::Device> {
-        Arc::new(Enhanced(Arc::clone(self)))
-    }
-
-    /// What the DSDT says of configuration space in memory from `base` on.
-    pub fn ecam_aml(&self, base: u32) -> Vec<u8> {
-        aml::ecam(base)
     }
 
     /// The hot-plug registers, for [`HOTPLUG_PORTS`](super::HOTPLUG_PORTS) from [`HOTPLUG_PORT`](super::HOTPLUG_PORT).

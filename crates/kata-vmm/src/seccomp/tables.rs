@@ -27,15 +27,12 @@ pub(super) const VHOST_USER: Table =
 /// The main thread of a VMM, which makes the machine and all other threads, and so can do all of what those can.
 pub(super) const API: Table = Table {
     calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
-    checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
+    checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, OWN_THREAD, KVM, TAP, VHOST, DISK],
 };
 
 /// A virtual processor. By its writes to a device's registers the guest starts and stops devices, so threads come from here too,
 /// and it may do what those do.
-const VCPU: Table = Table {
-    calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
-    checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, KVM, TAP, VHOST, DISK],
-};
+const VCPU: Table = API;
 const VSOCK: Table =
     Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, INTERRUPTS, UNIX_SOCKETS, DESCRIPTORS] };
 const BLOCK: Table =
@@ -44,8 +41,6 @@ const NET: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, I
 /// A vhost-user front end, which talks to its back end.
 const SHARED_FS: Table =
     Table { calls: &[ABSENT, LOOP, SOCKETS, VECTORS], checked: &[MEMORY, INTERRUPTS, DESCRIPTORS] };
-const BALLOON: Table =
-    Table { calls: &[ABSENT, LOOP, VECTORS, &[libc::SYS_fallocate]], checked: &[MEMORY, INTERRUPTS] };
 const OTHER: Table = Table { calls: &[ABSENT, LOOP, VECTORS], checked: &[MEMORY, INTERRUPTS] };
 
 /// By the thread's name; `vcpu` has a number behind it.
@@ -55,7 +50,6 @@ pub(super) fn of_thread(name: &str) -> Table {
         "virtio-block" => BLOCK,
         "virtio-net" => NET,
         "virtio-fs" => SHARED_FS,
-        "virtio-balloon" => BALLOON,
         name if name.starts_with("vcpu") => VCPU,
         _ => OTHER,
     }
@@ -122,7 +116,12 @@ const THREADS: &[c_long] = &[
     libc::SYS_tgkill,
     libc::SYS_sched_getaffinity,
     libc::SYS_seccomp,
-    libc::SYS_prctl,
+];
+
+/// A thread's name, and what its filter wants first; not whether others may look into the process.
+const OWN_THREAD: &[Checked] = &[
+    (libc::SYS_prctl, 0, Test::Is(bits(libc::PR_SET_NAME))),
+    (libc::SYS_prctl, 0, Test::Is(bits(libc::PR_SET_NO_NEW_PRIVS))),
 ];
 
 /// Making a machine.

@@ -39,8 +39,8 @@ impl Monitor for Recorder {
         Some(crate::virtio::worker::descriptor(&self.event))
     }
 
-    fn end(&mut self) -> Option<(EndReason, String)> {
-        self.end.take()
+    fn end(&self) -> Option<(EndReason, String)> {
+        self.end.clone()
     }
 }
 

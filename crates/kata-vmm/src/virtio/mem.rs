@@ -10,8 +10,8 @@
 //! the host. A guest that breaks the rules and touches blocks it did not plug gets no more than the whole stretch.
 
 use std::io::Read;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, madvise};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -23,7 +23,7 @@ use super::buffers::ChainError;
 use super::drain::drain;
 use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
-use super::{ActivateError, Activation, Device, Driver, read_space};
+use super::{ActivateError, Activation, Device, Interrupt, read_space};
 
 /// Bytes of a block: what Linux plugs at once, and a huge page.
 pub const BLOCK: u64 = 2 << 20;
@@ -71,6 +71,24 @@ struct Shared {
     wanted: AtomicU64,
     plugged: AtomicU64,
     driver: Driver,
+}
+
+/// The driver, while the device works, for whoever wants another size.
+#[derive(Default)]
+struct Driver(Mutex<Option<Arc<dyn Interrupt>>>);
+
+impl Driver {
+    /// Who is told from now on; nobody while the device stands still.
+    fn set(&self, driver: Option<Arc<dyn Interrupt>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = driver;
+    }
+
+    /// Tells it to look at the configuration again.
+    fn configuration_changed(&self) {
+        if let Some(driver) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            driver.configuration_changed();
+        }
+    }
 }
 
 impl Growth {

@@ -27,8 +27,8 @@ mod vhost;
 pub mod vsock;
 pub mod worker;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueState, QueueT};
@@ -95,24 +95,6 @@ impl Activation {
 /// Where queues stand that came to a stop, as [`Activation::positions`] says it.
 fn positions(states: &[(usize, QueueState)]) -> Vec<(usize, u16)> {
     states.iter().map(|(index, state)| (*index, state.next_avail)).collect()
-}
-
-/// The driver of a device that works, for those who change its configuration from outside its thread.
-#[derive(Default)]
-struct Driver(Mutex<Option<Arc<dyn Interrupt>>>);
-
-impl Driver {
-    /// Who is told from now on; nobody while the device stands still.
-    fn set(&self, driver: Option<Arc<dyn Interrupt>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = driver;
-    }
-
-    /// Tells it to look at the configuration again.
-    fn configuration_changed(&self) {
-        if let Some(driver) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            driver.configuration_changed();
-        }
-    }
 }
 
 /// What a device's thread counts and others read.

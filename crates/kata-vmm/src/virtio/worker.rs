@@ -3,7 +3,7 @@
 //! ```text
 //!   Device::activate ──▶ Worker::start ──▶ thread: epoll over control, kicks, the work's own descriptors
 //!                                            │ each time: Work::turn(Wake, Rings) ── Then::Again ──▶ at once
-//!   something changed ─▶ Worker::wake  ──▶   │                                    └─ Then::Wait ──▶ sleeps
+//!                                            │                                    └─ Then::Wait ──▶ sleeps
 //!   Device::stop     ──▶ Worker::stop  ──▶ ends; the work and the queues return
 //! ```
 //!
@@ -27,6 +27,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory};
+use crate::chain;
 use crate::seccomp;
 
 /// Stack of a device's thread, in bytes: address space, of which a device touches a few pages.
@@ -78,7 +79,6 @@ impl Then {
 pub struct Wake {
     kicked: u64,
     own: u64,
-    control: bool,
 }
 
 impl Wake {
@@ -92,14 +92,10 @@ impl Wake {
         source < 64 && self.own >> source & 1 == 1
     }
 
-    /// Whether [`Waker::wake`] was called.
-    pub fn called(self) -> bool {
-        self.control
-    }
-
     fn add(&mut self, token: u64) {
         match token {
-            CONTROL => self.control = true,
+            // Only a stop comes that way.
+            CONTROL => {}
             OWN.. => self.own |= 1u64.checked_shl(position(token - OWN)).unwrap_or(0),
             _ => self.kicked |= 1u64.checked_shl(position(token)).unwrap_or(0),
         }
@@ -199,18 +195,6 @@ impl Rings {
     }
 }
 
-/// An error and its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
-}
-
 /// Runs a [`Work`], one activation after another.
 pub struct Worker<W: Work> {
     control: Arc<Control>,
@@ -232,18 +216,6 @@ struct Control {
     stop: AtomicBool,
 }
 
-/// Wakes a worker from elsewhere, for instance when its configuration has changed.
-#[derive(Clone)]
-pub struct Waker(Arc<Control>);
-
-impl Waker {
-    /// Has the worker take a turn, if it works.
-    pub fn wake(&self) {
-        // It fails only where so many wait already that one more makes no difference.
-        let _ = self.0.event.write(1);
-    }
-}
-
 #[derive(Debug, Error)]
 #[error("its thread ended without giving its work back")]
 struct Lost;
@@ -263,11 +235,6 @@ impl<W: Work> Worker<W> {
             State::Stands(work) => Some(work),
             State::Works(_) | State::Lost => None,
         }
-    }
-
-    /// Something to wake it with.
-    pub fn waker(&self) -> Waker {
-        Waker(Arc::clone(&self.control))
     }
 
     /// Begins to work in a thread of its own; one that works already is stopped first. On an error it stands still.
@@ -321,7 +288,8 @@ impl<W: Work> Worker<W> {
         match std::mem::replace(&mut self.state, State::Lost) {
             State::Works(thread) => {
                 self.control.stop.store(true, Ordering::Relaxed);
-                self.waker().wake();
+                // It fails only where it is written to already.
+                let _ = self.control.event.write(1);
                 let Ok(Some((work, rings))) = thread.join() else {
                     tracing::error!(thread = W::NAME, "{Lost}; the device is out of use");
                     return Vec::new();
