@@ -159,7 +159,7 @@ pub struct RunArgs {
     /// Processors of the virtual machine
     #[arg(long, value_name = "N", help_heading = "Virtual machine")]
     pub cpus: Option<Cpus>,
-    /// Virtual machine monitor: auto or qemu
+    /// Virtual machine monitor: auto, builtin or qemu
     #[arg(long, value_name = "NAME", value_parser = ["auto", "builtin", "qemu"], help_heading = "Virtual machine")]
     pub hypervisor: Option<String>,
     /// Change one setting of the configuration (repeatable)

@@ -132,11 +132,12 @@ impl State {
         }
     }
 
-    /// Whether the pod has not ended: neither in order, nor by the death of its owner.
+    /// Whether the pod has not ended: neither in order, nor by the death of its owner. One whose owner could not find out when it
+    /// began (0) is taken to live.
     pub(crate) fn lives(&self) -> bool {
         let same =
-            start_time(&self.owner_pid.to_string()).is_some_and(|start| start == self.owner_start_time);
-        self.state != "stopped" && same
+            || start_time(&self.owner_pid.to_string()).is_some_and(|start| start == self.owner_start_time);
+        self.state != "stopped" && (self.owner_start_time == 0 || same())
     }
 
     /// Replaces the state of the pod in `run_dir`: a reader sees the old one or the new one, whole.

@@ -315,9 +315,12 @@ impl AgentService for Handlers {
     }
 
     async fn copy_file(&self, _: &TtrpcContext, req: wire::CopyFileRequest) -> Answer<wire::Empty> {
-        let what = format!("copying {:?}", req.path);
-        let copied =
-            aside::run(what, move || files::copy(Path::new(kata_api::guest::CONTAINER_DIR), &req)).await;
+        let turn = self.0.copies.clone().lock_owned().await;
+        let copied = aside::run(format!("copying {:?}", req.path), move || {
+            let _turn = turn;
+            files::copy(Path::new(kata_api::guest::CONTAINER_DIR), &req)
+        });
+        let copied = copied.await;
         answer("CopyFile", copied.map_err(RpcError::from).flatten().map(empty))
     }
 
@@ -333,7 +336,12 @@ impl AgentService for Handlers {
 impl Files for Handlers {
     async fn remove(&self, _: &TtrpcContext, req: RemoveRequest) -> Answer<RemoveResponse> {
         let (base, path) = (Path::new(kata_api::guest::CONTAINER_DIR), PathBuf::from(req.path));
-        let removed = aside::run(format!("removing {path:?}"), move || files::remove(base, &path)).await;
+        let turn = self.0.copies.clone().lock_owned().await;
+        let removed = aside::run(format!("removing {path:?}"), move || {
+            let _turn = turn;
+            files::remove(base, &path)
+        });
+        let removed = removed.await;
         answer("Remove", removed.map_err(RpcError::from).flatten().map(|()| RemoveResponse::new()))
     }
 }

@@ -12,7 +12,7 @@ use kata_config::direct_volume::{ClaimError, Entry, MountInfo};
 use kata_hypervisor::PciPath;
 
 use super::StorageError;
-use crate::state::State;
+use crate::state::{State, StateError};
 
 /// A volume whose device the machine gets.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,8 +55,12 @@ impl Claim {
     /// # Errors
     /// [`StorageError::Taken`], and where nothing can be noted.
     pub(crate) fn mark(self) -> Result<Mark, StorageError> {
-        let lives =
-            |other: &OsStr| State::load(&self.run_dir.with_file_name(other)).is_ok_and(|pod| pod.lives());
+        let lives = |other: &OsStr| match State::load(&self.run_dir.with_file_name(other)) {
+            Ok(pod) => pod.lives(),
+            Err(StateError::Read { source, .. }) => source.kind() != io::ErrorKind::NotFound,
+            // What cannot be understood may be another release's.
+            Err(_) => true,
+        };
         match self.entry.claim(&self.pod(), self.readonly, lives) {
             Ok(()) => Ok(Mark(self)),
             Err(ClaimError::Mark(error)) => {

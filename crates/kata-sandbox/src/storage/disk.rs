@@ -99,6 +99,12 @@ struct Attached {
     marks: Vec<Mark>,
 }
 
+/// Notes the pod as the user of a direct volume, if it is one. That looks into files which others may hold up.
+async fn marked(claim: Option<Claim>) -> Result<Option<Mark>, StorageError> {
+    let Some(claim) = claim else { return Ok(None) };
+    blocking(move || claim.mark()).await.unwrap_or(Err(StorageError::Interrupted)).map(Some)
+}
+
 impl PodDisks {
     /// Has the machine take `disk` unless it has, and answers where the guest finds it. Of a direct volume, the pod is noted as
     /// its user first, for as long as the machine has the disk.
@@ -127,11 +133,11 @@ impl PodDisks {
                 return Err(StorageError::ReadOnly(disk.path));
             }
             let new = claim.filter(|claim| !attached.marks.iter().any(|mark| mark.is_of(claim)));
-            attached.marks.extend(new.map(Claim::mark).transpose()?);
+            attached.marks.extend(marked(new).await?);
             attached.users += 1;
             return Ok(attached.at.clone());
         }
-        let marks = claim.map(Claim::mark).transpose()?.into_iter().collect();
+        let marks = marked(claim).await?.into_iter().collect();
         let (id, readonly) = (disk.id.clone(), disk.readonly);
         let (held, at) = plug(vm, disk).await?;
         disks.insert(identity, Attached { id, at: at.clone(), readonly, users: 1, _held: held, marks });

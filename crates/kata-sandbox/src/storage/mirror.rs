@@ -309,9 +309,7 @@ impl Copy {
         for _ in 0..LOOKS {
             let (source, changes) = (self.source.clone(), self.changes.clone());
             let look = move || stable(&source, changes.as_deref());
-            let (looked, told) = blocking(look).await.unwrap_or(Err(StorageError::Interrupted))?;
-            self.blind = !told;
-            match looked {
+            match blocking(look).await.unwrap_or(Err(StorageError::Interrupted))? {
                 Look::Moving => tokio::time::sleep(QUIET).await,
                 Look::TooLarge if self.there.is_empty() => break,
                 Look::TooLarge => {
@@ -321,11 +319,14 @@ impl Copy {
                     );
                     return Ok(());
                 }
-                Look::Still(tree) => match self.apply(&tree).await {
-                    Err(StorageError::Absent(_)) => {}
-                    Err(error) => return Err(error),
-                    Ok(()) => return Ok(()),
-                },
+                Look::Still(tree, told) => {
+                    self.blind = !told;
+                    match self.apply(&tree).await {
+                        Err(StorageError::Absent(_)) => {}
+                        Err(error) => return Err(error),
+                        Ok(()) => return Ok(()),
+                    }
+                }
             }
         }
         Err(StorageError::Restless(self.source.clone()))
@@ -372,34 +373,35 @@ impl Copy {
 }
 
 enum Look {
-    Still(Tree),
+    /// And whether every change of it will be told.
+    Still(Tree, bool),
     Moving,
     TooLarge,
 }
 
-/// Looks twice: what is between two versions is neither of them. Also answers whether `changes` will tell of every change.
-fn stable(source: &Path, changes: Option<&Changes>) -> Result<(Look, bool), StorageError> {
+/// Looks twice: what is between two versions is neither of them.
+fn stable(source: &Path, changes: Option<&Changes>) -> Result<Look, StorageError> {
     let failed = |error| StorageError::file("look through", source, error);
     let look = || match scan(source) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && source.exists() => Ok(Look::Moving),
         Err(error) => Err(failed(error)),
         Ok(None) => Ok(Look::TooLarge),
-        Ok(Some(tree)) => Ok(Look::Still(tree)),
+        Ok(Some(tree)) => Ok(Look::Still(tree, true)),
     };
-    let first = look()?;
-    let Look::Still(tree) = &first else { return Ok((first, true)) };
-    let mut told = true;
+    let (tree, mut told) = match look()? {
+        Look::Still(tree, told) => (tree, told),
+        other => return Ok(other),
+    };
     if let Some(changes) = changes {
         let directories =
             tree.iter().filter(|(_, entry)| entry.kind == Kind::Directory).map(|(name, _)| name);
         told = changes.watch(source, directories).map_err(|error| failed(error.into()))?;
     }
-    let looked = match look()? {
-        Look::Still(again) if again == *tree => first,
-        Look::Still(_) | Look::Moving => Look::Moving,
+    Ok(match look()? {
+        Look::Still(again, _) if again == tree => Look::Still(tree, told),
+        Look::Still(..) | Look::Moving => Look::Moving,
         Look::TooLarge => Look::TooLarge,
-    };
-    Ok((looked, told))
+    })
 }
 
 fn request(path: &Path, target: String, entry: &Entry) -> Result<CopyFileRequest, StorageError> {
