@@ -5,6 +5,8 @@
 //!                               └─ fake   no guest at all; for tests of what sits above
 //!                      │
 //!                      ├─ host      what this machine can run, and the choice that follows from it
+//!                      ├─ life      the processes of one machine until their end, and why they ended
+//!                      ├─ files     what a VMM is given as open descriptors
 //!                      ├─ slots     which device is plugged in where
 //!                      ├─ process   the one way a child is started, watched, ended and recorded
 //!                      └─ vsock     the back end of the guest's vsock device, `kata-vmm vsock`
@@ -14,7 +16,9 @@
 //! nothing of pods, containers or the agent.
 
 pub mod fake;
+mod files;
 pub mod host;
+mod life;
 pub mod process;
 mod qemu;
 mod slots;

@@ -1,7 +1,8 @@
 //! What every driver takes, offers and reports.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -56,8 +57,19 @@ impl fmt::Display for Machine {
 pub struct SharedFs {
     /// The tag that the guest mounts.
     pub tag: String,
-    /// The connected end of the daemon's vhost-user socket.
+    /// The daemon's vhost-user socket, opened with `O_PATH`: who has it can connect, whether or not a path leads there.
+    /// Whoever the VMM runs as may write to it.
     pub socket: OwnedFd,
+}
+
+impl SharedFs {
+    /// Connects to the daemon, which takes one connection.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect(&self) -> std::io::Result<UnixStream> {
+        UnixStream::connect(format!("/proc/self/fd/{}", self.socket.as_raw_fd()))
+    }
 }
 
 /// A network interface: a virtio device whose other end is an open tap.
@@ -134,7 +146,7 @@ pub struct VmSpec {
 }
 
 /// How far a machine can grow after its start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Growth {
     /// Most virtual CPUs.
     pub vcpus: u32,
@@ -298,7 +310,7 @@ pub enum HypervisorError {
     /// A file that the VMM needs could not be opened or prepared.
     #[error("{what} {path:?} cannot be used", path = .path.display())]
     File {
-        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket`.
+        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket` and the like.
         what: &'static str,
         /// Its path.
         path: PathBuf,

@@ -34,8 +34,8 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::COMMAND_BOUND;
 use super::command_line::{BRIDGE, mac_address, vectors};
-use super::files::DiskFile;
 use super::qmp::{Event, Qmp, QmpError};
+use crate::files::DiskFile;
 use crate::slots::{self, Slots};
 use crate::vm::{Disk, HypervisorError, Nic, PciPath};
 

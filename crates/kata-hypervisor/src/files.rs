@@ -1,19 +1,41 @@
-//! The files that QEMU is given as open descriptors, and its way to `/dev/kvm`.
+//! The files that a VMM is given as open descriptors, and its way to `/dev/kvm`.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::MemfdFlags;
 
 use crate::process::Identity;
-use crate::vm::HypervisorError;
+use crate::vm::{HypervisorError, VmSpec};
+
+/// The files that the guest boots from.
+#[derive(Debug)]
+pub(crate) struct BootFiles {
+    pub kernel: OwnedFd,
+    pub initrd: Option<OwnedFd>,
+    pub image: Option<OwnedFd>,
+}
+
+impl BootFiles {
+    /// Opens them for a VMM that runs as `identity`, see [`open_for`].
+    pub(crate) fn open(spec: &VmSpec, identity: &Identity) -> Result<Self, HypervisorError> {
+        let open = |path: &Option<PathBuf>, what| {
+            path.as_ref().map(|path| open_for(identity, path, what)).transpose()
+        };
+        Ok(Self {
+            kernel: open_for(identity, &spec.kernel, "guest kernel")?,
+            initrd: open(&spec.initrd, "initrd")?,
+            image: open(&spec.image, "image")?,
+        })
+    }
+}
 
 /// Opens `path` for a process that runs as `identity`. That process opens it anew through `/proc/self/fd`, which asks for the
 /// file's own permission bits and for no directory's; a file it may not read is copied into memory.
-pub(super) fn open_for(
+pub(crate) fn open_for(
     identity: &Identity,
     path: &Path,
     what: &'static str,
@@ -31,9 +53,9 @@ pub(super) fn open_for(
     in_memory(file).map_err(fault)
 }
 
-/// A disk of the host, open as it is to be used: QEMU duplicates the descriptor, so nobody's permission is asked for again.
+/// A disk of the host, open as it is to be used: the VMM duplicates the descriptor, so nobody's permission is asked for again.
 #[derive(Debug)]
-pub(super) struct DiskFile {
+pub(crate) struct DiskFile {
     pub fd: OwnedFd,
     /// A block device, as opposed to a regular file.
     pub is_device: bool,
@@ -41,7 +63,7 @@ pub(super) struct DiskFile {
 
 impl DiskFile {
     /// Opens the disk for reading alone, or for writing as well.
-    pub(super) fn open(path: &Path, readonly: bool) -> Result<Self, HypervisorError> {
+    pub(crate) fn open(path: &Path, readonly: bool) -> Result<Self, HypervisorError> {
         let fault = |source| HypervisorError::File { what: "disk", path: path.to_owned(), source };
         // Looked at first: opening a pipe would wait for its other end.
         let kind = fs::metadata(path).map_err(fault)?.file_type();
@@ -62,7 +84,7 @@ fn in_memory(mut file: File) -> io::Result<OwnedFd> {
 }
 
 /// Whether the permission bits grant `identity` all of `wanted` (`4` read, `2` write).
-fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) -> bool {
+pub(crate) fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) -> bool {
     let mode = metadata.mode();
     let granted = if identity.uid == metadata.uid() {
         mode >> 6
@@ -75,7 +97,7 @@ fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) -> bool {
 }
 
 /// `identity` with the group that owns `device`, where that is what lets it use KVM.
-pub(super) fn with_kvm(identity: &Identity, device: &Path) -> Result<Identity, HypervisorError> {
+pub(crate) fn with_kvm(identity: &Identity, device: &Path) -> Result<Identity, HypervisorError> {
     let denied = |reason| HypervisorError::KvmDenied { uid: identity.uid, reason };
     let metadata = fs::metadata(device).map_err(|error| denied(format!("{}: {error}", device.display())))?;
     let mut member = identity.clone();
