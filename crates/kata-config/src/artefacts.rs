@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::{Config, SharedFs};
+use crate::{Config, HypervisorChoice, SharedFs};
 
 /// Where an installed release lives.
 const PREFIX: &str = "/opt/kata";
@@ -24,7 +24,7 @@ const MANIFEST: &str = "manifest.json";
 /// What a pod is started from. All paths are absolute and existed when they were found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Artefacts {
-    /// `qemu-system-<arch>`.
+    /// The program of the driver that is chosen: `qemu-system-<arch>`, `cloud-hypervisor`, `firecracker`.
     pub qemu: PathBuf,
     /// `kata-vmm`.
     pub kata_vmm: PathBuf,
@@ -75,6 +75,14 @@ impl Artefacts {
     pub fn qemu(config: &Config) -> Result<PathBuf, ArtefactError> {
         Search::from_process().qemu(config)
     }
+
+    /// Finds the program of the driver that is chosen.
+    ///
+    /// # Errors
+    /// When it is nowhere, with all the places looked at.
+    pub fn vmm(config: &Config) -> Result<PathBuf, ArtefactError> {
+        Search::from_process().vmm(config)
+    }
 }
 
 /// The places to look at.
@@ -111,11 +119,33 @@ impl Search {
         };
         let self_contained = qemu.kernel.is_some() && (qemu.initrd.is_some() || qemu.image.is_some());
         Ok(Artefacts {
-            qemu: self.qemu(config)?,
+            qemu: self.vmm(config)?,
             kata_vmm: self.program("kata-vmm")?,
             virtiofsd,
             guest_image: if self_contained { None } else { Some(self.guest_image()?) },
         })
+    }
+
+    fn vmm(&self, config: &Config) -> Result<PathBuf, ArtefactError> {
+        let drivers = &config.hypervisor;
+        let (name, key, path) = match config.runtime.hypervisor_name {
+            HypervisorChoice::Auto | HypervisorChoice::Qemu => return self.qemu(config),
+            HypervisorChoice::CloudHypervisor | HypervisorChoice::Clh => {
+                ("cloud-hypervisor", "hypervisor.cloud-hypervisor.path", &drivers.cloud_hypervisor.path)
+            }
+            HypervisorChoice::Firecracker | HypervisorChoice::Fc => {
+                ("firecracker", "hypervisor.firecracker.path", &drivers.firecracker.path)
+            }
+        };
+        match path {
+            Some(path) => configured(name, key, path),
+            None => self.on_path(name),
+        }
+    }
+
+    fn on_path(&self, name: &str) -> Result<PathBuf, ArtefactError> {
+        let dirs = std::env::split_paths(&self.path).filter(|dir| dir.is_absolute());
+        first(name, dirs.map(|dir| look(dir.join(name), executable)))
     }
 
     fn qemu(&self, config: &Config) -> Result<PathBuf, ArtefactError> {
@@ -123,8 +153,7 @@ impl Search {
         if let Some(path) = &config.hypervisor.qemu.path {
             return configured(&name, "hypervisor.qemu.path", path);
         }
-        let dirs = std::env::split_paths(&self.path).filter(|dir| dir.is_absolute());
-        first(&name, dirs.map(|dir| look(dir.join(&name), executable)))
+        self.on_path(&name)
     }
 
     fn program(&self, name: &str) -> Result<PathBuf, ArtefactError> {

@@ -23,17 +23,23 @@ const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
 
 /// The drivers there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
     /// `qemu-system-*`.
     Qemu,
+    /// `cloud-hypervisor`.
+    CloudHypervisor,
+    /// `firecracker`.
+    Firecracker,
 }
 
 impl fmt::Display for DriverKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Qemu => f.write_str("qemu"),
-        }
+        f.write_str(match self {
+            Self::Qemu => "qemu",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Firecracker => "firecracker",
+        })
     }
 }
 
@@ -236,6 +242,12 @@ pub struct Choice {
 pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
     let driver = match config.runtime.hypervisor_name {
         HypervisorChoice::Auto | HypervisorChoice::Qemu => DriverKind::Qemu,
+        HypervisorChoice::Clh | HypervisorChoice::CloudHypervisor => {
+            return with_kvm_alone(config, host, DriverKind::CloudHypervisor, "Cloud Hypervisor");
+        }
+        HypervisorChoice::Fc | HypervisorChoice::Firecracker => {
+            return with_kvm_alone(config, host, DriverKind::Firecracker, "Firecracker");
+        }
     };
     let (accelerator, reason) = match (config.runtime.accelerator, &host.kvm) {
         (AcceleratorChoice::Tcg, _) => (
@@ -255,6 +267,28 @@ pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
     Ok(Choice { driver, accelerator, reason })
 }
 
+/// The choice of a driver that cannot emulate.
+fn with_kvm_alone(
+    config: &Config,
+    host: &Host,
+    driver: DriverKind,
+    name: &'static str,
+) -> Result<Choice, HostError> {
+    match (config.runtime.accelerator, &host.kvm) {
+        (AcceleratorChoice::Auto | AcceleratorChoice::Kvm, Kvm::Usable) => Ok(Choice {
+            driver,
+            accelerator: Accelerator::Kvm,
+            reason: format!(
+                "{name} runs the guest on the host's hardware virtualisation (KVM), because the configuration says \
+                 runtime.hypervisor_name = \"{}\"",
+                config.runtime.hypervisor_name
+            ),
+        }),
+        (AcceleratorChoice::Tcg, _) => Err(HostError::NoEmulation { name }),
+        (_, kvm) => Err(HostError::DriverNeedsKvm { name, kvm: kvm.clone() }),
+    }
+}
+
 /// Why the host cannot run what was asked for.
 #[derive(Debug, Error)]
 pub enum HostError {
@@ -263,6 +297,23 @@ pub enum HostError {
         next = .kvm.next_step().unwrap_or("try again"))]
     KvmUnusable {
         /// What is wrong with it.
+        kvm: Kvm,
+    },
+    /// The driver has no emulation, which was asked for.
+    #[error(
+        "runtime.accelerator is \"tcg\", and {name} cannot emulate; set runtime.hypervisor_name to \"qemu\""
+    )]
+    NoEmulation {
+        /// The VMM.
+        name: &'static str,
+    },
+    /// The driver needs KVM, which cannot be used.
+    #[error("{name} needs KVM, and KVM {kvm}; {next} (or set runtime.hypervisor_name to \"qemu\", which can emulate)",
+        next = .kvm.next_step().unwrap_or("try again"))]
+    DriverNeedsKvm {
+        /// The VMM.
+        name: &'static str,
+        /// What is wrong with KVM.
         kvm: Kvm,
     },
     /// QEMU does not run.

@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::process::{Exit, Identity, Record, RecordError, SpawnError};
 use crate::qemu::qmp::QmpError;
+use crate::rest::ApiError;
 use crate::vsock::VsockError;
 
 /// How the guest's instructions are run.
@@ -439,6 +440,17 @@ pub enum HypervisorError {
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),
+    /// The VMM's programming interface failed, or refused.
+    #[error("the VMM does not do what it was asked")]
+    Api(#[from] ApiError),
+    /// The VMM has added a device and did not tell where.
+    #[error("{driver} added a device and does not tell where: {said:?} is no place on its bus")]
+    Place {
+        /// The VMM.
+        driver: &'static str,
+        /// What it said instead.
+        said: String,
+    },
     /// The machine has ended.
     #[error("{0}")]
     Ended(VmExit),

@@ -131,3 +131,19 @@ fn what_is_not_needed_is_not_looked_for() {
     let found = places.search.artefacts(&config).unwrap();
     assert_eq!((found.virtiofsd, found.guest_image), (None, None));
 }
+
+#[test]
+fn the_chosen_drivers_program_comes_from_its_section_or_the_search_path_and_never_from_qemus() {
+    let places = places();
+    let found = places.program("path/cloud-hypervisor");
+    let mut config = Config::default();
+    config.hypervisor.qemu.path = Some("/opt/qemu".into());
+    config.runtime.hypervisor_name = HypervisorChoice::Clh;
+    assert_eq!(places.search.vmm(&config).unwrap(), found);
+    config.hypervisor.cloud_hypervisor.path = Some("/opt/clh".into());
+    let error = places.search.vmm(&config).unwrap_err().to_string();
+    assert!(error.ends_with("/opt/clh (not there; named by hypervisor.cloud-hypervisor.path)"), "{error}");
+    config.runtime.hypervisor_name = HypervisorChoice::Firecracker;
+    let error = places.search.vmm(&config).unwrap_err().to_string();
+    assert!(error.starts_with("firecracker not found"), "{error}");
+}

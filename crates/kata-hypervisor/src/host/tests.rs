@@ -106,3 +106,26 @@ fn host_with(kvm: Kvm) -> Host {
     let version = QemuVersion { major: 7, minor: 2 };
     Host { qemu: Some(Qemu { path: "/usr/bin/qemu".into(), version }), ..host(kvm) }
 }
+
+#[test]
+fn drivers_that_cannot_emulate_are_chosen_by_name_alone_and_need_kvm() {
+    for (name, driver) in [
+        (HypervisorChoice::Clh, DriverKind::CloudHypervisor),
+        (HypervisorChoice::CloudHypervisor, DriverKind::CloudHypervisor),
+        (HypervisorChoice::Fc, DriverKind::Firecracker),
+        (HypervisorChoice::Firecracker, DriverKind::Firecracker),
+    ] {
+        let mut config = config(AcceleratorChoice::Auto);
+        config.runtime.hypervisor_name = name;
+        let choice = choose(&config, &host(Kvm::Usable)).unwrap();
+        assert_eq!((choice.driver, choice.accelerator), (driver, Accelerator::Kvm));
+        assert!(choice.reason.contains(name.as_str()), "{}", choice.reason);
+        let error = choose(&config, &host(Kvm::Absent)).unwrap_err().to_string();
+        assert!(error.contains("needs KVM, and KVM is absent") && error.contains("\"qemu\""), "{error}");
+        config.runtime.accelerator = AcceleratorChoice::Tcg;
+        let error = choose(&config, &host(Kvm::Usable)).unwrap_err().to_string();
+        assert!(error.contains("cannot emulate"), "{error}");
+    }
+    let choice = choose(&config(AcceleratorChoice::Auto), &host(Kvm::Usable)).unwrap();
+    assert_eq!(choice.driver, DriverKind::Qemu);
+}

@@ -95,7 +95,19 @@ impl QemuVm {
         }))
     }
 
-    /// Starts both processes. Those that run when it fails are in `Shared::children`.
+    /// What it says of itself once it runs a `machine` that may grow.
+    #[cfg(test)]
+    pub(crate) fn as_if_running(machine: Machine) -> Capabilities {
+        let vm = Self::new();
+        {
+            let mut state = vm.0.state();
+            state.machine = Some(machine);
+            state.grows = (machine == Machine::Q35, machine == Machine::Q35);
+        }
+        vm.capabilities()
+    }
+
+    /// Starts both processes. Those that run when it fails are in `Shared::life`.
     async fn start(&self, spec: VmSpec, record: &Record) -> Result<Started, HypervisorError> {
         let clock = Measurement::begin().filter(|_| spec.accelerator == Accelerator::Tcg);
         let identity = match spec.accelerator {
