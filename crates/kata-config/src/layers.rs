@@ -384,7 +384,7 @@ impl Layers {
     }
 
     /// Reads the section of the driver that was chosen: it wins over `[hypervisor.qemu]`, which all drivers start from, but not
-    /// over a later `--set`.
+    /// over a later `--set`, nor over an annotation.
     fn chosen_driver(&mut self) {
         let driver = self.config.runtime.hypervisor_name;
         let of_it = |path: &str| keys::driver_of(path).is_some_and(|name| driver.sections().contains(&name));
@@ -400,7 +400,7 @@ impl Layers {
             let later = self
                 .entries
                 .get(&place.key.own_path())
-                .is_some_and(|own| own.number > number && matches!(own.written.origin, Origin::Override));
+                .is_some_and(|own| own.number > number && !matches!(own.written.origin, Origin::File { .. }));
             let standing = match DeValue::parse(&written.value) {
                 Ok(_) if later => Ok(Standing::Effective),
                 Ok(value) if place.key.name == "path" => {

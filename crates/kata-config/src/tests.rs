@@ -287,6 +287,21 @@ fn section_of_the_chosen_driver_wins_over_that_of_qemu_but_not_over_a_later_over
 }
 
 #[test]
+fn annotation_wins_over_the_section_of_the_driver_that_another_one_chooses() {
+    let etc = Etc::with(
+        "[hypervisor.qemu]\nenable_annotations = [\"default_memory\", \"runtime.hypervisor_name\"]\n\
+         [hypervisor.clh]\ndefault_memory = 1024\nmemory_slots = 3\n",
+    );
+    let annotations = [("hypervisor.default_memory", "333"), ("runtime.hypervisor_name", "clh")];
+    let annotations = annotations
+        .map(|(name, value)| (format!("io.katacontainers.config.{name}"), value.to_owned()))
+        .into();
+    let file = Some(etc.path("configuration.toml"));
+    let config = Config::load(&Sources { file, annotations, ..Sources::default() }).unwrap();
+    assert_eq!((config.hypervisor.qemu.default_memory, config.hypervisor.qemu.memory_slots), (333, 3));
+}
+
+#[test]
 fn section_of_the_chosen_driver_is_held_to_what_is_carried_out() {
     let etc = Etc::with(
         "[hypervisor.firecracker]\njailer_path = \"/opt/jailer\"\nqueue_size = 3\n[runtime]\nhypervisor_name = \"fc\"\n",
