@@ -11,11 +11,12 @@ use crate::{Chores, say};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-api", &[]),
     ("kata-config", &[]),
-    ("kata-vmm", &[]),
+    ("kata-vmm-api", &[]),
+    ("kata-vmm", &["kata-vmm-api"]),
     ("kata-image", &[]),
     ("kata-virtiofsd", &[]),
     ("kata-agent", &["kata-api"]),
-    ("kata-hypervisor", &["kata-config"]),
+    ("kata-hypervisor", &["kata-config", "kata-vmm-api"]),
     // Of kata-image only the manifest's types: see docs/adr/0002
     ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image"]),
     // Of kata-hypervisor only the choice of a machine: see docs/adr/0003.

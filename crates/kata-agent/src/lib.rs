@@ -9,7 +9,10 @@
 //!   │        └─▶ console     └─▶ reaper      who ended, and how
 //!   └─ mounts, root, modules, settings: only as PID 1
 //! ```
+//!
+//! What the kernel may keep waiting is done `aside`, wherever it belongs.
 
+pub mod aside;
 pub mod boot;
 pub mod cmdline;
 pub mod console;

@@ -161,16 +161,18 @@ impl Modules {
     fn load(&self, name: &str, parameters: &str) -> Result<bool, ModuleError> {
         let name = canonical(name);
         let Some(paths) = self.sets.get(&name) else { return Ok(false) };
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if loaded.contains(&name) {
+        let loaded = || self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if loaded().contains(&name) {
             return Ok(true);
         }
+        // Not locked meanwhile: one that the kernel waits for must not stop the others. Who loads the same one at the same time
+        // is told by the kernel that it is there, once it is.
         for path in paths {
             let parameters = if Some(path) == paths.last() { parameters } else { "" };
             load_file(&Module { path: path.clone(), parameters: parameters.to_owned() })?;
         }
         tracing::debug!(set = name, files = paths.len(), "loaded kernel modules");
-        loaded.insert(name);
+        loaded().insert(name);
         Ok(true)
     }
 }

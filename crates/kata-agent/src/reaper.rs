@@ -2,13 +2,12 @@
 //!
 //! ```text
 //!  SIGCHLD ──▶ waitid(P_ALL, WNOWAIT): who ended?
-//!                 ├─ registered      ▶ reaped, its receivers get the status
-//!                 ├─ unknown         ▶ reaped, kept a while for a registration that comes late
-//!                 └─ while a Hold is ▶ left alone: its owner waits for it itself
+//!                 ├─ registered ▶ reaped, its receivers get the status
+//!                 └─ unknown    ▶ reaped, kept a while for a registration that comes late
 //! ```
 //!
 //! A container's init reaches the agent by re-parenting and may end before the agent knows its pid; that is why
-//! statuses of unknown children are kept.
+//! statuses of unknown children are kept. Nobody else in the agent waits for a child.
 
 use std::collections::{HashMap, VecDeque};
 use std::process::Command;
@@ -18,7 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, test_kill_process, waitid};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 /// How many statuses of unknown children are kept, and for how long.
 const KEPT: usize = 256;
@@ -78,25 +77,12 @@ impl ExitReceiver {
 struct Table {
     waiting: HashMap<Pid, watch::Sender<Option<ExitStatus>>>,
     kept: VecDeque<(Pid, ExitStatus, Instant)>,
-    holds: usize,
 }
 
 /// The one place that waits for children. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Reaper {
     table: Arc<Mutex<Table>>,
-    again: Arc<Notify>,
-}
-
-/// While it lives, children that nobody registered are left to whoever waits for them.
-#[derive(Debug)]
-pub struct Hold(Reaper);
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        self.0.table().holds -= 1;
-        self.0.again.notify_one();
-    }
 }
 
 impl Reaper {
@@ -114,10 +100,8 @@ impl Reaper {
         let mut children = signal(SignalKind::child())?;
         loop {
             self.reap();
-            tokio::select! {
-                _ = children.recv() => {}
-                () = self.again.notified() => {}
-            }
+            // Signals that come while this is not waiting, or several at once, count as one: it looks at all children.
+            children.recv().await;
         }
     }
 
@@ -138,14 +122,6 @@ impl Reaper {
         let child = command.spawn()?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
         Ok((pid, Self::register_in(&mut table, pid)))
-    }
-
-    /// Leaves children that are not registered alone until the result is dropped, for code that waits with
-    /// `std::process::Child` or `tokio::process::Child` itself.
-    #[must_use]
-    pub fn hold(&self) -> Hold {
-        self.table().holds += 1;
-        Hold(self.clone())
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -174,20 +150,7 @@ impl Reaper {
     /// Takes every status that can be taken now.
     fn reap(&self) {
         while let Some(pid) = ended_child() {
-            let mut table = self.table();
-            if !table.waiting.contains_key(&pid) && table.holds > 0 {
-                // It hides what ended after it, so look for the registered ones by name.
-                Self::reap_registered(&mut table);
-                return;
-            }
-            Self::take(&mut table, pid);
-        }
-    }
-
-    fn reap_registered(table: &mut Table) {
-        let registered: Vec<Pid> = table.waiting.keys().copied().collect();
-        for pid in registered {
-            Self::take(table, pid);
+            Self::take(&mut self.table(), pid);
         }
     }
 

@@ -72,9 +72,11 @@ pub fn run(
     let failed = |what| move |source| ServeError::Runtime { what, source };
     // One thread: it is enough for copying bytes, and a second would cost memory in every guest.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
-    runtime.enable_all().max_blocking_threads(4).thread_stack_size(256 << 10);
+    // Work that the kernel keeps waiting holds its thread: a few of those must not be all that there are. One that is idle ends
+    // after ten seconds.
+    runtime.enable_all().max_blocking_threads(32).thread_stack_size(256 << 10);
     let runtime = runtime.build().map_err(failed("starting the runtime"))?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         let reaper = Reaper::new();
         let reaping = tokio::spawn(reaper.clone().run());
         for word in &settings.ignored {
@@ -104,7 +106,10 @@ pub fn run(
         // The answer to the request that ended the sandbox is still to be written.
         let _ = server.shutdown().await;
         Ok(())
-    })
+    });
+    // A thread that the kernel holds would keep the guest from its end.
+    runtime.shutdown_background();
+    served
 }
 
 /// Each process of a container takes half a dozen descriptors, and the kernel's default would do for a hundred of them.

@@ -34,7 +34,11 @@ const SPLICE: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The host did not connect.
-    #[error("no stream connection from host port {port} within {} s", CLAIM_WITHIN.as_secs())]
+    #[error(
+        "no stream connection from host port {port} within {} s: the host names it in the request and has not made it \
+         (agent.passfd_listener_port)",
+        CLAIM_WITHIN.as_secs()
+    )]
     NotConnected {
         /// The port that the request named.
         port: u32,

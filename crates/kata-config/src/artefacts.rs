@@ -24,8 +24,8 @@ const MANIFEST: &str = "manifest.json";
 /// What a pod is started from. All paths are absolute and existed when they were found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Artefacts {
-    /// The program of the driver that is chosen: `qemu-system-<arch>`, `cloud-hypervisor`, `firecracker`.
-    pub qemu: PathBuf,
+    /// The program of the driver that is chosen: `qemu-system-<arch>`, `kata-vmm`, `cloud-hypervisor`, `firecracker`.
+    pub vmm: PathBuf,
     /// `kata-vmm`.
     pub kata_vmm: PathBuf,
     /// The virtio-fs daemon; `None` where `shared_fs = "none"`.
@@ -60,6 +60,14 @@ impl Artefacts {
         Search::from_process().artefacts(config)
     }
 
+    /// Finds the guest image alone; `None` where the configuration names both the kernel and an initrd or image itself.
+    ///
+    /// # Errors
+    /// When it is nowhere, with all the places looked at.
+    pub fn guest_image(config: &Config) -> Result<Option<PathBuf>, ArtefactError> {
+        Search::from_process().guest_image(config)
+    }
+
     /// Finds one of the project's own programs, e.g. `containerd-shim-kata-v2`.
     ///
     /// # Errors
@@ -74,14 +82,6 @@ impl Artefacts {
     /// When it is nowhere, with all the places looked at.
     pub fn qemu(config: &Config) -> Result<PathBuf, ArtefactError> {
         Search::from_process().qemu(config)
-    }
-
-    /// Finds the program of the driver that is chosen.
-    ///
-    /// # Errors
-    /// When it is nowhere, with all the places looked at.
-    pub fn vmm(config: &Config) -> Result<PathBuf, ArtefactError> {
-        Search::from_process().vmm(config)
     }
 }
 
@@ -117,12 +117,11 @@ impl Search {
             }
             (SharedFs::VirtioFs, None) => Some(self.program("kata-virtiofsd")?),
         };
-        let self_contained = qemu.kernel.is_some() && (qemu.initrd.is_some() || qemu.image.is_some());
         Ok(Artefacts {
-            qemu: self.vmm(config)?,
+            vmm: self.vmm(config)?,
             kata_vmm: self.program("kata-vmm")?,
             virtiofsd,
-            guest_image: if self_contained { None } else { Some(self.guest_image()?) },
+            guest_image: self.guest_image(config)?,
         })
     }
 
@@ -130,6 +129,7 @@ impl Search {
         let drivers = &config.hypervisor;
         let (name, key, path) = match config.runtime.hypervisor_name {
             HypervisorChoice::Auto | HypervisorChoice::Qemu => return self.qemu(config),
+            HypervisorChoice::Builtin => return self.program("kata-vmm"),
             HypervisorChoice::CloudHypervisor | HypervisorChoice::Clh => {
                 ("cloud-hypervisor", "hypervisor.cloud-hypervisor.path", &drivers.cloud_hypervisor.path)
             }
@@ -163,13 +163,17 @@ impl Search {
         first(name, beside.chain(installed))
     }
 
-    fn guest_image(&self) -> Result<PathBuf, ArtefactError> {
+    fn guest_image(&self, config: &Config) -> Result<Option<PathBuf>, ArtefactError> {
+        let named = &config.hypervisor.qemu;
+        if named.kernel.is_some() && (named.initrd.is_some() || named.image.is_some()) {
+            return Ok(None);
+        }
         let beside = self
             .beside
             .iter()
             .map(|dir| look(dir.join(GUEST_IMAGE), |image| trusted(dir, image, has_manifest)));
         let installed = look(self.prefix.join("share/kata").join(GUEST_IMAGE), has_manifest);
-        first("guest image", beside.chain([installed]))
+        first("guest image", beside.chain([installed])).map(Some)
     }
 }
 

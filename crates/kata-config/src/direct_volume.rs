@@ -11,7 +11,8 @@
 //! Directory, names and fields are those of Kata Containers, whose CSI drivers write them.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 const ROOT: &str = "/run/kata-containers/shared/direct-volumes";
 const MOUNT_INFO: &str = "mountInfo.json";
@@ -42,6 +44,17 @@ pub struct MountInfo {
     /// Mount options for the guest.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub options: Vec<String>,
+}
+
+/// Why a pod cannot note that it uses a volume.
+#[derive(Debug, Error)]
+pub enum ClaimError {
+    /// Another does, and lives.
+    #[error("pod {0} uses it: end that pod first, or give each a volume of its own")]
+    Taken(String),
+    /// The mark cannot be written.
+    #[error(transparent)]
+    Mark(#[from] io::Error),
 }
 
 /// The entry of one volume.
@@ -111,15 +124,28 @@ impl Entry {
         }
     }
 
-    /// Notes that a pod uses the volume.
+    /// Notes that a pod uses the volume, in place of those that do not live any more. Where the pod only reads, others may
+    /// use the volume as well.
     ///
     /// # Errors
-    /// It cannot be written.
-    pub fn claim(&self, sandbox: &str) -> io::Result<()> {
-        for other in self.sandboxes()? {
-            std::fs::remove_file(self.0.join(other))?;
+    /// Another pod that lives uses it, or the mark cannot be written.
+    pub fn claim(
+        &self,
+        sandbox: &str,
+        readonly: bool,
+        lives: impl Fn(&OsStr) -> bool,
+    ) -> Result<(), ClaimError> {
+        // Of two pods at once, one sees the other's mark. It is released with the descriptor.
+        let directory = File::open(&self.0)?;
+        directory.lock()?;
+        for other in self.sandboxes()?.iter().filter(|other| *other != sandbox) {
+            if !lives(other) {
+                std::fs::remove_file(self.0.join(other))?;
+            } else if !readonly {
+                return Err(ClaimError::Taken(other.to_string_lossy().into_owned()));
+            }
         }
-        std::fs::write(self.0.join(sandbox), "")
+        Ok(std::fs::write(self.0.join(sandbox), "")?)
     }
 
     /// Notes that the pod does not use it any more.
@@ -174,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_names_the_last_pod_and_goes_whole() {
+    fn an_entry_names_its_pod_and_goes_whole() {
         let root = tempfile::tempdir().unwrap();
         let entry = entry(root.path());
         assert_eq!(entry.read().unwrap(), None);
@@ -182,15 +208,31 @@ mod tests {
         entry.write(&info).unwrap();
         assert_eq!(entry.write(&info).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(entry.sandbox().unwrap(), None);
-        for pod in ["first", "second"] {
-            entry.claim(pod).unwrap();
-        }
-        assert_eq!(entry.sandbox().unwrap().unwrap(), "second");
-        entry.release("second");
+        entry.claim("pod", false, |_| true).unwrap();
+        assert_eq!(entry.sandbox().unwrap().unwrap(), "pod");
+        entry.release("pod");
         assert_eq!(entry.sandbox().unwrap(), None);
         entry.remove().unwrap();
         entry.remove().unwrap();
         assert_eq!(entry.read().unwrap(), None);
+    }
+
+    #[test]
+    fn a_mark_of_a_pod_that_lives_is_respected_and_a_dead_ones_taken_over() {
+        let root = tempfile::tempdir().unwrap();
+        let entry = entry(root.path());
+        entry.write(&MountInfo::default()).unwrap();
+        entry.claim("first", false, |_| true).unwrap();
+        let refused = entry.claim("second", false, |other| other == "first").unwrap_err();
+        assert!(refused.to_string().contains("pod first uses it"), "{refused}");
+        assert_eq!(entry.sandboxes().unwrap(), ["first"]);
+        // Its own it may write again.
+        entry.claim("first", false, |_| true).unwrap();
+        // Who only reads does not mind.
+        entry.claim("reader", true, |_| true).unwrap();
+        assert_eq!(entry.sandboxes().unwrap().len(), 2);
+        entry.claim("second", false, |_| false).unwrap();
+        assert_eq!(entry.sandboxes().unwrap(), ["second"]);
     }
 
     #[test]

@@ -60,7 +60,9 @@ impl HypervisorSection {
         match driver {
             HypervisorChoice::CloudHypervisor | HypervisorChoice::Clh => self.cloud_hypervisor.path = path,
             HypervisorChoice::Firecracker | HypervisorChoice::Fc => self.firecracker.path = path,
-            HypervisorChoice::Auto | HypervisorChoice::Qemu => self.qemu.path = path,
+            HypervisorChoice::Auto | HypervisorChoice::Qemu | HypervisorChoice::Builtin => {
+                self.qemu.path = path
+            }
         }
         Ok(())
     }
@@ -70,7 +72,7 @@ impl HypervisorChoice {
     /// Names of the sections that are read only where this driver is chosen.
     pub(crate) fn sections(self) -> &'static [&'static str] {
         match self {
-            Self::Auto | Self::Qemu => &[],
+            Self::Auto | Self::Qemu | Self::Builtin => &[],
             Self::CloudHypervisor | Self::Clh => &["clh", "cloud-hypervisor"],
             Self::Firecracker | Self::Fc => &["fc", "firecracker"],
         }
@@ -292,8 +294,9 @@ settings! {
     /// `[runtime]`
     pub struct Runtime in "runtime": |config| config.runtime;
 
-    /// Which driver runs the machine; `auto` is QEMU. Another driver has the settings of `[hypervisor.qemu]` as well, those of its
-    /// own section over them, and its program from `path` of its own section alone.
+    /// Which driver runs the machine; `auto` is QEMU. `builtin` is this project's own, which needs KVM. All drivers have the settings
+    /// of `[hypervisor.qemu]`, but for those of QEMU itself; Cloud Hypervisor and Firecracker have those of their own section over
+    /// them, and their program from `path` of that section alone.
     hypervisor_name: HypervisorChoice = HypervisorChoice::Auto,
         { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["dragonball", "openvmm", "remote"]) };
     /// Hardware virtualisation, emulation, or whichever the host can do.
@@ -302,6 +305,9 @@ settings! {
     /// somebody else to join the taps.
     internetworking_model: InternetworkingModel = InternetworkingModel::TcFilter,
         { .annotated().planned_words(&["l3forwarding"]) };
+    /// Directory of networks that are attached directly, one file `<pod>.json` each. This version carries none: a pod that has
+    /// such a file is refused.
+    dan_conf: PathBuf = PathBuf::from("/run/kata-containers/dans");
     /// User ids for the processes of pods, `"first-last"`; each pod's helpers run as one of them.
     uid_range: UidRange = UidRange { first: 900_000, last: 999_999 }, { .ours() };
     /// Level of the owner's log.
@@ -391,6 +397,7 @@ keywords! {
     HypervisorChoice {
         Auto = "auto",
         Qemu = "qemu",
+        Builtin = "builtin",
         CloudHypervisor = "cloud-hypervisor",
         Clh = "clh",
         Firecracker = "firecracker",

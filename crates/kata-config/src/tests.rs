@@ -260,7 +260,7 @@ fn choosing_an_absent_driver_is_read_and_not_carried_out() {
         faults(&etc, &[]),
         [
             "configuration.toml:2: runtime.hypervisor_name: \"dragonball\" is not carried out by this version, which knows auto, \
-             qemu, cloud-hypervisor, clh, firecracker, fc"
+             qemu, builtin, cloud-hypervisor, clh, firecracker, fc"
         ]
     );
     assert!(etc.load(&["runtime.hypervisor_name=qemu"]).is_ok());

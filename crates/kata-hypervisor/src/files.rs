@@ -1,12 +1,14 @@
-//! The files that a VMM is given as open descriptors, and its way to `/dev/kvm`.
+//! What a VMM is given as open descriptors, and its way to `/dev/kvm`.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::MemfdFlags;
+use tokio::net::UnixStream;
 
 use crate::process::Identity;
 use crate::vm::{HypervisorError, VmSpec};
@@ -74,6 +76,20 @@ impl DiskFile {
         let file = File::options().read(true).write(!readonly).open(path).map_err(fault)?;
         Ok(Self { fd: file.into(), is_device: kind.is_block_device() })
     }
+}
+
+/// A connection of ours and the other end of it, for the VMM of `spec`.
+pub(crate) fn socket_pair(spec: &VmSpec) -> Result<(UnixStream, OwnedFd), HypervisorError> {
+    let pair = || {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((UnixStream::from_std(ours)?, theirs.into()))
+    };
+    pair().map_err(|source| HypervisorError::File {
+        what: "socket pair of",
+        path: spec.run_dir.clone(),
+        source,
+    })
 }
 
 fn in_memory(mut file: File) -> io::Result<OwnedFd> {

@@ -25,6 +25,8 @@ const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
+    /// This project's own, `kata-vmm`.
+    Builtin,
     /// `qemu-system-*`.
     Qemu,
     /// `cloud-hypervisor`.
@@ -36,6 +38,7 @@ pub enum DriverKind {
 impl fmt::Display for DriverKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Builtin => "builtin",
             Self::Qemu => "qemu",
             Self::CloudHypervisor => "cloud-hypervisor",
             Self::Firecracker => "firecracker",
@@ -242,6 +245,9 @@ pub struct Choice {
 pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
     let driver = match config.runtime.hypervisor_name {
         HypervisorChoice::Auto | HypervisorChoice::Qemu => DriverKind::Qemu,
+        HypervisorChoice::Builtin => {
+            return with_kvm_alone(config, host, DriverKind::Builtin, "the built-in virtual machine monitor");
+        }
         HypervisorChoice::Clh | HypervisorChoice::CloudHypervisor => {
             return with_kvm_alone(config, host, DriverKind::CloudHypervisor, "Cloud Hypervisor");
         }

@@ -1,7 +1,8 @@
 //! Hypervisor drivers behind one small trait.
 //!
 //! ```text
-//!   kata-sandbox ──▶ trait Vm ──┬─ qemu              q35 and microvm, KVM or TCG; driven over QMP
+//!   kata-sandbox ──▶ trait Vm ──┬─ builtin           this project's own VMM on KVM, `kata-vmm run`
+//!                               ├─ qemu              q35 and microvm, KVM or TCG; driven over QMP
 //!                               ├─ cloud_hypervisor  KVM; driven over HTTP
 //!                               ├─ firecracker       KVM; driven over HTTP; neither shares files nor takes devices
 //!                               └─ fake              no guest at all; for tests of what sits above
@@ -18,6 +19,7 @@
 //! A driver gets a [`VmSpec`], starts the processes that make up one virtual machine and tells how they ended. It knows
 //! nothing of pods, containers or the agent.
 
+mod builtin;
 mod cloud_hypervisor;
 pub mod fake;
 mod files;
@@ -31,6 +33,7 @@ mod slots;
 mod vm;
 mod vsock;
 
+pub use builtin::BuiltinError;
 pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
 pub use rest::ApiError;
@@ -43,6 +46,7 @@ pub use vsock::VsockError;
 /// A driver of the given kind that runs nothing yet.
 pub fn driver(kind: DriverKind) -> Box<dyn Vm> {
     match kind {
+        DriverKind::Builtin => Box::new(builtin::BuiltinVm::new()),
         DriverKind::Qemu => Box::new(qemu::QemuVm::new()),
         DriverKind::CloudHypervisor => Box::new(cloud_hypervisor::CloudHypervisorVm::new()),
         DriverKind::Firecracker => Box::new(firecracker::FirecrackerVm::new()),

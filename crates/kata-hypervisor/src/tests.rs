@@ -1,3 +1,4 @@
+use crate::builtin::BuiltinVm;
 use crate::cloud_hypervisor::CloudHypervisorVm;
 use crate::firecracker::FirecrackerVm;
 use crate::qemu::QemuVm;
@@ -20,6 +21,7 @@ const ROWS: [Row; 7] = [
 fn table_of_the_docs_is_what_the_drivers_say_of_themselves() {
     let page = include_str!("../../../docs/hypervisors.md");
     let drivers = [
+        BuiltinVm::as_if_running(),
         QemuVm::as_if_running(Machine::Q35),
         QemuVm::as_if_running(Machine::Microvm),
         CloudHypervisorVm::as_if_running(),

@@ -59,7 +59,10 @@ pub enum AgentError {
         message: String,
     },
     /// The connection to the agent is gone.
-    #[error("the connection to the agent broke during {call}: {reason}")]
+    #[error(
+        "the guest's agent was lost during {call} ({reason}): the agent or its machine ended; the pod's error and the guest's \
+         console in the owner's log tell why"
+    )]
     Lost {
         /// The call.
         call: &'static str,
@@ -67,7 +70,10 @@ pub enum AgentError {
         reason: String,
     },
     /// The agent did not answer.
-    #[error("the agent did not answer {call} within {bound:?}")]
+    #[error(
+        "the guest's agent did not answer {call} within {bound:?}: the guest hangs, or has too little CPU or memory for its \
+         work; see the guest's console (hypervisor.qemu.enable_debug shows more), then try again or make the pod anew"
+    )]
     NoAnswer {
         /// The call.
         call: &'static str,

@@ -118,8 +118,14 @@ pub enum BootError {
         console: Excerpt,
     },
     /// The agent announced itself, and cannot be reached.
-    #[error("the agent reported that it serves, but cannot be reached")]
-    Connect(#[from] HybridError),
+    #[error("the guest's agent reported that it serves, but cannot be reached{console}")]
+    Connect {
+        /// What the way there says.
+        #[source]
+        source: HybridError,
+        /// The guest's last words.
+        console: Excerpt,
+    },
     /// The agent announced itself with something that is no announcement.
     #[error("the agent reported with {0:?}, which is no announcement")]
     Announcement(String),
@@ -372,7 +378,7 @@ impl Guest {
         VmSpec {
             id: pod.id.clone(),
             run_dir: pod.run_dir.clone(),
-            program: pod.artefacts.qemu.clone(),
+            program: pod.artefacts.vmm.clone(),
             vsock_program: pod.artefacts.kata_vmm.clone(),
             machine: match qemu.machine_type {
                 MachineType::Q35 => Machine::Q35,
@@ -437,7 +443,9 @@ async fn reach_agent(
     };
     timeline.add_guest(&announcement, vmm_ran, Instant::now());
     let start = Instant::now();
-    let open = hybrid::connect(&pod.hybrid, ports::AGENT).await?;
+    let open = hybrid::connect(&pod.hybrid, ports::AGENT)
+        .await
+        .map_err(|source| BootError::Connect { source, console: Excerpt::console(&pod.vm.console_tail()) })?;
     timeline.add(Layer::Agent, "connect", start);
     Ok((Agent::new(open.stream).announced(), Some(announcement)))
 }

@@ -97,7 +97,10 @@ pub enum SandboxError {
     #[error("{0} was killed while it was being created")]
     CreateCancelled(ProcessId),
     /// The agent did not answer a creation in time.
-    #[error("the agent did not create {process} within {bound:?} (agent.kata.create_container_timeout)")]
+    #[error(
+        "the guest's agent did not create {process} within {bound:?}: its files are large or slow, or the guest hangs; raise \
+         agent.kata.create_container_timeout, or see the agent's log (agent.kata.enable_debug shows more)"
+    )]
     CreateTimeout {
         /// Of which process.
         process: ProcessId,
@@ -183,6 +186,13 @@ pub enum SandboxError {
         #[source]
         source: Arc<ResourceError>,
     },
+    /// The pod has a network that is not carried.
+    #[error(
+        "{path} gives the pod a network that is attached directly, without its network namespace, which is not supported: remove \
+         the file, or name another directory (runtime.dan_conf)",
+        path = .0.display()
+    )]
+    DirectNetwork(PathBuf),
     /// The pod does not get what it was promised of the host.
     #[error("the pod cannot have the processors and the memory that it was promised")]
     Resources(#[source] Arc<ResourceError>),
@@ -223,7 +233,7 @@ impl SandboxError {
             Self::UnknownProcess(_) | Self::AlreadyEnded(_) => ErrorKind::NotFound,
             Self::ProcessExists(_) | Self::LeftOver(_) => ErrorKind::AlreadyExists,
             Self::InvalidId(_) => ErrorKind::InvalidArgument,
-            Self::Driver { .. } => ErrorKind::Unimplemented,
+            Self::Driver { .. } | Self::DirectNetwork(_) => ErrorKind::Unimplemented,
             Self::WrongStatus { .. } | Self::ExecRuns { .. } | Self::Busy { .. } => {
                 ErrorKind::FailedPrecondition
             }

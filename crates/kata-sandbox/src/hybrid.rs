@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kata_api::ports;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -25,7 +26,10 @@ pub(crate) struct HybridStream {
 #[derive(Debug, thiserror::Error)]
 pub enum HybridError {
     /// The socket itself cannot be connected to.
-    #[error("cannot connect to the vsock back end at {path}", path = .path.display())]
+    #[error(
+        "cannot connect to the pod's vsock device at {path}; see whether its process (kata-vmm vsock) runs",
+        path = .path.display()
+    )]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -34,13 +38,16 @@ pub enum HybridError {
         source: io::Error,
     },
     /// Nobody listens on this port.
-    #[error("nobody in the guest listens on vsock port {port}")]
+    #[error("nobody in the guest listens on vsock port {port} ({use_of}); {NEXT}", use_of = use_of(*.port))]
     Refused {
         /// The port.
         port: u32,
     },
     /// The back end answered with something else.
-    #[error("the vsock back end answered {answer:?} to CONNECT {port}")]
+    #[error(
+        "the pod's vsock device answered {answer:?} to CONNECT {port}, which is no answer: see whether kata-vmm is the \
+         installed one"
+    )]
     Garbled {
         /// The port.
         port: u32,
@@ -48,7 +55,11 @@ pub enum HybridError {
         answer: String,
     },
     /// The connection broke during the handshake.
-    #[error("the connection to vsock port {port} broke")]
+    #[error(
+        "the connection to vsock port {port} of the guest ({use_of}) broke before it was made: the vsock device or the machine \
+         ended; the owner's log tells which",
+        use_of = use_of(*.port)
+    )]
     Broken {
         /// The port.
         port: u32,
@@ -57,13 +68,30 @@ pub enum HybridError {
         source: io::Error,
     },
     /// No answer within the bound.
-    #[error("vsock port {port} did not answer within {bound:?}")]
+    #[error(
+        "vsock port {port} of the guest ({use_of}) did not answer within {bound:?}: the guest hangs or is overloaded; {NEXT}",
+        use_of = use_of(*.port)
+    )]
     NoAnswer {
         /// The port.
         port: u32,
         /// The bound.
         bound: Duration,
     },
+}
+
+/// What to do about a guest that does not answer.
+const NEXT: &str = "see its console (hypervisor.qemu.enable_debug shows more)";
+
+/// What a port of the guest is for, in a user's words.
+fn use_of(port: u32) -> &'static str {
+    match port {
+        ports::AGENT => "the agent",
+        ports::LOG => "the agent's log",
+        ports::STREAM => "standard streams",
+        ports::FORWARD => "the guest's loopback",
+        _ => "nothing of this runtime's",
+    }
 }
 
 /// Connects to `port` of the guest behind the socket at `path`.

@@ -472,7 +472,7 @@ async fn cause_of_death(pod: &Pod, agent: &Agent, virtiofsd: Option<Child>) -> S
             format!("the virtio-fs daemon {exit}{oom}{}", Excerpt::output(&output))
         }
         () = agent.lost() => {
-            format!("the agent closed its connection{}", Excerpt::console(&pod.vm.console_tail()))
+            format!("the guest's agent closed its connection while the machine runs on: it crashed{}", Excerpt::console(&pod.vm.console_tail()))
         }
         // Nobody ends because of that: what is stuck is not waited for.
         cause = health::lapsed(pod, agent, virtiofsd.as_ref()) => return cause,

@@ -303,8 +303,12 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
         return Err(SandboxError::Driver {
             driver: choice.driver,
             lacks: "cannot share files of the host with the guest, as shared_fs = \"virtio-fs\" asks for",
-            next: "set runtime.hypervisor_name to \"qemu\" or \"cloud-hypervisor\"",
+            next: "set runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\"",
         });
+    }
+    let directly = config.runtime.dan_conf.join(format!("{id}.json"));
+    if config.runtime.dan_conf.is_absolute() && directly.exists() {
+        return Err(SandboxError::DirectNetwork(directly));
     }
     let mut timeline = Timeline::new(started);
     timeline.add(Layer::Host, "owner", started);

@@ -132,6 +132,14 @@ impl State {
         }
     }
 
+    /// Whether the pod has not ended: neither in order, nor by the death of its owner. One whose owner could not find out when it
+    /// began (0) is taken to live.
+    pub(crate) fn lives(&self) -> bool {
+        let same =
+            || start_time(&self.owner_pid.to_string()).is_some_and(|start| start == self.owner_start_time);
+        self.state != "stopped" && (self.owner_start_time == 0 || same())
+    }
+
     /// Replaces the state of the pod in `run_dir`: a reader sees the old one or the new one, whole.
     pub(crate) fn store(&self, run_dir: &Path) -> Result<(), StateError> {
         let path = Self::path(run_dir);
@@ -150,10 +158,16 @@ impl State {
 
 /// This process as `owner_pid` and `owner_start_time`.
 pub(crate) fn owner() -> (u32, u64) {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    (std::process::id(), start_time("self").unwrap_or_default())
+}
+
+/// Field 22 of `/proc/<process>/stat`; `None` where there is no such process any more.
+fn start_time(process: &str) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The name in parentheses may hold anything, so fields are counted from behind it.
-    let start = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok());
-    (std::process::id(), start.unwrap_or_default())
+    let (_, fields) = stat.rsplit_once(')')?;
+    let dead = matches!(fields.split_whitespace().next(), None | Some("Z" | "X"));
+    fields.split_whitespace().nth(19)?.parse().ok().filter(|_| !dead)
 }
 
 #[cfg(test)]
@@ -197,6 +211,9 @@ mod tests {
         state.store(dir.path()).unwrap();
         assert_eq!(State::load(dir.path()).unwrap(), state);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no draft is left");
+        assert!(state.lives());
+        assert!(!State { state: "stopped".to_owned(), ..state.clone() }.lives());
+        assert!(!State { owner_start_time: owner_start_time + 1, ..state }.lives());
     }
 
     #[test]

@@ -35,10 +35,12 @@ pub(crate) mod volume;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use kata_config::direct_volume::ClaimError;
 use kata_hypervisor::process::{Record, RecordError};
 use kata_hypervisor::{DriverKind, HypervisorError};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use tokio::sync::watch;
 
 use crate::agent_client::AgentError;
 use crate::error::ErrorKind;
@@ -128,7 +130,7 @@ pub enum StorageError {
     /// There is no way for a container's root into the guest.
     #[error(
         "{path} cannot reach the guest: {driver} neither shares files of the host nor takes disks while it runs; set \
-         runtime.hypervisor_name to \"qemu\" or \"cloud-hypervisor\"",
+         runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\"",
         path = .path.display()
     )]
     NoWay {
@@ -152,6 +154,15 @@ pub enum StorageError {
         /// What is wrong.
         reason: String,
     },
+    /// A direct volume of another pod.
+    #[error("direct volume {path} cannot be attached", path = .path.display())]
+    Taken {
+        /// Its path.
+        path: PathBuf,
+        /// Whose it is.
+        #[source]
+        source: ClaimError,
+    },
     /// A file system could not be made.
     #[error("cannot make a file system in {path}: {reason}", path = .path.display())]
     Mkfs {
@@ -172,8 +183,11 @@ pub enum StorageError {
         #[source]
         source: AgentError,
     },
+    /// The container was killed meanwhile.
+    #[error("the container was killed before its files were there")]
+    Killed,
     /// The work was interrupted by a fault of this program.
-    #[error("interrupted")]
+    #[error("preparing the files was interrupted by a fault of the owner; its log has the place (owner.log)")]
     Interrupted,
     /// The leak record could not be written, so nothing was made.
     #[error("cannot record what is about to be mounted")]
@@ -190,7 +204,8 @@ impl StorageError {
             | Self::HugePages(_)
             | Self::DirectVolume { .. } => ErrorKind::InvalidArgument,
             Self::Device(_) | Self::NoShare(_) | Self::NoWay { .. } => ErrorKind::Unimplemented,
-            Self::Busy(_) | Self::ReadOnly(_) => ErrorKind::FailedPrecondition,
+            Self::Busy(_) | Self::ReadOnly(_) | Self::Taken { .. } => ErrorKind::FailedPrecondition,
+            Self::Killed => ErrorKind::Unavailable,
             Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {
                 ErrorKind::Unimplemented
             }
@@ -207,6 +222,32 @@ impl StorageError {
 
     fn file(action: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
         Self::File { action, path: path.to_owned(), source: source.into() }
+    }
+}
+
+/// Ends the preparation of a container's files where the container is killed.
+#[derive(Debug)]
+pub(crate) struct Abort(watch::Receiver<Option<u32>>);
+
+impl Abort {
+    /// The signal that ends the container, once there is one.
+    pub(crate) fn on(signal: &watch::Receiver<Option<u32>>) -> Self {
+        Self(signal.clone())
+    }
+
+    /// Does what can be given up at any point.
+    ///
+    /// # Errors
+    /// [`StorageError::Killed`], and those of the work.
+    pub(crate) async fn unless<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        tokio::select! {
+            biased;
+            _ = self.0.wait_for(Option::is_some) => Err(StorageError::Killed),
+            done = work => done,
+        }
     }
 }
 

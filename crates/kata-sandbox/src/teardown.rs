@@ -64,6 +64,7 @@ impl Teardown {
         // Their ends in the guest are gone, so these come to their own.
         crate::lifecycle::drain(self.running, &self.pod.id).await;
         while self.creations.join_next().await.is_some() {}
+        self.pod.disks.forget_all().await;
         let unplugged = match &self.pod.network {
             Some(network) => network.release().await,
             None => Ok(()),

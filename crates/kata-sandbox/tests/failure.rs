@@ -47,6 +47,23 @@ async fn machine_that_dies_while_booting_is_the_cause() {
 }
 
 #[tokio::test]
+async fn pod_with_a_directly_attached_network_is_refused() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.config.runtime.dan_conf = rig.dir.path().join("dans");
+    std::fs::create_dir(&rig.config.runtime.dan_conf).unwrap();
+    // Another pod's is none of this one's business.
+    std::fs::write(rig.config.runtime.dan_conf.join("other.json"), "{}").unwrap();
+    rig.pod().await.shutdown().await.unwrap();
+    let file = rig.config.runtime.dan_conf.join("pod.json");
+    std::fs::write(&file, "{}").unwrap();
+    let refused = rig.launch().await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unimplemented);
+    let text = refused.chain();
+    assert!(text.contains(file.to_str().unwrap()) && text.contains("runtime.dan_conf"), "{text}");
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
 async fn machine_that_cannot_be_started_is_the_cause() {
     let Some(mut rig) = Rig::new().await else { return };
     rig.vm = rig.vm.clone().boot_fails("no such machine type");
@@ -187,7 +204,7 @@ async fn death_of_the_agent_is_the_death_of_the_pod() {
     let error = pod.stats("c").await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the pod is dead: the agent closed its connection; the guest's console ends with:\n  | agent: panicked"
+        "the pod is dead: the guest's agent closed its connection while the machine runs on: it crashed; the guest's console ends with:\n  | agent: panicked"
     );
     soon(pod.shutdown()).await.unwrap();
     rig.assert_clean().await;
@@ -239,7 +256,8 @@ async fn create_that_takes_too_long_is_told_by_its_bound() {
         soon(pod.create_container(rig.container("c", &["sleep"], Stdio::default()))).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the agent did not create container c within 1s (agent.kata.create_container_timeout)"
+        "the guest's agent did not create container c within 1s: its files are large or slow, or the guest hangs; raise \
+         agent.kata.create_container_timeout, or see the agent's log (agent.kata.enable_debug shows more)"
     );
     pod.shutdown().await.unwrap();
     rig.assert_clean().await;

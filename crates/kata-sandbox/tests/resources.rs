@@ -10,8 +10,10 @@
 mod rig;
 
 use kata_hypervisor::{Growth, Size};
-use kata_sandbox::{ContainerSpec, ErrorKind, ResourceSpec, Stdio};
-use oci_spec::runtime::{LinuxBuilder, LinuxMemoryBuilder, LinuxResources, LinuxResourcesBuilder, Spec};
+use kata_sandbox::{ContainerSpec, ErrorKind, ProcessId, ResourceSpec, Stdio};
+use oci_spec::runtime::{
+    LinuxBuilder, LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResources, LinuxResourcesBuilder, Spec,
+};
 use rig::Rig;
 
 fn memory(mib: i64) -> LinuxResources {
@@ -87,6 +89,76 @@ async fn a_change_that_the_guest_refuses_is_taken_back() {
     // Were the first still counted, this were no growth, and not refused.
     assert!(pod.update("c", memory(300)).await.is_err());
     pod.update("c", memory(100)).await.unwrap();
+    pod.shutdown().await.unwrap();
+}
+
+/// A container that may run on these CPUs of the host alone.
+fn bound_to(rig: &Rig, id: &str, cpus: &str) -> ContainerSpec {
+    let mut container = rig.container(id, &["sleep"], Stdio::default());
+    let linux = LinuxBuilder::default().resources(on_cpus(cpus)).build().unwrap();
+    container.spec.set_linux(Some(linux));
+    container
+}
+
+fn on_cpus(cpus: &str) -> LinuxResources {
+    let cpu = LinuxCpuBuilder::default().cpus(cpus).build().unwrap();
+    LinuxResourcesBuilder::default().cpu(cpu).build().unwrap()
+}
+
+/// What is in `cpuset.cpus` of the cgroup at `path`, under either version; `None` where this host has none.
+fn cpus_of(path: &str) -> Option<String> {
+    let roots = ["/sys/fs/cgroup/cpuset", "/sys/fs/cgroup"];
+    let file = roots.map(|root| format!("{root}{path}/cpuset.cpus"));
+    file.iter().find_map(|file| std::fs::read_to_string(file).ok()).map(|text| text.trim().to_owned())
+}
+
+#[tokio::test]
+async fn a_pod_is_as_wide_as_before_once_a_container_bound_to_cpus_has_left() {
+    let Some(mut rig) = Rig::new().await else { return };
+    let path = format!("/kata-test-{}/pod", std::process::id());
+    let text = format!(
+        r#"{{"ociVersion":"1.1.0","linux":{{"cgroupsPath":"{path}"}},
+        "annotations":{{"io.kubernetes.cri.container-type":"sandbox"}}}}"#
+    );
+    rig.resources = ResourceSpec::of(&serde_json::from_str::<Spec>(&text).unwrap()).unwrap();
+    let pod = rig.pod().await;
+    let Some(before) = cpus_of(&path) else {
+        kata_testkit::skip("the host has no cgroup controller for CPUs");
+        return pod.shutdown().await.unwrap();
+    };
+    pod.create_container(bound_to(&rig, "bound", "0")).await.unwrap();
+    assert_eq!(cpus_of(&path).unwrap(), "0");
+    // One that may run anywhere has the pod run anywhere.
+    pod.create_container(rig.container("free", &["sleep"], Stdio::default())).await.unwrap();
+    assert_eq!(cpus_of(&path).unwrap(), before);
+    pod.delete(&ProcessId::init("free")).await.unwrap();
+    assert_eq!(cpus_of(&path).unwrap(), "0");
+    // What the guest refuses changes nothing.
+    rig.agent.refuse("UpdateContainer", ttrpc::Code::INTERNAL, "no");
+    pod.update("bound", on_cpus("0-1")).await.unwrap_err();
+    rig.agent.relent();
+    assert_eq!(cpus_of(&path).unwrap(), "0");
+    pod.delete(&ProcessId::init("bound")).await.unwrap();
+    assert_eq!(cpus_of(&path).unwrap(), before);
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn limits_of_a_container_that_counts_for_nothing_are_not_found() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.config.runtime.static_sandbox_resource_mgmt = false;
+    rig.config.hypervisor.qemu.default_maxmemory = 2048;
+    let pod = rig.pod().await;
+    let mut pause = rig.container("pause", &["sleep"], Stdio::default());
+    let mark = ("io.kubernetes.cri.container-type".to_owned(), "sandbox".to_owned());
+    pause.spec.set_annotations(Some([mark].into()));
+    pod.create_container(pause).await.unwrap();
+    let refused = pod.update("pause", memory(1024)).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::NotFound);
+    assert!(refused.chain().contains("stands for its pod"), "{}", refused.chain());
+    assert!(!rig.agent.calls().contains(&"UpdateContainer".to_owned()));
+    assert_eq!(rig.vm.size(), None);
     pod.shutdown().await.unwrap();
 }
 

@@ -267,7 +267,7 @@ async fn pod_is_refused_where_its_driver_cannot_share_files() {
     assert_eq!(
         error.to_string(),
         "the pod cannot be made: qemu cannot share files of the host with the guest, as shared_fs = \"virtio-fs\" asks for; \
-         set runtime.hypervisor_name to \"qemu\" or \"cloud-hypervisor\""
+         set runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\""
     );
     rig.assert_clean().await;
 }

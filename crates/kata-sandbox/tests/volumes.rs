@@ -322,6 +322,137 @@ async fn direct_volume_is_a_disk_of_the_machine_while_somebody_uses_it() {
     rig.assert_clean().await;
 }
 
+/// Another pod beside the test's, as its owner leaves it to be read.
+fn beside(rig: &Rig, name: &str, state: &str) {
+    let run_dir = rig.run_dir().with_file_name(name);
+    std::fs::create_dir_all(&run_dir).unwrap();
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let start = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap();
+    let text = format!(
+        r#"{{"version": 1, "id": "{name}", "state": "{state}", "owner_pid": {}, "owner_start_time": {start},
+        "created_at_ms": 0, "hypervisor": "qemu", "accelerator": "tcg", "choice": "", "guest_kernel": "",
+        "agent_version": "", "containers": [], "timeline": [], "fault": null}}"#,
+        std::process::id()
+    );
+    std::fs::write(run_dir.join("state.json"), text).unwrap();
+}
+
+#[tokio::test]
+async fn direct_volume_of_a_pod_that_lives_is_refused_and_a_dead_ones_taken_over() {
+    let Some(rig) = Rig::new().await else { return };
+    let (path, device) = (rig.dir.path().join("csi"), rig.dir.path().join("device"));
+    std::fs::write(&device, [0; 4096]).unwrap();
+    let entry = Entry::of(&path).unwrap();
+    let (volume_type, fs_type) = ("directvol".to_owned(), "ext4".to_owned());
+    entry.write(&MountInfo { volume_type, device, fs_type, ..Default::default() }).unwrap();
+    let pod = rig.pod().await;
+    beside(&rig, "other", "ready");
+    entry.claim("other", false, |_| true).unwrap();
+    let taken = pod.create_container(container(&rig, "a", &[(&path, "rw")])).await.unwrap_err();
+    assert_eq!(taken.kind(), ErrorKind::FailedPrecondition);
+    assert!(taken.chain().contains("pod other uses it"), "{}", taken.chain());
+    assert_eq!((entry.sandbox().unwrap().unwrap(), rig.vm.disks().len()), ("other".into(), 0));
+
+    beside(&rig, "other", "stopped");
+    for name in ["a", "b"] {
+        pod.create_container(container(&rig, name, &[(&path, "rw")])).await.unwrap();
+    }
+    assert_eq!(entry.sandbox().unwrap().unwrap(), "pod");
+    remove(&pod, "a").await;
+    assert_eq!(entry.sandbox().unwrap().unwrap(), "pod", "the other container uses it still");
+    remove(&pod, "b").await;
+    assert_eq!(entry.sandbox().unwrap(), None);
+    entry.remove().unwrap();
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn disk_of_one_machine_is_no_other_machines_until_it_is_given_back() {
+    let (Some(rig), Some(other)) = (Rig::new().await, Rig::new().await) else { return };
+    let Some(device) = Loop::new(&rig) else { return };
+    let (file, path, raw) =
+        (rig.dir.path().join("disk"), rig.dir.path().join("csi"), rig.dir.path().join("other"));
+    std::fs::write(&file, [0; 4096]).unwrap();
+    let entries = [(&path, &file), (&raw, &device.0)].map(|(path, device)| {
+        let entry = Entry::of(path).unwrap();
+        let (device, fs_type) = (device.clone(), "ext4".to_owned());
+        entry
+            .write(&MountInfo { volume_type: "block".to_owned(), device, fs_type, ..Default::default() })
+            .unwrap();
+        entry
+    });
+    let (pod, next) = (rig.pod().await, other.pod().await);
+    for path in [&path, &raw] {
+        pod.create_container(container(&rig, "a", &[(path, "rw")])).await.unwrap();
+        let busy = next.create_container(container(&other, "a", &[(path, "rw")])).await.unwrap_err();
+        assert_eq!(busy.kind(), ErrorKind::FailedPrecondition);
+        assert!(busy.chain().contains("in use on the host"), "{}", busy.chain());
+        assert_eq!(other.vm.disks(), []);
+        remove(&pod, "a").await;
+        next.create_container(container(&other, "a", &[(path, "rw")])).await.unwrap();
+        remove(&next, "a").await;
+    }
+    entries.iter().for_each(|entry| entry.remove().unwrap());
+    pod.shutdown().await.unwrap();
+    next.shutdown().await.unwrap();
+}
+
+/// Runs a test again, alone, with a directory of programs before those of the host.
+fn with_programs(test: &str, programs: &[(&str, &str)]) -> bool {
+    if std::env::var_os("KATA_TEST_ALONE").is_some() {
+        return true;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in programs {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        std::fs::set_permissions(dir.path().join(name), PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    let run = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env("KATA_TEST_ALONE", "1")
+        .env("PATH", path)
+        .status();
+    assert!(run.unwrap().success());
+    false
+}
+
+#[tokio::test]
+async fn disk_that_takes_long_to_make_holds_up_nobody_else_and_is_given_up_with_its_container() {
+    let slow = [("mkfs.ext4", "#!/bin/sh\nexec sleep 100\n")];
+    if !with_programs(
+        "disk_that_takes_long_to_make_holds_up_nobody_else_and_is_given_up_with_its_container",
+        &slow,
+    ) {
+        return;
+    }
+    let Some(mut rig) = Rig::new().await else { return };
+    let Some(device) = Loop::new(&rig) else { return };
+    rig.config.runtime.emptydir_mode = EmptyDirMode::BlockPlain;
+    let dir = volume(&rig, "kubernetes.io~empty-dir", "dir");
+    let image = dir.join("disk.img");
+    let pod = rig.pod().await;
+    let creation = |name: &str| {
+        let (pod, container) = (pod.clone(), container(&rig, name, &[(&dir, "rw")]));
+        tokio::spawn(async move { pod.create_container(container).await })
+    };
+    let first = creation("first");
+    until("its image", || image.exists()).await;
+    let second = creation("second");
+    soon(pod.create_container(with_device(&rig, "other", &device.0, "rwm"))).await.unwrap();
+    soon(remove(&pod, "other")).await;
+    // One that waits for the other's disk does not wait for its own end.
+    for (name, creation) in [("second", second), ("first", first)] {
+        pod.kill(&ProcessId::init(name), 9, false).await.unwrap();
+        let ended = soon(creation).await.unwrap().unwrap_err();
+        assert!(ended.chain().contains("was killed while it was being created"), "{}", ended.chain());
+    }
+    assert!(!image.exists());
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
 /// A device of this machine, for as long as it is kept.
 struct Loop(PathBuf);
 
@@ -345,33 +476,32 @@ impl Drop for Loop {
     }
 }
 
+/// A container that asks for a device of the host as `/dev/raw`.
+fn with_device(rig: &Rig, name: &str, device: &Path, access: &str) -> ContainerSpec {
+    let numbers = std::fs::metadata(device).unwrap().rdev();
+    let (major, minor) = (rustix::fs::major(numbers), rustix::fs::minor(numbers));
+    let mut container = container(rig, name, &[]);
+    let mut spec = serde_json::to_value(&container.spec).unwrap();
+    spec["linux"]["devices"] =
+        serde_json::json!([{"type": "b", "major": major, "minor": minor, "path": "/dev/raw"}]);
+    let rule =
+        serde_json::json!({"type": "b", "major": major, "minor": minor, "allow": true, "access": access});
+    spec["linux"]["resources"] = serde_json::json!({"devices": [rule]});
+    container.spec = serde_json::from_value(spec).unwrap();
+    container
+}
+
 #[tokio::test]
 async fn raw_block_volume_is_plugged_in_and_the_agent_is_told_where() {
     let Some(rig) = Rig::new().await else { return };
     let Some(device) = Loop::new(&rig) else { return };
-    let numbers = std::fs::metadata(&device.0).unwrap().rdev();
-    let (major, minor) = (rustix::fs::major(numbers), rustix::fs::minor(numbers));
-    let asking = |name: &str, access: &str| {
-        let mut container = container(&rig, name, &[]);
-        let mut spec = serde_json::to_value(&container.spec).unwrap();
-        let numbers = serde_json::json!({"type": "b", "major": major, "minor": minor});
-        let with = |more: serde_json::Value| {
-            let mut all = numbers.clone();
-            all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-            all
-        };
-        spec["linux"]["devices"] = serde_json::json!([with(serde_json::json!({"path": "/dev/raw"}))]);
-        let rule = with(serde_json::json!({"allow": true, "access": access}));
-        spec["linux"]["resources"] = serde_json::json!({"devices": [rule]});
-        container.spec = serde_json::from_value(spec).unwrap();
-        container
-    };
+    let asking = |name: &str, access: &str| with_device(&rig, name, &device.0, access);
     let pod = rig.pod().await;
     pod.create_container(asking("a", "rm")).await.unwrap();
     let disks = rig.vm.disks();
     assert_eq!((disks.len(), &disks[0].path, disks[0].readonly), (1, &device.0, true));
-    let device = rig.agent.created().remove(0).devices.remove(0);
-    assert_eq!((&*device.type_, &*device.id, &*device.container_path), ("blk", "10/01", "/dev/raw"));
+    let told = rig.agent.created().remove(0).devices.remove(0);
+    assert_eq!((&*told.type_, &*told.id, &*told.container_path), ("blk", "10/01", "/dev/raw"));
     let error = pod.create_container(asking("b", "rwm")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
     remove(&pod, "a").await;

@@ -51,9 +51,13 @@ pub(crate) fn precondition(request: &'static str, chain: String) -> ttrpc::Error
     status(Code::FAILED_PRECONDITION, chain)
 }
 
+/// What whoever comes too late is told.
+const LEAVING: &str = "the pod is being taken down, and its owner takes no more requests: wait until it is gone, then make a \
+                       new pod (Kubernetes does so by itself)";
+
 /// The answer to a request that came too late.
 pub(crate) fn leaving() -> ttrpc::Error {
-    status(Code::UNAVAILABLE, "the owner of the pod is leaving")
+    status(Code::UNAVAILABLE, LEAVING)
 }
 
 /// The answer to a request that is not carried.

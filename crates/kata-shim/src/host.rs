@@ -1,7 +1,10 @@
 //! `host`: what this host can run pods with, and what would be chosen.
 
+use std::path::Path;
+use std::process::Command;
+
 use kata_config::{ArtefactError, Artefacts, Config, ConfigErrors};
-use kata_hypervisor::host::{Choice, Host, HostError, choose};
+use kata_hypervisor::host::{Choice, DriverKind, Host, HostError, choose};
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -20,6 +23,8 @@ struct Findings {
     qemu: Result<(), String>,
     choice: Result<Choice, HostError>,
     artefacts: Result<Artefacts, ArtefactError>,
+    /// Whether the built-in monitor can be confined; `None` where it is not chosen.
+    jail: Option<Result<(), String>>,
 }
 
 /// Prints what was found. A host that cannot run pods is an answer, not a failure.
@@ -40,13 +45,32 @@ fn look(config: &Config) -> Findings {
         host = host.clone().with_qemu(&program).map_err(|error| chain(&error))?;
         Ok(())
     });
-    Findings { qemu, choice: choose(config, &host), artefacts: Artefacts::locate(config), host }
+    let choice = choose(config, &host);
+    let artefacts = Artefacts::locate(config);
+    let builtin = choice.as_ref().is_ok_and(|choice| choice.driver == DriverKind::Builtin);
+    let jail = artefacts.as_ref().ok().filter(|_| builtin).map(|found| jail(&found.kata_vmm, config));
+    Findings { qemu, choice, artefacts, jail, host }
+}
+
+/// Has the built-in monitor try its jail, as a pod's user.
+fn jail(program: &Path, config: &Config) -> Result<(), String> {
+    let mut command = Command::new(program);
+    command.arg("check").env_clear();
+    if rustix::process::geteuid().is_root() {
+        let user = config.runtime.uid_range.last;
+        command.args(["--user", &format!("{user}:{user}")]);
+    }
+    let output = command.output().map_err(|error| format!("{}: {error}", program.display()))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).trim().chars().take(500).collect()),
+    }
 }
 
 fn as_json(findings: &Findings) -> Value {
     let artefacts = findings.artefacts.as_ref().ok().map(|found| {
         json!({
-            "qemu": found.qemu,
+            "vmm": found.vmm,
             "kata_vmm": found.kata_vmm,
             "virtiofsd": found.virtiofsd,
             "guest_image": found.guest_image,
@@ -58,6 +82,8 @@ fn as_json(findings: &Findings) -> Value {
         "choice": findings.choice.as_ref().ok(),
         "choice_error": findings.choice.as_ref().err().map(|error| chain(error)),
         "artefacts": artefacts,
+        "jail": findings.jail.as_ref().map(Result::is_ok),
+        "jail_error": findings.jail.as_ref().and_then(|jail| jail.as_ref().err()),
         "artefacts_error": findings.artefacts.as_ref().err().map(|error| chain(error)),
     })
 }
@@ -71,8 +97,13 @@ fn as_text(findings: &Findings) -> String {
     };
     let choice = findings.choice.as_ref().map_or_else(|error| chain(error), |choice| choice.reason.clone());
     let artefacts = findings.artefacts.as_ref().map_or_else(|error| chain(error), |_| "all found".to_owned());
+    let jail = match &findings.jail {
+        None => "not asked for: the built-in monitor is not chosen".to_owned(),
+        Some(Ok(())) => "the built-in monitor can be confined".to_owned(),
+        Some(Err(why)) => why.clone(),
+    };
     format!(
-        "KVM:        {}\nQEMU:       {qemu}\nCPUs:       {}\nmemory:     {} MiB\nartefacts:  {artefacts}\nchoice:     {choice}\n",
+        "KVM:        {}\nQEMU:       {qemu}\nCPUs:       {}\nmemory:     {} MiB\nartefacts:  {artefacts}\njail:       {jail}\nchoice:     {choice}\n",
         host.kvm, host.cpus, host.memory_mib
     )
 }

@@ -24,8 +24,8 @@ pub(crate) struct Plan {
 impl Plan {
     pub(crate) fn make(sources: &Sources) -> Result<Self, PlanError> {
         let config = Config::load(sources).map_err(PlanError::Config)?;
-        let artefacts = Artefacts::locate(&config).map_err(PlanError::Artefacts)?;
         let choice = choose(&config, &Host::probe()).map_err(PlanError::Host)?;
+        let artefacts = Artefacts::locate(&config).map_err(PlanError::Artefacts)?;
         Ok(Self { config, artefacts, choice })
     }
 }

@@ -125,7 +125,7 @@ fn spec(dir: &Path, ground: &Ground) -> SandboxSpec {
         hostname: None,
         config,
         artefacts: Artefacts {
-            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            vmm: "/usr/bin/qemu-system-x86_64".into(),
             kata_vmm: "/usr/bin/kata-vmm".into(),
             virtiofsd: Some(daemon(dir)),
             guest_image: None,

@@ -46,9 +46,13 @@ impl Host {
         self.configure_at(&self.config(), text);
     }
 
-    /// The same in another file.
+    /// The same in another file. `KATA_TEST_HYPERVISOR` names the driver where the test does not.
     pub fn configure_at(&self, path: &Path, text: &str) {
-        let ids = format!("[runtime]\nuid_range = \"{}-{}\"\n", self.ids.start, self.ids.end - 1);
+        let mut ids = format!("[runtime]\nuid_range = \"{}-{}\"\n", self.ids.start, self.ids.end - 1);
+        let driver = std::env::var("KATA_TEST_HYPERVISOR").ok();
+        if let Some(driver) = driver.filter(|_| !text.contains("hypervisor_name")) {
+            ids.push_str(&format!("hypervisor_name = \"{driver}\"\n"));
+        }
         let text =
             if text.contains("[runtime]") { text.replacen("[runtime]\n", &ids, 1) } else { ids + text };
         std::fs::write(path, text).unwrap();

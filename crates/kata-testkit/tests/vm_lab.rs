@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use kata_testkit::host::{Host, stderr, stdout};
 
@@ -40,6 +42,42 @@ fn accelerator_is_kvm_without_being_asked_for_and_tcg_if_asked_for() {
     host.configure("[runtime]\naccelerator = \"tcg\"\n");
     let output = host.output(["check"]);
     assert!(stdout(&output).contains("accelerator = \"tcg\""), "{}{}", stdout(&output), stderr(&output));
+}
+
+#[test]
+fn builtin_monitor_runs_a_pod_in_its_jail_and_its_death_is_told() {
+    if !in_the_lab() {
+        return;
+    }
+    let host = Host::new().unwrap();
+    host.configure("[runtime]\nhypervisor_name = \"builtin\"\n");
+    let check = host.output(["check"]);
+    let text = stdout(&check);
+    assert!(text.contains("builtin with kvm"), "{text}{}", stderr(&check));
+    assert!(text.contains("can be confined"), "{text}{}", stderr(&check));
+
+    let script =
+        "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; echo up; exec sleep 1000";
+    let mut pod = host
+        .ctl(["run", "--rm", "--memory", "256M", host.image().as_str(), "sh", "-c", script])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(pod.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let said: Vec<String> = lines.take_while(|line| line != "up").collect();
+    let monitor = host.pids_of("kata-vmm").first().copied();
+    let status = monitor.map(|pid| std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap());
+    let killed = monitor.map(|pid| Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap());
+    let output = pod.wait_with_output().unwrap();
+    assert!(said.iter().any(|line| line.contains("kvm-clock")), "{said:?}{}", stderr(&output));
+    let status = status.unwrap();
+    for line in ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+        assert!(status.contains(line), "{status}");
+    }
+    assert!(killed.unwrap().success());
+    assert!(stderr(&output).contains("VMM was killed by signal 9"), "{}", stderr(&output));
+    assert_eq!(host.leftovers(Duration::from_secs(10)), Vec::<String>::new());
 }
 
 #[test]

@@ -1,20 +1,27 @@
-//! `kata-vmm`: device back ends as processes of their own.
+//! `kata-vmm`: a virtual machine monitor, and its devices as back ends for others.
 
 use std::error::Error;
+use std::fs::File;
 use std::io::IsTerminal;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use kata_vmm::chain;
+use kata_vmm::jail::{Jail, SOCKETS, User};
+use kata_vmm::kvm::End;
+use kata_vmm::machine::{Descriptors, Machine, Place, Vmm};
 use kata_vmm::seccomp;
+use kata_vmm::server::{self, Served};
 use kata_vmm::vhost_user;
 use kata_vmm::vsock::{Vsock, VsockConfig};
+use kata_vmm_api::{Descriptor, EndReason, MachineSpec, MemorySpec};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
-/// Virtual devices for VMMs.
+/// Virtual machines on KVM, and virtual devices for other VMMs.
 #[derive(Parser)]
 #[command(name = "kata-vmm", version, about)]
 struct Cli {
@@ -26,6 +33,63 @@ struct Cli {
 enum Command {
     /// Serve a socket device to one vhost-user front end, until it closes the connection
     Vsock(VsockArgs),
+    /// Run one virtual machine, as the client at the other end of a socket says
+    Run(RunArgs),
+    /// Boot a guest here and now, its console on the standard output and nothing confined: to try a kernel, and to measure
+    Boot(BootArgs),
+    /// Try whether a virtual machine could be confined here, and say what is missing
+    Check(CheckArgs),
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// Connected unix socket of the client; the end of the connection ends the machine
+    #[arg(long, value_name = "FD")]
+    api_fd: RawFd,
+    /// /dev/kvm, open for reading and writing
+    #[arg(long, value_name = "FD")]
+    kvm_fd: Option<RawFd>,
+    /// Directory of the sockets that the guest's connections go to; nothing else of the host can be reached
+    #[arg(long, value_name = "DIR")]
+    sockets: Option<PathBuf>,
+    /// Become this user
+    #[arg(long, value_name = "UID:GID")]
+    user: Option<User>,
+    /// Without any confinement: a guest that breaks the monitor has the rights on the host that the monitor was started with
+    #[arg(long, conflicts_with = "user")]
+    no_jail: bool,
+    /// Least level of the messages on stderr: error, warn, info, debug, trace or off
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    log_level: LevelFilter,
+}
+
+#[derive(Args)]
+struct BootArgs {
+    /// ELF file with a PVH note, or bzImage
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "LINE", default_value = "console=ttyS0 reboot=t panic=-1")]
+    append: String,
+    /// Virtual CPUs
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    cpus: u32,
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    memory: u64,
+    /// No serial port: what the guest says is lost, and it boots faster
+    #[arg(long)]
+    no_console: bool,
+}
+
+#[derive(Args)]
+struct CheckArgs {
+    /// Try it as this user
+    #[arg(long, value_name = "UID:GID")]
+    user: Option<User>,
 }
 
 #[derive(Args)]
@@ -58,30 +122,129 @@ enum CommandError {
     },
     #[error("--listen-fd and --hybrid-fd are the same descriptor, {0}")]
     SameDescriptor(RawFd),
+    #[error("a virtual processor did what cannot be emulated, so the machine ended: {0}")]
+    CpuFault(String),
+    #[error("a device of the machine cannot go on, so the machine ended: {0}")]
+    DeviceLost(String),
+    #[error("{} cannot be opened", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{0}")]
+    Fault(String),
     #[error("--listen-fd: the front end cannot be accepted")]
     Accept(#[source] std::io::Error),
 }
 
 fn main() -> ExitCode {
-    let Command::Vsock(args) = Cli::parse().command;
-    tracing_subscriber::fmt()
-        .with_max_level(args.log_level)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-    match serve_vsock(args) {
+    let done = match Cli::parse().command {
+        Command::Vsock(args) => {
+            log(args.log_level);
+            serve_vsock(args)
+        }
+        Command::Run(args) => {
+            log(args.log_level);
+            run(&args)
+        }
+        Command::Boot(args) => {
+            log(LevelFilter::WARN);
+            boot(&args)
+        }
+        Command::Check(args) => check(&args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut line = format!("kata-vmm: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                line.push_str(&format!(": {error}"));
-                cause = error.source();
-            }
-            eprintln!("{line}");
+            eprintln!("kata-vmm: {}", chain(&*error));
             ExitCode::FAILURE
         }
     }
+}
+
+fn log(level: LevelFilter) {
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+fn run(args: &RunArgs) -> Result<(), Box<dyn Error>> {
+    let api = UnixStream::from(inherited("api-fd", args.api_fd)?);
+    let kvm = args.kvm_fd.map(|fd| inherited("kvm-fd", fd)).transpose()?;
+    raise_descriptor_limit();
+    spare_memory();
+    let mut sockets = args.sockets.clone();
+    if args.no_jail {
+        tracing::warn!("nothing confines this virtual machine monitor, as asked by --no-jail");
+    } else {
+        Jail { user: args.user, sockets: sockets.clone() }.enter()?;
+        seccomp::confine_threads()?;
+        sockets = sockets.map(|_| SOCKETS.into());
+    }
+    let served = server::serve(&api, &mut Vmm::new(kvm, sockets, !args.no_jail))?;
+    match served {
+        Served::Ended(EndReason::CpuFault, detail) => Err(CommandError::CpuFault(detail).into()),
+        Served::Ended(EndReason::DeviceLost, detail) => Err(CommandError::DeviceLost(detail).into()),
+        Served::Closed | Served::Shutdown | Served::Ended(..) => Ok(()),
+    }
+}
+
+/// A machine of nothing but a kernel, until it ends.
+fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
+    let open = |path: &PathBuf| {
+        File::open(path)
+            .map_err(|source| CommandError::Open { path: path.clone(), source })
+            .map(OwnedFd::from)
+    };
+    let mut files = vec![open(&args.kernel)?];
+    let mut named = |file: Option<OwnedFd>| {
+        file.map(|file| {
+            files.push(file);
+            Descriptor(files.len() - 1)
+        })
+    };
+    let initrd = named(args.initrd.as_ref().map(open).transpose()?);
+    let console = named((!args.no_console).then(standard_output).transpose()?);
+    let (size_mib, max_mib) = (args.memory, args.memory);
+    let spec = MachineSpec {
+        cpus: args.cpus,
+        max_cpus: args.cpus,
+        memory: MemorySpec { size_mib, max_mib, prealloc: false, hugepages: false, reporting: false },
+        kernel: Descriptor(0),
+        initrd,
+        command_line: args.append.clone(),
+        console,
+        vsock: None,
+        shared_fs: None,
+        disks: Vec::new(),
+        nics: Vec::new(),
+    };
+    let machine = Machine::new(&spec, Descriptors::new(files), Place { kvm: None, sockets: None })?;
+    machine.resume()?;
+    match machine.ending().wait() {
+        End { reason: EndReason::Shutdown | EndReason::Reset, .. } => Ok(()),
+        End { detail, .. } => Err(CommandError::Fault(detail).into()),
+    }
+}
+
+/// The standard output once more. The port makes its descriptor non-blocking, which whoever else has this one must not notice: so
+/// it is opened anew, where it is something that can be opened.
+fn standard_output() -> std::io::Result<OwnedFd> {
+    match File::options().append(true).open("/proc/self/fd/1") {
+        Ok(file) => Ok(file.into()),
+        Err(_) => std::io::stdout().as_fd().try_clone_to_owned(),
+    }
+}
+
+/// The jail, entered by a process that does nothing else.
+fn check(args: &CheckArgs) -> Result<(), Box<dyn Error>> {
+    Jail { user: args.user, sockets: None }.confine()?;
+    seccomp::confine_threads()?;
+    println!("a virtual machine monitor can be confined here");
+    Ok(())
 }
 
 fn serve_vsock(args: VsockArgs) -> Result<(), Box<dyn Error>> {
@@ -119,6 +282,15 @@ fn raise_descriptor_limit() {
     limit.current = limit.maximum;
     if let Err(e) = setrlimit(Resource::Nofile, limit) {
         tracing::info!(error = %e, "the limit of open files stays as it is");
+    }
+}
+
+/// One heap for all threads: by itself the allocator gives each its own, and touches pages of all of them.
+fn spare_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: changes a parameter of the allocator; there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

@@ -25,6 +25,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 #[path = "../src/vsock/driver.rs"]
 mod driver;
+/// Where the driver finds its rings, here as in the crate.
+#[path = "../src/virtio"]
+mod virtio {
+    pub mod driver;
+}
 
 use driver::{Driver, MEMORY, SIZE, WRITE};
 

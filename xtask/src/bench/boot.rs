@@ -29,7 +29,7 @@ pub fn measure(bench: &Bench) -> Chores<(Vec<Row>, f64)> {
             Accelerator::Tcg => bare.boot(&format!("{MACHINE},hpet=on"), POD_PARAMETERS)?,
             Accelerator::Kvm => boot,
         };
-        let start = first_byte(bench)?;
+        let start = first_byte(bench, &["--hypervisor", "qemu"])?;
         if run > 0 {
             boots.push(boot * 1e3);
             lean_boots.push(lean_boot * 1e3);
@@ -56,9 +56,10 @@ fn row(what: &str, unit: &'static str, samples: Vec<f64>, budget: Option<f64>) -
     Row { what: what.to_owned(), unit, samples: Samples::new(samples), budget }
 }
 
-/// Seconds until the first byte of output.
-fn first_byte(bench: &Bench) -> Chores<f64> {
-    let mut command = bench.ctl(&["run", "--rm", "--memory", "256M", &bench.image, "echo", "up"]);
+/// Seconds until the first byte of output of a pod that is started with these options.
+pub(super) fn first_byte(bench: &Bench, options: &[&str]) -> Chores<f64> {
+    let run = [&["run", "--rm", "--memory", "256M"], options, &[&bench.image, "echo", "up"]].concat();
+    let mut command = bench.ctl(&run);
     let program = PathBuf::from(command.get_program());
     let begin = Instant::now();
     let mut child = command.stdout(Stdio::piped()).spawn().map_err(at("start", &program))?;
@@ -72,9 +73,9 @@ fn first_byte(bench: &Bench) -> Chores<f64> {
 }
 
 /// The machine alone.
-struct BareBoot {
-    kernel: PathBuf,
-    initrd: PathBuf,
+pub(super) struct BareBoot {
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
     accelerator: Accelerator,
 }
 
@@ -93,13 +94,13 @@ fn initrd() -> PathBuf {
 }
 
 impl BareBoot {
-    fn of(bench: &Bench) -> Self {
+    pub fn of(bench: &Bench) -> Self {
         let kernel = bench.products.dir.join("guest-image/vmlinux");
         Self { kernel, initrd: initrd(), accelerator: bench.accelerator }
     }
 
     /// Seconds from exec of QEMU to its end.
-    fn boot(&self, machine: &str, parameters: &str) -> Chores<f64> {
+    pub fn boot(&self, machine: &str, parameters: &str) -> Chores<f64> {
         let (accelerator, processor) = match self.accelerator {
             Accelerator::Tcg => ("tcg,thread=multi", "max"),
             Accelerator::Kvm => ("kvm", "host"),

@@ -8,6 +8,7 @@
 
 mod beside_runc;
 mod boot;
+mod builtin;
 mod containerd;
 mod cri;
 mod exec;
@@ -96,7 +97,10 @@ fn bench(runs: usize, accelerator: Accelerator) -> Chores<Bench> {
 /// Measures starts alone, with KVM and what [`prepare`] has built, and prints the table: for the lab.
 pub fn run_in_lab(runs: usize) -> Chores {
     let bench = bench(runs, Accelerator::Kvm)?;
-    println!("{}", table::render(&starts(&bench, &[1])?, &bench)?);
+    let mut rows = starts(&bench, &[1])?;
+    say("the built-in VMM, beside QEMU's microvm");
+    rows.extend(builtin::measure(&bench)?);
+    println!("{}", table::render(&rows, &bench)?);
     Ok(())
 }
 

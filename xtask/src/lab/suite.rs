@@ -32,6 +32,9 @@ pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
     for (name, path) in suite::prepare()? {
         environment.push(format!("{name}={}", path.display()));
     }
+    // Which driver runs the pods: the same tests for each.
+    environment
+        .extend(std::env::var("KATA_TEST_HYPERVISOR").map(|name| format!("KATA_TEST_HYPERVISOR={name}")));
     say("building the tests");
     let command = runner(all, filter)?;
     let lab = prepare()?;

@@ -20,6 +20,7 @@ use super::plan::{Plan, ProcessPlan};
 use super::template::Template;
 use super::wire::{self, Answer, Attached, Request, Task};
 use super::{Engine, EngineError, ProcessIo, Spawned};
+use crate::aside;
 use crate::reaper::Reaper;
 
 /// Where the engine finds what it needs.
@@ -386,12 +387,16 @@ impl Engine for NativeEngine {
     }
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), EngineError> {
-        let container = self.container(id)?;
-        container.cgroup.limit(resources)?;
-        if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
-            container.cgroup.filter_devices(Some(resources), &[])?;
-        }
-        Ok(())
+        let (container, resources) = (self.container(id)?, resources.clone());
+        let change = move || {
+            container.cgroup.limit(&resources)?;
+            if resources.devices().as_ref().is_some_and(|rules| !rules.is_empty()) {
+                container.cgroup.filter_devices(Some(&resources), &[])?;
+            }
+            Ok(())
+        };
+        // Whoever lowers a memory limit waits until the kernel has taken the rest away.
+        aside::within(aside::BOUND, format!("changing the limits of container {id:?}"), change).await?
     }
 
     async fn stats(&self, id: &str) -> Result<CgroupStats, EngineError> {

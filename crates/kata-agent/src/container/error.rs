@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::cgroup::CgroupError;
+use crate::aside::AsideError;
 
 /// Why the engine refused or failed.
 #[derive(Debug, Error)]
@@ -67,6 +68,9 @@ pub enum EngineError {
     /// The cgroup or one of its limits.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The kernel did not come back.
+    #[error(transparent)]
+    Aside(#[from] AsideError),
     /// A step of the setup failed.
     #[error("cannot {step}")]
     Setup {
@@ -77,7 +81,10 @@ pub enum EngineError {
         source: io::Error,
     },
     /// The process was killed, or ended, before its setup was done.
-    #[error("the process of container {0:?} ended during its setup")]
+    #[error(
+        "the process of container {0:?} ended during its setup: it was killed, by a request or because its memory limit is \
+         too small for the setup"
+    )]
     Ended(String),
 }
 
@@ -115,7 +122,7 @@ impl EngineError {
             Self::Unsupported { .. } => Fault::Unsupported,
             Self::WrongState { .. } => Fault::WrongState,
             Self::Cgroup(error) => error.fault(),
-            Self::Setup { .. } | Self::Ended(_) => Fault::Failed,
+            Self::Aside(_) | Self::Setup { .. } | Self::Ended(_) => Fault::Failed,
         }
     }
 

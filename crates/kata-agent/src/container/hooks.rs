@@ -3,7 +3,7 @@
 //! | hook | program of | when | runs as |
 //! |---|---|---|---|
 //! | `createContainer` | the guest | mounts and devices are there, the root is not entered yet | root of the guest, in the container's namespaces |
-//! | `startContainer` | the container | it is started, its command is next | the container's user |
+//! | `startContainer` | the container | it is started, its command is next | the command: its user, capabilities, seccomp filter |
 //!
 //! Each reads the container's state as JSON from its input (OCI runtime specification, "State"); `pid` is the one that the
 //! container knows itself by. The first that fails ends the container with the last line of its error output.
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::EngineError;
+use super::restrictions::Restrictions;
 use super::wire::Failure;
 
 /// Bound on a hook that names none, as on the host.
@@ -69,15 +70,30 @@ impl HooksPlan {
         })
     }
 
-    /// Runs `hooks` of this container.
-    pub(super) fn run(&self, hooks: &[HookPlan], status: &'static str) -> Result<(), Failure> {
+    /// Runs `createContainer`.
+    pub(super) fn run_before_root(&self) -> Result<(), Failure> {
+        self.run(&self.create, "creating", None)
+    }
+
+    /// Runs `startContainer`, each under the restrictions of the command. They are not yet on this process, which has to do
+    /// more for a hook than a profile for the command may allow.
+    pub(super) fn run_before_command(&self, restrictions: &Restrictions) -> Result<(), Failure> {
+        self.run(&self.start, "created", Some(restrictions))
+    }
+
+    fn run(
+        &self,
+        hooks: &[HookPlan],
+        status: &'static str,
+        restrictions: Option<&Restrictions>,
+    ) -> Result<(), Failure> {
         hooks.iter().try_for_each(|hook| {
             let mut state = self.state.clone();
             if let Some(fields) = state.as_object_mut() {
                 fields.insert("status".to_owned(), json!(status));
                 fields.insert("pid".to_owned(), json!(std::process::id()));
             }
-            hook.run(&state)
+            hook.run(&state, restrictions)
         })
     }
 }
@@ -102,7 +118,7 @@ fn plans(key: &str, hooks: Option<&[Hook]>) -> Result<Vec<HookPlan>, EngineError
 }
 
 impl HookPlan {
-    fn run(&self, state: &Value) -> Result<(), Failure> {
+    fn run(&self, state: &Value, restrictions: Option<&Restrictions>) -> Result<(), Failure> {
         let step = |what: &str| format!("{what} the hook {}", self.path.display());
         let failed = |error: io::Error| Failure::setup(step("run"), error);
         // Files in memory: whatever a hook reads or writes, nobody has to be there for it.
@@ -118,6 +134,10 @@ impl HookPlan {
         let pairs = self.env.iter().map(|pair| pair.split_once('=').unwrap_or((pair, "")));
         command.env_clear().envs(pairs).stdin(input).stdout(memory()?);
         command.stderr(output.try_clone().map_err(failed)?);
+        if let Some(restrictions) = restrictions.cloned() {
+            // SAFETY: this process has one thread, so what it has locked its child can unlock.
+            unsafe { command.pre_exec(move || restrictions.put_on_child()) };
+        }
         let mut child = command.spawn().map_err(failed)?;
         let deadline = Instant::now() + self.bound.min(LONGEST);
         let status = loop {

@@ -10,7 +10,7 @@
 //!  bounding set, ids    capabilities kept, but not effective beyond the plan
 //!  lookup               with the rights the command will have
 //!  ── gate ──           a created container waits here
-//!  startContainer       hooks of a created container
+//!  startContainer       hooks of a created container, each under the two that follow
 //!  seccomp              needs no_new_privs, or CAP_SYS_ADMIN that is regained for it
 //!  capabilities         the final sets
 //!  execve
@@ -30,10 +30,10 @@ use rustix::thread::{
     unshare_unsafe,
 };
 
-use super::capabilities::CapabilityPlan;
 use super::filesystem::last_errno;
 use super::lookup;
 use super::plan::{ContainerPlan, ProcessPlan, Rlimit, TerminalPlan, flag_of};
+use super::restrictions::Restrictions;
 use super::rootfs::{self, Prepared};
 use super::seccomp::Filter;
 use super::terminal::Terminal;
@@ -99,11 +99,12 @@ fn become_process(
     let command = process.args.first().map_or("", String::as_str);
     let program = lookup::find(command, &env)?;
     let call = Call::new(&program, &process.args, &env)?;
+    let restrictions = Restrictions::new(process, filter, permitted);
     if let Some(hooks) = hooks {
         wait_at_gate(socket)?;
-        hooks.run(&hooks.start, "created")?;
+        hooks.run_before_command(&restrictions)?;
     }
-    restrict(process, filter, permitted)?;
+    restrictions.put_on()?;
     let error = call.exec();
     Err(lookup::exec_failure(program, error))
 }
@@ -355,48 +356,6 @@ fn wait_at_gate(socket: &mut UnixStream) -> Result<(), Failure> {
     wire::answer(socket, &Answer::Ready).map_err(failed)?;
     socket.read_exact(&mut [0]).map_err(failed)
 }
-
-/// The last restrictions. Allocates nothing after the filter is on: it may forbid what an allocator calls.
-fn restrict(process: &ProcessPlan, filter: Option<&Filter>, permitted: CapabilitySet) -> Result<(), Failure> {
-    let install = |filter: &Filter| {
-        filter.install().map_err(|error| Failure::setup("install the seccomp filter", error))
-    };
-    let apply = || {
-        let applied = process.capabilities.apply();
-        applied.map_err(|error| Failure::setup("set the capabilities", error))
-    };
-    reset_signals();
-    match filter {
-        Some(filter) if process.no_new_privileges => {
-            apply()?;
-            install(filter)
-        }
-        Some(filter) => {
-            let regained = CapabilityPlan::regain(permitted);
-            regained.map_err(|error| Failure::setup("regain the capabilities", error))?;
-            install(filter)?;
-            apply()
-        }
-        None => apply(),
-    }
-}
-
-/// Ignored signals and the mask are inherited over `execve`; a container starts with the defaults.
-fn reset_signals() {
-    // By system calls: libc keeps two signals to itself, which an ancestor may ignore all the same. All zeroes is the
-    // default action without flags and the empty set; the kernel's `struct sigaction` is not larger on any machine.
-    let zeroes = [0_u64; 8];
-    let none = std::ptr::null_mut::<u64>();
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: `zeroes` is valid for the call, and the default action calls no code. KILL and STOP refuse it.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, zeroes.as_ptr(), none, SIGNAL_SET) };
-    }
-    // SAFETY: `zeroes` is valid for the length of the call.
-    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, zeroes.as_ptr(), none, SIGNAL_SET) };
-}
-
-/// Bytes of the kernel's signal set: 64 signals.
-const SIGNAL_SET: usize = 8;
 
 /// The arguments of an `execve`, ready before the filter.
 struct Call {

@@ -43,6 +43,7 @@ mod init;
 mod lookup;
 mod namespaces;
 mod plan;
+mod restrictions;
 mod rootfs;
 mod seccomp;
 mod template;

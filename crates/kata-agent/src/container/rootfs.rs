@@ -47,7 +47,7 @@ pub(super) fn enter(
         devices::populate(&tree, &plan.devices)?;
     }
     let terminal = terminal.map(|terminal| console(&tree, terminal)).transpose()?;
-    plan.hooks.run(&plan.hooks.create, "creating")?;
+    plan.hooks.run_before_root()?;
     protect(&tree, plan)?;
     pivot(&tree, plan)?;
     Ok(terminal)

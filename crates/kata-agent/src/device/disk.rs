@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::pci::{self, PciPath, PciPathError};
 use super::uevent::Uevents;
+use crate::aside::{self, AsideError};
 use crate::modules::{ModuleError, Modules};
 
 /// The drivers of the disks that a host plugs in: behind virtio themselves, behind a SCSI controller, memory.
@@ -43,12 +44,9 @@ pub enum DiskError {
         #[source]
         missing: Missing,
     },
-    /// The agent is ending.
-    #[error("the search for disk {disk} was interrupted")]
-    Interrupted {
-        /// As the request calls it.
-        disk: String,
-    },
+    /// The kernel did not come back.
+    #[error(transparent)]
+    Aside(#[from] AsideError),
 }
 
 /// What was found at the end of the way to a disk that is not there.
@@ -100,13 +98,16 @@ pub struct Disks {
     modules: Arc<Modules>,
     tree: Tree,
     timeout: Duration,
+    /// For each thing that is asked of the kernel.
+    bound: Duration,
 }
 
 impl Disks {
     /// Those of this guest; `timeout` is how long one may take to appear.
     #[must_use]
     pub fn new(modules: Arc<Modules>, timeout: Duration) -> Self {
-        Self { modules, tree: Tree { sys: "/sys".into(), dev: "/dev".into() }, timeout }
+        let tree = Tree { sys: "/sys".into(), dev: "/dev".into() };
+        Self { modules, tree, timeout, bound: aside::BOUND }
     }
 
     /// The block device of `disk`, a [`PciPath`] or `/dev/NAME`, once it can be opened.
@@ -130,8 +131,8 @@ impl Disks {
         let uevents = Uevents::listen().map_err(DiskError::Listen)?;
         let (modules, drivers) = (self.modules.clone(), place.drivers());
         let load = move || drivers.iter().try_for_each(|driver| modules.want(driver));
-        let loaded = tokio::task::spawn_blocking(load).await;
-        loaded.map_err(|_| interrupted(disk))?.map_err(DiskError::Driver)?;
+        let what = format!("loading the driver of disk {disk}");
+        aside::within(self.bound, what, load).await?.map_err(DiskError::Driver)?;
         self.wait(disk, &place, &uevents).await
     }
 
@@ -139,9 +140,9 @@ impl Disks {
         let deadline = Instant::now() + self.timeout;
         loop {
             let (tree, wanted) = (self.tree.clone(), place.clone());
-            // The first to open a disk may read from it, and so wait for the host.
-            let seen = tokio::task::spawn_blocking(move || tree.look(&wanted)).await;
-            let missing = match seen.map_err(|_| interrupted(disk))? {
+            // The first to open a disk may read from it, and so wait for the host; so may a controller that is told to look.
+            let what = format!("looking for disk {disk}");
+            let missing = match aside::within(self.bound, what, move || tree.look(&wanted)).await? {
                 Ok(node) => return Ok(node),
                 Err(missing) => missing,
             };
@@ -153,10 +154,6 @@ impl Disks {
             }
         }
     }
-}
-
-fn interrupted(disk: &str) -> DiskError {
-    DiskError::Interrupted { disk: disk.to_owned() }
 }
 
 /// What a request calls a disk.

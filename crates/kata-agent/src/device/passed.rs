@@ -26,6 +26,7 @@ use tokio::time::{Instant, timeout_at};
 use super::disk::{DiskError, Disks, Missing};
 use super::pci::{self, PciPath, PciPathError};
 use super::uevent::Uevents;
+use crate::aside::{self, AsideError};
 use crate::modules::{ModuleError, Modules};
 
 /// Types that are served.
@@ -92,8 +93,14 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
+    /// The kernel did not come back.
+    #[error(transparent)]
+    Aside(#[from] AsideError),
     /// The kernel did not let the driver have it.
-    #[error("PCI device {address} stays with the driver {driver:?} and does not go to {VFIO_PCI}")]
+    #[error(
+        "PCI device {address} stays with the driver {driver:?} and does not go to {VFIO_PCI}: the image has no such driver, or \
+         the machine no IOMMU for the device"
+    )]
     NotBound {
         /// The guest's address.
         address: String,
@@ -137,13 +144,16 @@ pub struct Passing {
     disks: Disks,
     sys: PathBuf,
     timeout: Duration,
+    /// For each thing that is asked of the kernel.
+    bound: Duration,
 }
 
 impl Passing {
     /// Devices of this guest; `timeout` is how long one may take to appear.
     #[must_use]
     pub fn new(modules: Arc<Modules>, timeout: Duration) -> Self {
-        Self { disks: Disks::new(modules.clone(), timeout), modules, sys: "/sys".into(), timeout }
+        let disks = Disks::new(modules.clone(), timeout);
+        Self { disks, modules, sys: "/sys".into(), timeout, bound: aside::BOUND }
     }
 
     /// Waits for all `devices`, each within the timeout.
@@ -197,8 +207,7 @@ impl Passing {
             let uevents = Uevents::listen().map_err(DeviceError::Listen)?;
             let directory = self.wait(host, &path, &uevents).await?;
             if device.type_ == VFIO_PCI {
-                self.modules.want(VFIO_PCI).map_err(DeviceError::Driver)?;
-                bind(&self.sys, &directory)?;
+                self.give_to_vfio(&directory).await?;
                 let group = directory.join("iommu_group");
                 let link = std::fs::read_link(&group).map_err(file("reading", &group))?;
                 groups.push(pci::name(&link));
@@ -219,6 +228,17 @@ impl Passing {
             }
         }
         Ok(())
+    }
+
+    /// A driver that lets go of its device, and one that takes it, may wait for the device.
+    async fn give_to_vfio(&self, directory: &Path) -> Result<(), DeviceError> {
+        let what = format!("giving PCI device {} to {VFIO_PCI}", pci::name(directory));
+        let (modules, sys, directory) = (self.modules.clone(), self.sys.clone(), directory.to_owned());
+        let give = move || {
+            modules.want(VFIO_PCI).map_err(DeviceError::Driver)?;
+            bind(&sys, &directory)
+        };
+        aside::within(self.bound, what, give).await?
     }
 
     /// The directory of a PCI function, once it is there.

@@ -3,7 +3,10 @@
 mod group;
 mod hugepages;
 pub mod options;
+mod places;
 pub mod share;
+#[cfg(test)]
+mod silent;
 mod storage;
 mod watch;
 

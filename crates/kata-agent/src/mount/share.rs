@@ -8,44 +8,47 @@
 //! Containers that use the same volume share one mount of it, and with it one set of inodes: sockets, locks and mapped
 //! pages are the same for all of them. The last one lets go.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use oci_spec::runtime::Spec;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, openat, statfs, statx};
 use rustix::mount::{UnmountFlags, unmount};
 
+use super::places::Places;
+
 /// The mounts that are held, each with the number of its holders.
 #[derive(Debug, Default)]
-pub struct Held(Mutex<HashMap<PathBuf, usize>>);
+pub struct Held(Places<usize>);
 
 impl Held {
     /// Mounts what a container of `spec` uses below `share`, and gives what is mounted there, for
-    /// [`release`](Self::release). May wait for the host.
+    /// [`release`](Self::release). May wait for the host, but for no mount of other containers.
     pub fn hold(&self, spec: &Spec, share: &Path) -> Vec<PathBuf> {
         let root = spec.root().as_ref().map(|root| root.path().clone());
         let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone());
         let inside = |path: &PathBuf| path.starts_with(share) && path != share;
-        // For as long as it takes: a mount must not go between the look and the count.
-        let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let held: Vec<PathBuf> =
-            root.into_iter().chain(sources).filter(inside).filter(|path| is_mounted(path)).collect();
-        for path in &held {
-            *holders.entry(path.clone()).or_default() += 1;
-        }
-        held
+        root.into_iter().chain(sources).filter(inside).filter(|path| self.hold_one(path)).collect()
     }
 
-    /// Lets go of what [`hold`](Self::hold) gave, the last first. May wait for the host.
+    fn hold_one(&self, path: &Path) -> bool {
+        // From before the look until after the count: the mount must not go between them.
+        let mut holders = self.0.lock_blocking(path);
+        let mounted = is_mounted(path);
+        if mounted {
+            *holders = Some(holders.unwrap_or_default() + 1);
+        }
+        mounted
+    }
+
+    /// Lets go of what [`hold`](Self::hold) gave, the last first. May wait for the host, as that does.
     pub fn release(&self, held: &[PathBuf]) {
-        let mut holders = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for path in held.iter().rev() {
-            match holders.get_mut(path) {
-                Some(others) if *others > 1 => *others -= 1,
+            let mut holders = self.0.lock_blocking(path);
+            match *holders {
+                Some(others) if others > 1 => *holders = Some(others - 1),
                 Some(_) => {
-                    holders.remove(path);
                     let_go(path);
+                    *holders = None;
                 }
                 None => {}
             }
@@ -77,6 +80,7 @@ mod tests {
     use rustix::mount::{MountFlags, mount};
 
     use super::*;
+    use crate::mount::silent::SilentMount;
 
     #[test]
     fn mounts_below_the_share_are_held_until_released_and_nothing_else_is() {
@@ -116,5 +120,43 @@ mod tests {
         all.release(&held);
         assert!(is_mounted(&outside));
         let_go(&outside);
+        assert!(all.0.paths().is_empty());
+    }
+
+    #[test]
+    fn a_mount_that_does_not_answer_keeps_no_other_container_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = dir.path().join("share");
+        let [silent, volume] = ["a/rootfs", "b/rootfs"].map(|name| share.join(name));
+        std::fs::create_dir_all(&volume).unwrap();
+        let Some(server) = SilentMount::at(&share.join("a")) else { return };
+        mount("none", &volume, "tmpfs", MountFlags::empty(), None).unwrap();
+        let spec = |root: &Path| {
+            let root = RootBuilder::default().path(root).build().unwrap();
+            SpecBuilder::default().root(root).build().unwrap()
+        };
+        let all = std::sync::Arc::new(Held::default());
+        let waits = {
+            let (all, spec, share) = (std::sync::Arc::clone(&all), spec(&silent), share.clone());
+            std::thread::spawn(move || all.hold(&spec, &share))
+        };
+        while all.0.is_free(&silent) {
+            std::thread::yield_now();
+        }
+        let (done, ended) = std::sync::mpsc::channel();
+        let others = {
+            let spec = spec(&volume);
+            std::thread::spawn(move || {
+                let held = all.hold(&spec, &share);
+                all.release(&held);
+                let _ = done.send(held);
+            })
+        };
+        let held = ended.recv_timeout(std::time::Duration::from_secs(20));
+        // Its server goes: nobody waits for it any more.
+        drop(server);
+        assert!(waits.join().unwrap().is_empty());
+        others.join().unwrap();
+        assert_eq!(held, Ok(vec![volume]), "it waited for another's mount");
     }
 }

@@ -25,7 +25,6 @@
 //!  overlayfs         overlay  /run/kata-containers/c1/rootfs             lowerdir=…/1:…/0, upperdir=…/rw/upper, …
 //! ```
 
-use std::collections::HashMap;
 use std::ffi::{CString, NulError};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -36,12 +35,12 @@ use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount,
 };
-use tokio::sync::Mutex;
-use tokio::task::AbortHandle;
 
+use super::group;
 use super::hugepages::{self, Reserved};
 use super::options::{self, MountOptions};
-use super::{group, watch};
+use super::places::Places;
+use super::watch::{self, Follower};
 use crate::device::{DiskError, Disks};
 use crate::modules::{ModuleError, Modules};
 
@@ -154,7 +153,7 @@ pub enum StorageError {
         source: NulError,
     },
     /// The work was dropped before it was done.
-    #[error("the mount at {mount_point:?} was interrupted")]
+    #[error("the mount at {mount_point:?} was interrupted: the agent is ending")]
     Interrupted {
         /// Where it was to be.
         mount_point: String,
@@ -179,13 +178,13 @@ struct Made {
     kept: bool,
     pages: Option<Reserved>,
     /// Keeps a copy up to date.
-    follower: Option<AbortHandle>,
+    follower: Option<Follower>,
 }
 
 /// All storages of the guest. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Storages {
-    made: Arc<Mutex<HashMap<PathBuf, Made>>>,
+    made: Places<Made>,
     modules: Arc<Modules>,
     disks: Arc<Disks>,
 }
@@ -194,7 +193,7 @@ impl Storages {
     /// None so far; `modules` are loaded as storages need them, `disks` are where block storages are found.
     #[must_use]
     pub fn new(modules: Arc<Modules>, disks: Disks) -> Self {
-        Self { made: Arc::default(), modules, disks: Arc::new(disks) }
+        Self { made: Places::default(), modules, disks: Arc::new(disks) }
     }
 
     /// Makes `storages` in order and gives the mount points, for [`remove`](Self::remove). All or none.
@@ -222,17 +221,19 @@ impl Storages {
         // Before the lock: others need not wait for this one's disk.
         let storage =
             if DISKS.contains(&storage.driver.as_str()) { self.with_disk(storage).await? } else { storage };
-        let mut all = self.made.lock().await;
-        if let Some(made) = all.get_mut(&point) {
+        let mut place = self.made.lock(&point).await;
+        if let Some(made) = place.as_mut() {
             made.users += 1;
             return Ok(point);
         }
-        let modules = self.modules.clone();
-        let (place, name) = (point.clone(), storage.mount_point.clone());
-        // A mount may wait for the host's answer: not on the thread that serves everybody else.
-        let made = tokio::task::spawn_blocking(move || make(&storage, &place, &modules)).await;
-        let made = made.map_err(|_| StorageError::Interrupted { mount_point: name })??;
-        all.insert(point.clone(), made);
+        let (modules, name, at) = (self.modules.clone(), storage.mount_point.clone(), point.clone());
+        // A mount may wait for the host's answer, and a whole tree may be given to its group: not on the thread that serves
+        // everybody else. The place goes along, so that it is free only when the work is done.
+        let made = tokio::task::spawn_blocking(move || {
+            *place = Some(make(&storage, &at, &modules)?);
+            Ok(())
+        });
+        made.await.map_err(|_| StorageError::Interrupted { mount_point: name })??;
         Ok(point)
     }
 
@@ -261,10 +262,10 @@ impl Storages {
     /// # Errors
     /// A storage that is not there or not ephemeral; what the system says.
     pub async fn resize(&self, storages: &[Storage]) -> Result<(), StorageError> {
-        let all = self.made.lock().await;
         for storage in storages {
             let point = mount_point(storage)?;
-            if storage.driver != "ephemeral" || !all.contains_key(&point) {
+            let place = self.made.lock(&point).await;
+            if storage.driver != "ephemeral" || place.is_none() {
                 return Err(invalid(storage, "there is no ephemeral storage to update"));
             }
             let (_, words) = take_group(storage)?;
@@ -281,9 +282,11 @@ impl Storages {
     /// The first failure.
     pub async fn remove_kept(&self) -> Result<(), StorageError> {
         let mut points = Vec::new();
-        for (point, made) in self.made.lock().await.iter_mut().filter(|(_, made)| made.kept) {
-            (made.kept, made.users) = (false, 1);
-            points.push(point.clone());
+        for point in self.made.paths() {
+            if let Some(made) = self.made.lock(&point).await.as_mut().filter(|made| made.kept) {
+                (made.kept, made.users) = (false, 1);
+                points.push(point);
+            }
         }
         points.sort();
         self.remove(points).await
@@ -294,23 +297,25 @@ impl Storages {
     /// # Errors
     /// The first failure.
     pub async fn remove(&self, points: Vec<PathBuf>) -> Result<(), StorageError> {
-        let mut all = self.made.lock().await;
         let mut result = Ok(());
         for point in points.into_iter().rev() {
-            let Some(made) = all.get_mut(&point) else { continue };
-            made.users = made.users.saturating_sub(1);
-            if made.users == 0
-                && !made.kept
-                && let Some(made) = all.remove(&point)
-            {
-                let name = point.display().to_string();
-                // Containers may have left any number of files there: not on the thread that serves everybody else.
-                let undone = tokio::task::spawn_blocking(move || undo(&point, &made)).await;
-                let undone = undone.map_err(|_| StorageError::Interrupted { mount_point: name });
-                result = result.and_then(|()| undone.flatten());
-            }
+            result = result.and(self.remove_one(point).await);
         }
         result
+    }
+
+    async fn remove_one(&self, point: PathBuf) -> Result<(), StorageError> {
+        let mut place = self.made.lock(&point).await;
+        let Some(made) = place.as_mut() else { return Ok(()) };
+        made.users = made.users.saturating_sub(1);
+        if made.users > 0 || made.kept {
+            return Ok(());
+        }
+        let name = point.display().to_string();
+        // Containers may have left any number of files there: not on the thread that serves everybody else.
+        let undone =
+            tokio::task::spawn_blocking(move || place.take().map_or(Ok(()), |made| undo(&point, &made)));
+        undone.await.map_err(|_| StorageError::Interrupted { mount_point: name })?
     }
 }
 
@@ -438,24 +443,28 @@ fn make_disk(storage: &Storage, point: &Path, modules: &Modules) -> Result<(), S
 }
 
 /// A copy of a small directory that the container may not write; anything else is bound.
-fn make_copy(
-    storage: &Storage,
-    point: &Path,
-    modules: &Modules,
-) -> Result<Option<AbortHandle>, StorageError> {
+fn make_copy(storage: &Storage, point: &Path, modules: &Modules) -> Result<Option<Follower>, StorageError> {
     let source = Path::new(&storage.source);
     let readonly = options::parse(&storage.options).flags.contains(MountFlags::RDONLY);
-    let tree = if readonly && source.is_dir() {
-        watch::scan(source).map_err(system("looking through", source))?
-    } else {
-        None
-    };
-    let Some(tree) = tree else { return make_bind(storage, point).map(|()| None) };
+    if !(readonly && source.is_dir() && watch::fits(source)?) {
+        return make_bind(storage, point).map(|()| None);
+    }
     let mode = format!("mode={:o}", mode_of(source)?.as_raw_mode());
     let options = ["nosuid", "nodev", "size=4m", &mode].map(str::to_owned).to_vec();
     mount_filesystem(&Storage { options, ..Default::default() }, point, modules, "tmpfs")?;
-    watch::sync(source, &tree, point).map_err(system("copying", source)).inspect_err(|_| take_down(point))?;
-    Ok(Some(watch::follow(source.to_owned(), point.to_owned())))
+    let copy = watch::Copy::new(source, point);
+    match copy.update() {
+        Ok(true) => Ok(Some(copy.follow())),
+        // It has grown meanwhile.
+        Ok(false) => {
+            take_down(point);
+            make_bind(storage, point).map(|()| None)
+        }
+        Err(error) => {
+            take_down(point);
+            Err(error)
+        }
+    }
 }
 
 fn make_ephemeral(
@@ -523,7 +532,7 @@ fn mode_of(path: &Path) -> Result<Mode, StorageError> {
 
 fn undo(point: &Path, made: &Made) -> Result<(), StorageError> {
     if let Some(follower) = &made.follower {
-        follower.abort();
+        follower.stop();
     }
     if made.mounted {
         match unmount(point, UnmountFlags::NOFOLLOW) {

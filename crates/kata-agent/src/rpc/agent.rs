@@ -179,6 +179,8 @@ pub struct Agent {
     pub streams: Streams,
     /// Mounts.
     pub storages: Storages,
+    /// Whose turn it is to change copied files: in the order of the calls, and not two at once, also where a caller no longer waits.
+    pub copies: Arc<tokio::sync::Mutex<()>>,
     /// Mounts of the pod's share.
     pub shared: Arc<Held>,
     /// Devices for containers.
@@ -206,6 +208,7 @@ impl Agent {
             reaper,
             streams: Streams::default(),
             storages: Storages::new(modules.clone(), disks),
+            copies: Arc::default(),
             shared: Arc::default(),
             devices,
             modules,

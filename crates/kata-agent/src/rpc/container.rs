@@ -15,6 +15,7 @@ use rustix::process::Signal;
 use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
 use super::spec;
+use crate::aside;
 use crate::container::Spawned;
 use crate::device;
 use crate::stdio::{self, Ports};
@@ -136,15 +137,14 @@ async fn hold_shared(agent: &Agent, spec: Spec) -> Result<(Spec, Vec<PathBuf>), 
         let held = shared.hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
         (spec, held)
     };
-    let held = tokio::task::spawn_blocking(hold).await;
-    held.map_err(|_| RpcError::State("the agent is ending".to_owned()))
+    Ok(aside::run("mounting what the container uses of the share", hold).await?)
 }
 
 async fn release_shared(agent: &Agent, held: Vec<PathBuf>) {
     if !held.is_empty() {
         let shared = agent.shared.clone();
         // It can only fail with the agent itself.
-        let _ = tokio::task::spawn_blocking(move || shared.release(&held)).await;
+        let _ = aside::run("letting go of the share", move || shared.release(&held)).await;
     }
 }
 

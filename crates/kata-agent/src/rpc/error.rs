@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use ttrpc::Code;
 
 use super::spec::SpecError;
+use crate::aside::AsideError;
 use crate::container::{EngineError, Fault};
 use crate::device::{DeviceError, DiskError};
 use crate::modules::ModuleError;
@@ -60,6 +61,9 @@ pub enum RpcError {
     /// A kernel module.
     #[error(transparent)]
     Module(#[from] ModuleError),
+    /// Work that waits in the kernel.
+    #[error(transparent)]
+    Aside(#[from] AsideError),
     /// Interfaces, routes, neighbours.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -118,6 +122,7 @@ impl RpcError {
             Self::Engine(error) => of_fault(error.fault()),
             Self::Storage(error) => of_storage(error),
             Self::Device(error) => of_device(error),
+            Self::Aside(error) => of_aside(error),
             Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
             Self::Module(ModuleError::Parameters { .. }) => Code::INVALID_ARGUMENT,
             Self::Network(NetworkError::NoLink { .. } | NetworkError::NoDevice { .. }) => Code::NOT_FOUND,
@@ -161,11 +166,19 @@ fn of_storage(error: &StorageError) -> Code {
     }
 }
 
+fn of_aside(error: &AsideError) -> Code {
+    match error {
+        AsideError::Overdue { .. } => Code::DEADLINE_EXCEEDED,
+        AsideError::Interrupted { .. } => Code::FAILED_PRECONDITION,
+    }
+}
+
 fn of_disk(error: &DiskError) -> Code {
     match error {
         DiskError::Source(_) | DiskError::Address(_) => Code::INVALID_ARGUMENT,
         DiskError::Absent { .. } => Code::DEADLINE_EXCEEDED,
-        DiskError::Driver(_) | DiskError::Listen(_) | DiskError::Interrupted { .. } => Code::INTERNAL,
+        DiskError::Aside(error) => of_aside(error),
+        DiskError::Driver(_) | DiskError::Listen(_) => Code::INTERNAL,
     }
 }
 
@@ -175,6 +188,7 @@ fn of_device(error: &DeviceError) -> Code {
         DeviceError::Invalid { .. } | DeviceError::Path { .. } => Code::INVALID_ARGUMENT,
         DeviceError::Disk(error) => of_disk(error),
         DeviceError::Absent { .. } => Code::DEADLINE_EXCEEDED,
+        DeviceError::Aside(error) => of_aside(error),
         DeviceError::Driver(_)
         | DeviceError::Listen(_)
         | DeviceError::File { .. }

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::error::RpcError;
-use crate::{device, entropy, mount};
+use crate::{aside, device, entropy, mount};
 
 const CPUS: &str = "/sys/devices/system/cpu";
 const MEMORY: &str = "/sys/devices/system/memory";
@@ -68,7 +68,13 @@ pub fn reseed(data: &[u8]) -> Result<(), RpcError> {
 ///
 /// # Errors
 /// [`RpcError::State`] if fewer processors than `nb_cpus` could be brought up.
-pub fn online(request: &OnlineCPUMemRequest) -> Result<(), RpcError> {
+pub async fn online(request: OnlineCPUMemRequest) -> Result<(), RpcError> {
+    // The kernel starts each processor, and waits for it.
+    let what = "bringing up processors and memory";
+    aside::within(aside::BOUND, what, move || bring_up(&request)).await?
+}
+
+fn bring_up(request: &OnlineCPUMemRequest) -> Result<(), RpcError> {
     let wanted = usize::try_from(request.nb_cpus).unwrap_or(usize::MAX);
     let mut brought = 0;
     for cpu in offline(Path::new(CPUS), "cpu")? {
@@ -114,8 +120,8 @@ fn offline(directory: &Path, prefix: &str) -> Result<Vec<PathBuf>, RpcError> {
 /// A path that is none of the guest's, or what the system says.
 pub async fn volume_stats(path: String) -> Result<VolumeStatsResponse, RpcError> {
     // A file system whose server is away keeps whoever asks.
-    let asked = tokio::task::spawn_blocking(move || file_system(&path)).await;
-    asked.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+    let what = format!("reading the statistics of {path:?}");
+    aside::within(aside::BOUND, what, move || file_system(&path)).await?
 }
 
 fn file_system(path: &str) -> Result<VolumeStatsResponse, RpcError> {

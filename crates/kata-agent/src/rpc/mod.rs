@@ -16,7 +16,7 @@ pub mod spec;
 mod stdio;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -32,6 +32,8 @@ use ttrpc::r#async::{Service, TtrpcContext};
 pub use agent::Agent;
 pub use error::RpcError;
 use error::answer;
+
+use crate::aside;
 
 /// Version of the agent protocol that Health tells.
 const PROTOCOL_VERSION: &str = "0.0.1";
@@ -285,7 +287,7 @@ impl AgentService for Handlers {
     }
 
     async fn online_cpu_mem(&self, _: &TtrpcContext, req: wire::OnlineCPUMemRequest) -> Answer<wire::Empty> {
-        answer("OnlineCPUMem", guest::online(&req).map(empty))
+        answer("OnlineCPUMem", guest::online(req).await.map(empty))
     }
 
     async fn reseed_random_dev(
@@ -313,7 +315,13 @@ impl AgentService for Handlers {
     }
 
     async fn copy_file(&self, _: &TtrpcContext, req: wire::CopyFileRequest) -> Answer<wire::Empty> {
-        answer("CopyFile", files::copy(Path::new(kata_api::guest::CONTAINER_DIR), &req).map(empty))
+        let turn = self.0.copies.clone().lock_owned().await;
+        let copied = aside::run(format!("copying {:?}", req.path), move || {
+            let _turn = turn;
+            files::copy(Path::new(kata_api::guest::CONTAINER_DIR), &req)
+        });
+        let copied = copied.await;
+        answer("CopyFile", copied.map_err(RpcError::from).flatten().map(empty))
     }
 
     async fn get_oom_event(&self, _: &TtrpcContext, _: wire::GetOOMEventRequest) -> Answer<wire::OOMEvent> {
@@ -327,8 +335,14 @@ impl AgentService for Handlers {
 #[async_trait]
 impl Files for Handlers {
     async fn remove(&self, _: &TtrpcContext, req: RemoveRequest) -> Answer<RemoveResponse> {
-        let removed = files::remove(Path::new(kata_api::guest::CONTAINER_DIR), Path::new(&req.path));
-        answer("Remove", removed.map(|()| RemoveResponse::new()))
+        let (base, path) = (Path::new(kata_api::guest::CONTAINER_DIR), PathBuf::from(req.path));
+        let turn = self.0.copies.clone().lock_owned().await;
+        let removed = aside::run(format!("removing {path:?}"), move || {
+            let _turn = turn;
+            files::remove(base, &path)
+        });
+        let removed = removed.await;
+        answer("Remove", removed.map_err(RpcError::from).flatten().map(|()| RemoveResponse::new()))
     }
 }
 

@@ -7,6 +7,7 @@ use kata_api::types;
 
 use super::agent::Agent;
 use super::error::RpcError;
+use crate::aside;
 use crate::network::interface::{self, Interface};
 use crate::network::neighbour::{self, Neighbour, PERMANENT};
 use crate::network::route::{self, Route};
@@ -26,7 +27,8 @@ pub async fn update_interface(
     let wanted = request.interface.into_option();
     let wanted = wanted.ok_or_else(|| RpcError::Invalid("no interface in the request".to_owned()))?;
     let wanted = to_interface(&wanted)?;
-    agent.modules.want(DRIVER)?;
+    let modules = agent.modules.clone();
+    aside::within(aside::BOUND, "loading the driver of interfaces", move || modules.want(DRIVER)).await??;
     let now = interface::update(&wanted, agent.settings.hotplug_timeout).await?;
     tracing::info!(interface = now.name, address = %now.hardware, "interface updated");
     Ok(from_interface(now))

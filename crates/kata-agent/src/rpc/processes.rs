@@ -10,6 +10,7 @@ use rustix::param::{clock_ticks_per_second, page_size};
 
 use super::agent::Agent;
 use super::error::RpcError;
+use crate::aside;
 
 /// Most processes that are told of.
 const MOST: usize = 4096;
@@ -28,8 +29,8 @@ pub async fn diagnostic(agent: &Agent, request: &GetDiagnosticDataRequest) -> Re
     let owners = owners(agent, wanted).await?;
     let owned_only = wanted.is_some();
     // Reading another's command line may wait for its memory: not on the thread that serves everybody else.
-    let list = tokio::task::spawn_blocking(move || list(Path::new("/proc"), &owners, owned_only));
-    let found = list.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?;
+    let list = move || list(Path::new("/proc"), &owners, owned_only);
+    let found = aside::within(aside::BOUND, "listing the processes of the guest", list).await?;
     serde_json::to_string(&found).map_err(|error| RpcError::State(error.to_string()))
 }
 

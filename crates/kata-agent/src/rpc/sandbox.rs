@@ -10,6 +10,7 @@ use super::agent::{Agent, Sandbox, SandboxParts};
 use super::container;
 use super::error::RpcError;
 use super::hooks::GuestHooks;
+use crate::aside;
 use crate::container::PodNamespaces;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -59,8 +60,10 @@ async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxP
         std::fs::create_dir_all("/etc").map_err(RpcError::file("making directory", "/etc"))?;
         std::fs::write(path, resolv_conf(&request.dns)).map_err(RpcError::file("writing", path))?;
     }
-    for module in &request.kernel_modules {
-        agent.modules.require(&module.name, &module.parameters.join(" "))?;
+    for module in request.kernel_modules {
+        let (modules, what) = (agent.modules.clone(), format!("loading kernel module {}", module.name));
+        let load = move || modules.require(&module.name, &module.parameters.join(" "));
+        aside::within(aside::BOUND, what, load).await??;
     }
     let shared = Path::new(guest::SANDBOX_DIR);
     std::fs::create_dir_all(shared).map_err(RpcError::file("making directory", shared))?;

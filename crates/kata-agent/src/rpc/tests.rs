@@ -190,6 +190,27 @@ async fn a_container_runs_and_its_exit_code_reaches_every_waiter() {
 }
 
 #[tokio::test]
+async fn a_wait_is_answered_whether_it_comes_before_or_after_the_end() {
+    let guest = Guest::boot().await;
+    for round in 0..120_u32 {
+        let (id, meant) = (format!("c{round}"), i32::try_from(round % 100).unwrap());
+        // It ends at once, or while the requests are on their way.
+        let pause = ["", "sleep 0.001; ", "sleep 0.004; "][usize::try_from(round % 3).unwrap()];
+        guest.create(&id, &format!("{pause}exit {meant}")).await.unwrap();
+        if round % 4 == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis((round % 7).into())).await;
+        }
+        let start = wire::StartContainerRequest { container_id: id.clone(), ..Default::default() };
+        let started = guest.client.start_container(context(), &start);
+        let (first, second, started) = tokio::join!(guest.wait(&id, ""), guest.wait(&id, ""), started);
+        started.unwrap();
+        assert_eq!((first.unwrap(), second.unwrap()), (meant, meant), "round {round}");
+        let gone = wire::RemoveContainerRequest { container_id: id, ..Default::default() };
+        guest.client.remove_container(context(), &gone).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn each_failure_has_the_code_that_the_contract_names() {
     let guest = Guest::boot().await;
     guest.create("c1", "sleep 60").await.unwrap();

@@ -51,7 +51,7 @@ fn latency_of_create_start_and_exec() {
             world.reaper.register(pid).wait().await;
             execs.push(begin.elapsed());
             let init = world.engine.pids(&id).await.unwrap()[0];
-            let _hold = world.reaper.hold();
+            // The reaper runs on this thread, too, so it does not take this one's children from it.
             plain.push(fork_setns_exec(init.as_raw_nonzero().get()));
         }
         world.engine.delete(&id).await.unwrap();
@@ -99,4 +99,33 @@ fn fork_setns_exec(init: i32) -> Duration {
         assert_eq!(status, 0);
     }
     begin.elapsed()
+}
+
+/// Every end is told, however short the life. As many as `KATA_ROUNDS` says, eight at a time.
+#[test]
+#[ignore = "takes minutes"]
+fn the_end_of_thousands_of_short_containers_is_told() {
+    const SCRIPTS: [(&str, i32); 3] = [("true", 0), ("exit 3", 3), ("true & exit 4", 4)];
+    let rounds = std::env::var("KATA_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1000);
+    with_world(|world| async move {
+        let one = |round: usize| {
+            let (world, (script, meant)) = (world.clone(), SCRIPTS[round % SCRIPTS.len()]);
+            async move {
+                let id = world.id(&format!("r{round}"));
+                let mut spec = spec();
+                spec["process"]["args"] = json!(["sh", "-c", script]);
+                let made =
+                    world.engine.create(&id, &parse(&spec), world.bundle.path(), ProcessIo::default()).await;
+                let exit = world.reaper.register(made.unwrap().pid);
+                let waits = tokio::spawn(async move { exit.wait().await.code() });
+                world.engine.start(&id).await.unwrap();
+                let told = tokio::time::timeout(Duration::from_secs(20), waits).await;
+                assert_eq!(told.expect("no end was told").unwrap(), meant, "round {round}");
+                world.engine.delete(&id).await.unwrap();
+            }
+        };
+        for first in (0..rounds).step_by(8) {
+            futures_util::future::join_all((first..rounds.min(first + 8)).map(one)).await;
+        }
+    });
 }

@@ -74,6 +74,37 @@ fn a_hook_before_the_command_is_the_containers_and_has_its_rights() {
 }
 
 #[test]
+fn a_hook_before_the_command_is_held_by_its_seccomp_profile_and_capabilities() {
+    with_world(|world| async move {
+        let root = world.root();
+        let text = "#!/bin/sh\nmkdir /tmp/made; grep -E '^(Cap|Seccomp:|NoNewPrivs)' /proc/self/status > /tmp/rights\n";
+        fs::write(root.join("bin/hook"), text).unwrap();
+        fs::set_permissions(root.join("bin/hook"), fs::Permissions::from_mode(0o755)).unwrap();
+        for (no_new_privileges, uid) in [(true, 0), (false, 0), (false, 1000)] {
+            fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
+            let mut spec =
+                with_hooks(json!({"startContainer": [{"path": "/bin/hook", "env": ["PATH=/bin"]}]}));
+            // The process that waits for the hook does more than the command: it is not held by this yet.
+            spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"},
+                {"names": ["memfd_create"], "action": "SCMP_ACT_KILL_PROCESS"}]});
+            let sets = json!(["CAP_CHOWN"]);
+            spec["process"]["capabilities"] = json!({"bounding": ["CAP_CHOWN", "CAP_KILL"], "permitted": sets,
+                "effective": sets, "inheritable": sets, "ambient": sets});
+            spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+            spec["process"]["user"] = json!({"uid": uid, "gid": 0});
+            let script = "cat /tmp/rights; test -e /tmp/made && echo made; rm /tmp/rights; \
+                grep -E '^(Cap|Seccomp:|NoNewPrivs)' /proc/self/status";
+            let told = world.sh(&spec, script).await.ok();
+            let lines: Vec<&str> = told.lines().collect();
+            let (hook, command) = lines.split_at(lines.len() / 2);
+            assert_eq!(hook, command, "{told}");
+            assert!(hook.contains(&"Seccomp:\t2") && hook.len() == 7, "{told}");
+        }
+    });
+}
+
+#[test]
 fn a_hook_that_fails_ends_the_container_with_its_last_words() {
     with_world(|world| async move {
         let bad = script(&world, "bad", "echo first >&2; echo no such library >&2; exit 3");

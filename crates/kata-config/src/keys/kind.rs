@@ -152,6 +152,15 @@ impl Value for Option<PathBuf> {
     }
 }
 
+/// Empty for none.
+impl Value for PathBuf {
+    const KIND: Kind = Kind::Path;
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Fault> {
+        Ok(path(value)?.unwrap_or_default())
+    }
+}
+
 impl Value for Vec<String> {
     const KIND: Kind = Kind::List;
 

@@ -22,13 +22,6 @@ pub(super) const KEYS: &[Key] = &[
     key("disable_new_netns", Boolean, "false", "Leaves the machine in the host's network namespace.")
         .annotated(),
     key(
-        "dan_conf",
-        Kind::Path,
-        "\"/run/kata-containers/dans\"",
-        "Directory with networks that are attached directly.",
-    )
-    .inert(),
-    key(
         "vfio_mode",
         Word(&["guest-kernel", "vfio"]),
         "\"guest-kernel\"",

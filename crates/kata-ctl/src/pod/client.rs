@@ -47,7 +47,10 @@ pub enum CallError {
         message: String,
     },
     /// It did not answer.
-    #[error("the pod's owner does not answer any more ({0})")]
+    #[error(
+        "the pod's owner does not answer any more ({0}): it ended, or hangs; `kata-ctl list -a` tells the pod's state, \
+         `kata-ctl logs --source owner` what the owner said"
+    )]
     Lost(String),
     /// It answered with something that is no answer.
     #[error("the pod's answer cannot be read")]

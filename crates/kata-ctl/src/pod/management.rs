@@ -37,7 +37,9 @@ pub enum ManagementError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// It took too long.
-    #[error("the pod's owner did not answer {target} within {bound:?}")]
+    #[error(
+        "the pod's owner did not answer {target} within {bound:?}: it hangs, or the host is overloaded; `kata-ctl logs --source owner` tells more"
+    )]
     Slow {
         /// What was asked.
         target: String,

@@ -28,8 +28,9 @@ use self::api::{
     PayloadConfig, PciDeviceInfo, VmConfig, VsockConfig,
 };
 use crate::files::{BootFiles, with_kvm};
+use crate::life::Vmm;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, capture};
-use crate::rest::{self, Address, ApiError, Named, Room, Vmm, vcpu_threads};
+use crate::rest::{Address, ApiError, Named, Room, vcpu_threads};
 use crate::vm::{
     Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
 };
@@ -49,7 +50,7 @@ const MIB: u64 = 1 << 20;
 
 /// A virtual machine run by Cloud Hypervisor.
 pub(crate) struct CloudHypervisorVm {
-    vmm: Arc<Vmm<Api>>,
+    vmm: Vmm<Api>,
     /// Devices are added and removed one after the other.
     devices: tokio::sync::Mutex<Devices>,
     /// Changes of the size come one after the other, too.
@@ -73,7 +74,7 @@ impl CloudHypervisorVm {
 
     fn with_kvm(kvm: impl Into<PathBuf>) -> Self {
         Self {
-            vmm: Arc::default(),
+            vmm: Vmm::default(),
             devices: tokio::sync::Mutex::default(),
             growth: tokio::sync::Mutex::default(),
             grows: std::sync::OnceLock::new(),
@@ -118,7 +119,7 @@ impl CloudHypervisorVm {
         let child = spawn
             .args(["--api-socket", &format!("fd={socket}"), "--event-monitor", &format!("fd={monitor}")])
             .identity(identity)
-            .namespaces(Namespaces { mount: true, ipc: true, network: true })
+            .namespaces(Namespaces { mount: true, ipc: true, network: true, pid: false })
             .spawn(record)
             .map_err(|source| HypervisorError::Start {
                 name: "cloud-hypervisor",
@@ -139,14 +140,14 @@ impl CloudHypervisorVm {
 
     fn watch(&self, child: &Child, console: pipe::Receiver, events: pipe::Receiver) {
         let console = tokio::spawn(capture(console, self.vmm.life.console.clone(), "console".to_owned()));
-        let (vmm, subject) = (Arc::clone(&self.vmm), child.clone());
+        let (life, subject) = (Arc::clone(&self.vmm.life), child.clone());
         let events = tokio::spawn(async move {
             if events::until_reset(events).await {
-                vmm.guest_reset(&subject);
+                life.guest_reset(&subject);
             }
         });
-        let (vmm, subject) = (Arc::clone(&self.vmm), child.clone());
-        tokio::spawn(async move { vmm.supervise(subject, vec![console, events]).await });
+        let (life, subject) = (Arc::clone(&self.vmm.life), child.clone());
+        tokio::spawn(async move { life.supervise(subject, vec![console, events]).await });
     }
 
     async fn bring_up(&self, api: &Api, config: &VmConfig, nics: Vec<Nic>) -> Result<(), ApiError> {
@@ -281,7 +282,7 @@ impl Vm for CloudHypervisorVm {
     }
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
-        rest::check(&spec, DRIVER)?;
+        spec.check_on_kvm(DRIVER)?;
         self.vmm.begin()?;
         if let Some(growth) = spec.growth {
             let base = Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib };
@@ -369,13 +370,10 @@ impl Vm for CloudHypervisorVm {
             }
             None => (now, now),
         };
-        if size.vcpus > most.vcpus.max(now.vcpus) || size.memory_mib > most.memory_mib.max(now.memory_mib) {
-            return Err(HypervisorError::TooLarge {
-                wanted: format!("{} virtual CPUs and {} MiB of memory", size.vcpus, size.memory_mib),
-                most: format!("it can have {} and {} MiB", most.vcpus, most.memory_mib),
-                next: "see hypervisor.qemu.default_maxvcpus, default_maxmemory and runtime.static_sandbox_resource_mgmt",
-            });
-        }
+        size.check_within(Size {
+            vcpus: most.vcpus.max(now.vcpus),
+            memory_mib: most.memory_mib.max(now.memory_mib),
+        })?;
         let vcpus = size.vcpus.max(base.vcpus);
         if vcpus != now.vcpus {
             api.resize_vcpus(vcpus).await?;

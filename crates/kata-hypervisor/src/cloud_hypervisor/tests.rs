@@ -372,7 +372,7 @@ async fn what_it_cannot_do_is_refused_before_anything_is_started() {
     let error = vm.boot(spec, &bench.record).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "running a guest without KVM is not supported by Cloud Hypervisor; use hypervisor_name = \"qemu\""
+        "emulation (TCG) is not supported by Cloud Hypervisor; set runtime.hypervisor_name to \"qemu\""
     );
     assert!(matches!(vm.pause().await, Err(HypervisorError::WrongState { state: "is not started", .. })));
     let error =

@@ -26,16 +26,16 @@ use async_trait::async_trait;
 
 use self::api::{Api, Balloon, BootSource, Drive, MachineConfiguration, START_BOUND, Vsock};
 use crate::files::{BootFiles, with_kvm};
-use crate::life::CONSOLE_LIMIT;
+use crate::life::{CONSOLE_LIMIT, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn};
-use crate::rest::{self, Address, ApiError, Room, Vmm, unsupported, vcpu_threads};
+use crate::rest::{Address, ApiError, Room, vcpu_threads};
 use crate::vm::{
     Capabilities, Disk, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
 };
 
 const DRIVER: &str = "Firecracker";
 /// What to do where Firecracker cannot.
-const OTHERS: &str = "set hypervisor_name = \"cloud-hypervisor\" or \"qemu\"";
+const OTHERS: &str = "set hypervisor_name = \"qemu\", \"builtin\" or \"cloud-hypervisor\"";
 /// Between two looks whether its socket is there: it makes it, and tells nobody.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// Most CPUs of its machines.
@@ -47,7 +47,7 @@ const NAME_LIMIT: usize = 64;
 
 /// A virtual machine run by Firecracker.
 pub(crate) struct FirecrackerVm {
-    vmm: Arc<Vmm<Api>>,
+    vmm: Vmm<Api>,
     size: std::sync::OnceLock<Size>,
     child: std::sync::OnceLock<Child>,
     kvm: PathBuf,
@@ -60,7 +60,7 @@ impl FirecrackerVm {
 
     fn with_kvm(kvm: impl Into<PathBuf>) -> Self {
         Self {
-            vmm: Arc::default(),
+            vmm: Vmm::default(),
             size: std::sync::OnceLock::new(),
             child: std::sync::OnceLock::new(),
             kvm: kvm.into(),
@@ -89,7 +89,7 @@ impl FirecrackerVm {
             .args(["--id", &machine_name(&spec.id), "--api-sock"])
             .arg(&socket)
             .identity(identity)
-            .namespaces(Namespaces { mount: true, ipc: true, network: true })
+            .namespaces(Namespaces { mount: true, ipc: true, network: true, pid: false })
             .output_limit(CONSOLE_LIMIT)
             .spawn(record)
             .map_err(|source| HypervisorError::Start {
@@ -98,12 +98,12 @@ impl FirecrackerVm {
                 source,
             })?;
         self.vmm.life.adopt(&child);
-        let (vmm, subject) = (Arc::clone(&self.vmm), child.clone());
+        let (life, subject) = (Arc::clone(&self.vmm.life), child.clone());
         tokio::spawn(async move {
             subject.wait().await;
             // The console is part of what it says.
-            vmm.life.console.push(subject.output_tail().as_bytes());
-            vmm.supervise(subject, Vec::new()).await;
+            life.console.push(subject.output_tail().as_bytes());
+            life.supervise(subject, Vec::new()).await;
         });
         let _ = self.child.set(child.clone());
         let api = Api::new(Address::Path(socket.clone()));
@@ -145,7 +145,7 @@ impl FirecrackerVm {
     /// For everything that a machine that runs would have to do and cannot.
     fn refuse<T>(&self, operation: &'static str) -> Result<T, HypervisorError> {
         self.vmm.control(operation)?;
-        Err(unsupported(operation, DRIVER, OTHERS))
+        Err(HypervisorError::unsupported(operation, DRIVER, OTHERS))
     }
 }
 
@@ -190,12 +190,12 @@ fn machine_name(id: &str) -> String {
 
 /// What the machine wants and Firecracker has not.
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
-    rest::check(spec, DRIVER)?;
+    spec.check_on_kvm(DRIVER)?;
     let refused = match spec {
         VmSpec { shared_fs: Some(_), .. } => ("sharing files of the host", OTHERS),
         VmSpec { growth: Some(_), .. } => (
             "growing while it runs",
-            "set runtime.static_sandbox_resource_mgmt = true, or hypervisor_name = \"cloud-hypervisor\" or \"qemu\"",
+            "set runtime.static_sandbox_resource_mgmt = true, or hypervisor_name = \"qemu\", \"builtin\" or \"cloud-hypervisor\"",
         ),
         VmSpec { nics, .. } if !nics.is_empty() => ("a network interface", OTHERS),
         VmSpec { backing: crate::Backing { prealloc: true, .. }, .. } => {
@@ -204,7 +204,7 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
         VmSpec { vcpus, .. } if *vcpus > VCPUS_MAX => ("a machine of more than 32 virtual CPUs", OTHERS),
         _ => return Ok(()),
     };
-    Err(unsupported(refused.0, DRIVER, refused.1))
+    Err(HypervisorError::unsupported(refused.0, DRIVER, refused.1))
 }
 
 #[async_trait]

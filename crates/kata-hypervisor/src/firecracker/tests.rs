@@ -100,7 +100,7 @@ async fn what_it_has_not_is_refused_by_name_before_anything_is_started() {
         (VmSpec { growth: Some(growth), ..bench.spec() }, "growing while it runs"),
         (VmSpec { backing, ..bench.spec() }, "taking its memory beforehand"),
         (VmSpec { vcpus: 33, ..bench.spec() }, "a machine of more than 32 virtual CPUs"),
-        (VmSpec { accelerator: crate::Accelerator::Tcg, ..bench.spec() }, "running a guest without KVM"),
+        (VmSpec { accelerator: crate::Accelerator::Tcg, ..bench.spec() }, "emulation (TCG)"),
     ] {
         let vm = FirecrackerVm::with_kvm("/dev/null");
         let error = vm.boot(spec, &bench.record).await.unwrap_err();

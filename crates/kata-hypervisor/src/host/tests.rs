@@ -61,6 +61,21 @@ fn asking_for_tcg_gives_tcg_even_with_kvm() {
 }
 
 #[test]
+fn builtin_is_taken_where_kvm_works_and_refused_with_the_reason_elsewhere() {
+    let wanted = |accelerator| {
+        let mut config = config(accelerator);
+        config.runtime.hypervisor_name = HypervisorChoice::Builtin;
+        config
+    };
+    let choice = choose(&wanted(AcceleratorChoice::Auto), &host(Kvm::Usable)).unwrap();
+    assert_eq!((choice.driver, choice.accelerator), (DriverKind::Builtin, Accelerator::Kvm));
+    let error = choose(&wanted(AcceleratorChoice::Auto), &host(Kvm::SoftwareOnly)).unwrap_err().to_string();
+    assert!(error.contains("neither vmx nor svm") && error.contains("hypervisor_name"), "{error}");
+    let error = choose(&wanted(AcceleratorChoice::Tcg), &host(Kvm::Usable)).unwrap_err();
+    assert!(matches!(error, HostError::NoEmulation { .. }), "{error}");
+}
+
+#[test]
 fn version_is_read_from_what_distributions_print() {
     for (text, version) in [
         ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright", Some((7, 2))),

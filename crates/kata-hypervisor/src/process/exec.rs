@@ -129,6 +129,8 @@ struct Plan {
     parent: RawFd,
     sync: OwnedFd,
     unshare: UnshareFlags,
+    /// The child is the first process of a new PID namespace, which can only be asked for when it is made.
+    first: bool,
     identity: Option<Account>,
     open_files: u64,
 }
@@ -275,6 +277,7 @@ impl Plan {
             parent: parent.as_raw_fd(),
             sync: raise(sync.into())?,
             unshare,
+            first: spec.namespaces.pid,
             identity: spec.identity.map(|identity| Account {
                 uid: Uid::from_raw(identity.uid),
                 gid: Gid::from_raw(identity.gid),
@@ -298,8 +301,13 @@ fn fork(plan: &Plan) -> io::Result<Pid> {
     unsafe { libc::sigfillset(&raw mut all) };
     // SAFETY: both sets are valid; only this thread's mask changes.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
-    // SAFETY: the child makes system calls only, see `child`, and never returns.
-    let pid = unsafe { libc::fork() };
+    let pid = match plan.first {
+        false => {
+            // SAFETY: the child makes system calls only, see `child`, and never returns.
+            unsafe { libc::fork() }
+        }
+        true => fork_into_namespace(),
+    };
     if pid == 0 {
         child(plan);
     }
@@ -307,6 +315,16 @@ fn fork(plan: &Plan) -> io::Result<Pid> {
     // SAFETY: as above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
     Pid::from_raw(pid).filter(|_| pid > 0).ok_or(error)
+}
+
+/// fork with a flag that libc's function does not have. Without a stack, memory or places for ids the order of the system call's
+/// arguments, which differs between architectures, makes no difference.
+fn fork_into_namespace() -> libc::pid_t {
+    let flags = libc::c_long::from(libc::CLONE_NEWPID | libc::SIGCHLD);
+    let none: libc::c_long = 0;
+    // SAFETY: without CLONE_VM the child has memory of its own; it makes system calls only, see `child`, and never returns.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    libc::pid_t::try_from(pid).unwrap_or(-1)
 }
 
 /// The child's whole life before its program.

@@ -61,6 +61,9 @@ pub struct Namespaces {
     pub ipc: bool,
     /// Network: an empty one, with a loopback that is down.
     pub network: bool,
+    /// Processes: the child is the first of its own and sees no other. It does not die of signals that it sends itself, nor of
+    /// any but SIGKILL that others do, unless it has a handler.
+    pub pid: bool,
 }
 
 /// A child to be started.

@@ -137,11 +137,11 @@ async fn child_lives_in_namespaces_of_its_own_and_mounts_do_not_leak() {
         "for n in mnt ipc net uts pid; do readlink /proc/self/ns/$n; done; mount -t tmpfs none {} && echo mounted; cat /proc/net/dev",
         inside.display()
     );
-    let namespaces = Namespaces { mount: true, ipc: true, network: true };
+    let namespaces = Namespaces { mount: true, ipc: true, network: true, pid: true };
     let text = output_of(sh(&script).env("PATH", "/usr/bin:/bin").namespaces(namespaces)).await;
     let lines: Vec<&str> = text.lines().collect();
     for (index, (name, own)) in
-        [("mnt", true), ("ipc", true), ("net", true), ("uts", false), ("pid", false)].into_iter().enumerate()
+        [("mnt", true), ("ipc", true), ("net", true), ("uts", false), ("pid", true)].into_iter().enumerate()
     {
         let ours = fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
         assert_eq!(lines[index] != ours.to_str().unwrap(), own, "{name}");

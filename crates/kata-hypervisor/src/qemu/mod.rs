@@ -17,7 +17,6 @@ mod resize;
 mod supervisor;
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -33,12 +32,12 @@ use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
 use self::resize::Resizer;
 use self::supervisor::{LastWords, explain, listen, supervise};
-use crate::files::{BootFiles, with_kvm};
+use crate::files::{BootFiles, socket_pair, with_kvm};
 use crate::life::Life;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, PciPath, ProcessInfo, SharedFs,
-    Size, Vm, VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, PciPath, ProcessInfo, Size, Vm,
+    VmExit, VmSpec,
 };
 use crate::vsock::Sockets;
 
@@ -118,7 +117,7 @@ impl QemuVm {
         let (qmp, qmp_end) = socket_pair(&spec)?;
         let (console, console_end) = socket_pair(&spec)?;
         let files = BootFiles::open(&spec, &identity)?;
-        let shared_fs = spec.shared_fs.as_ref().map(|fs| connect_to(fs, &spec.run_dir)).transpose()?;
+        let shared_fs = spec.shared_fs.as_ref().map(|fs| fs.connect(&spec.run_dir)).transpose()?;
         let (vsock, vsock_end) =
             sockets.start(&spec.vsock_program, &spec.identity, record).map_err(|source| {
                 HypervisorError::Start {
@@ -185,10 +184,11 @@ impl QemuVm {
     fn hotplug_control(&self, operation: &'static str) -> Result<Qmp, HypervisorError> {
         let qmp = self.control(operation)?;
         match self.0.state().machine {
-            Some(machine) if !takes_devices(machine) => Err(HypervisorError::Unsupported {
+            Some(machine) if !takes_devices(machine) => Err(HypervisorError::unsupported(
                 operation,
-                driver: format!("QEMU's machine {machine}; set hypervisor.qemu.machine_type to \"q35\""),
-            }),
+                &format!("QEMU's machine {machine}"),
+                "set hypervisor.qemu.machine_type to \"q35\"",
+            )),
             _ => Ok(qmp),
         }
     }
@@ -285,48 +285,15 @@ impl Vm for QemuVm {
 
 /// What makes no machine whatever the host can do.
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
-    let reason = match spec {
-        VmSpec { vcpus: 0, .. } => "it has no virtual CPU",
-        VmSpec { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
-        VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => {
-            return Err(HypervisorError::Unsupported {
-                operation: "growing while it runs",
-                driver: "QEMU's machine microvm; set hypervisor.qemu.machine_type to \"q35\", or \
-                         runtime.static_sandbox_resource_mgmt to true"
-                    .to_owned(),
-            });
-        }
-        VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
-        _ => match spec.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
-            Some((nic, reason)) => {
-                return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
-            }
-            None => return Ok(()),
-        },
-    };
-    Err(HypervisorError::InvalidSpec { id: spec.id.clone(), reason: reason.to_owned() })
-}
-
-fn socket_pair(spec: &VmSpec) -> Result<(UnixStream, OwnedFd), HypervisorError> {
-    let pair = || {
-        let (ours, theirs) = StdUnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        Ok((UnixStream::from_std(ours)?, theirs.into()))
-    };
-    pair().map_err(|source| HypervisorError::File {
-        what: "socket pair of",
-        path: spec.run_dir.clone(),
-        source,
-    })
-}
-
-fn connect_to(shared_fs: &SharedFs, run_dir: &Path) -> Result<OwnedFd, HypervisorError> {
-    let connected = shared_fs.connect().map(OwnedFd::from);
-    connected.map_err(|source| HypervisorError::File {
-        what: "virtio-fs socket of",
-        path: run_dir.to_owned(),
-        source,
-    })
+    spec.check()?;
+    match spec {
+        VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => Err(HypervisorError::unsupported(
+            "growing while it runs",
+            "QEMU's machine microvm",
+            "set hypervisor.qemu.machine_type to \"q35\", or runtime.static_sandbox_resource_mgmt to true",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// QEMU's ends of its sockets.
@@ -382,7 +349,7 @@ fn spawn_qemu(
         fds,
     });
     tracing::debug!(program = %spec.program.display(), args = args.join(" "), "starting QEMU");
-    let namespaces = Namespaces { mount: true, ipc: true, network: true };
+    let namespaces = Namespaces { mount: true, ipc: true, network: true, pid: false };
     spawn.args(args).identity(identity).namespaces(namespaces).spawn(record)
 }
 

@@ -35,13 +35,18 @@ pub(crate) const LINE_LIMIT: usize = 1 << 20;
 #[derive(Debug, Error)]
 pub enum QmpError {
     /// QEMU has closed the socket, as it does when it ends.
-    #[error("QEMU closed its control socket before it answered {command:?}")]
+    #[error(
+        "QEMU ended, or closed its control socket, before it answered {command:?}; its last output in the owner's log tells why"
+    )]
     Closed {
         /// The command.
         command: String,
     },
     /// QEMU did not answer in time.
-    #[error("QEMU did not answer {command:?} within {bound:?}")]
+    #[error(
+        "QEMU did not answer {command:?} on its control socket within {bound:?}: it is stopped, or the host is overloaded or \
+         waits for a disk; see the host's load and kernel log, then try again"
+    )]
     Timeout {
         /// The command.
         command: String,

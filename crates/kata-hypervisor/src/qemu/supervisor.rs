@@ -2,19 +2,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 
 use super::Shared;
 use super::qmp::{Event, QmpError};
-use crate::life::{Life, kill};
+use crate::life::{Life, SETTLE, kill};
 use crate::process::{Child, Exit};
 use crate::vm::{HypervisorError, VmExit};
 
-/// When one process ends the other often does too. This long it is waited for, to learn which of them is the cause.
-const SETTLE: Duration = Duration::from_millis(300);
 /// What QEMU and the guest said about the end before it came.
 #[derive(Debug, Default)]
 pub(super) struct LastWords {

@@ -192,7 +192,9 @@ async fn missing_qemu_missing_kernel_and_impossible_machine_are_told_apart() {
     fs::remove_file(bench.dir.path().join("kata.hvsock")).unwrap();
     let spec = VmSpec { kernel: "/no/such/kernel".into(), ..bench.spec(Machine::Q35, b"") };
     let error = QemuVm::new().boot(spec, &bench.record).await.unwrap_err();
-    assert_eq!(error.to_string(), r#"guest kernel "/no/such/kernel" cannot be used"#);
+    let text = error.to_string();
+    assert!(text.starts_with(r#"guest kernel "/no/such/kernel" cannot be used; "#), "{text}");
+    assert!(text.contains("hypervisor.qemu.kernel"), "{text}");
 
     let spec = VmSpec { vcpus: 0, ..bench.spec(Machine::Q35, b"") };
     let error = QemuVm::new().boot(spec, &bench.record).await.unwrap_err();

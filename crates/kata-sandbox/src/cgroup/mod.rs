@@ -188,6 +188,17 @@ impl Cgroup {
         self.set("cpuset", "cpuset.cpus", cpus)
     }
 
+    /// Has the pod run on whatever the cgroup above it may.
+    pub(crate) fn inherit_cpus(&self) -> Result<(), CgroupError> {
+        let Some(tree) = self.trees.of_controller("cpuset") else { return Ok(()) };
+        for path in [Some(&self.pod), self.overhead.as_ref()].into_iter().flatten() {
+            let cgroup = tree.root.join(path);
+            let above = cgroup.parent().unwrap_or(&tree.root);
+            write(&cgroup.join("cpuset.cpus"), &tree.inherited_cpus(above)?)?;
+        }
+        Ok(())
+    }
+
     /// The host's memory nodes that the pod may have memory of.
     pub(crate) fn set_mems(&self, mems: &str) -> Result<(), CgroupError> {
         self.set("cpuset", "cpuset.mems", mems)

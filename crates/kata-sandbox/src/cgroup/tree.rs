@@ -122,15 +122,20 @@ impl Tree {
             return Ok(());
         }
         for file in ["cpuset.cpus", "cpuset.mems"] {
-            let read = |dir: &Path| {
-                let path = dir.join(file);
-                fs::read_to_string(&path).map_err(CgroupError::file("read", &path))
-            };
-            if read(cgroup)?.trim().is_empty() {
-                write(&cgroup.join(file), read(above)?.trim())?;
+            if read(&cgroup.join(file))?.trim().is_empty() {
+                write(&cgroup.join(file), read(&above.join(file))?.trim())?;
             }
         }
         Ok(())
+    }
+
+    /// What is written to `cpuset.cpus` of a cgroup so that it has the CPUs of the one above: its list, or under version 2
+    /// an empty line.
+    pub(super) fn inherited_cpus(&self, above: &Path) -> Result<String, CgroupError> {
+        match self.v2 {
+            true => Ok("\n".to_owned()),
+            false => Ok(read(&above.join("cpuset.cpus"))?.trim().to_owned()),
+        }
     }
 
     /// The cgroup's own limit of memory, in bytes.
@@ -154,6 +159,10 @@ impl Tree {
         let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
         kills.unwrap_or_default()
     }
+}
+
+fn read(path: &Path) -> Result<String, CgroupError> {
+    fs::read_to_string(path).map_err(CgroupError::file("read", path))
 }
 
 #[cfg(test)]
@@ -209,5 +218,8 @@ mod tests {
         let v2 = tree(true);
         assert_eq!((v2.memory_limit(dir.path()), v2.oom_kills(dir.path())), (Some(64 << 20), 1));
         assert!(v2.has_cpu_limit(dir.path()));
+        file("cpuset.cpus", "0-3\n");
+        let inherited = [v1, v2].map(|tree| tree.inherited_cpus(dir.path()).unwrap());
+        assert_eq!(inherited, ["0-3", "\n"]);
     }
 }

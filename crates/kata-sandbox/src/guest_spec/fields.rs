@@ -116,7 +116,7 @@ pub const FIELDS: &[Field] = &[
     ),
     guest(
         "hooks.startContainer[]",
-        "programs of the container, run as its user before its command",
+        "programs of the container, run before its command and with its rights",
         "names_limits_and_hooks_of_a_specification_reach_the_guest",
     ),
     host("hooks.poststart[]", "programs of the host", "hooks_of_a_container_run_at_their_moments"),

@@ -14,7 +14,6 @@ use std::sync::atomic::Ordering;
 
 use kata_api::agent::{Device, Storage};
 use kata_api::guest;
-use kata_config::direct_volume::Entry;
 use kata_hypervisor::{Disk, PciPath};
 use rustix::fs::FsWord;
 use tokio::sync::watch;
@@ -26,9 +25,10 @@ use crate::error::{SandboxError, chain};
 use crate::guest_spec::{self, GuestSpec, ROOTFS, Volume};
 use crate::pod::ProcessId;
 use crate::storage::block_device::{self, BlockDevice};
+use crate::storage::direct::Claim;
 use crate::storage::rootfs::{self, Block, Rootfs};
 use crate::storage::volume::{self, Ground, Way};
-use crate::storage::{self, Mirror, SharedFiles, SharedRoot, SharedVolume, StorageError};
+use crate::storage::{self, Abort, Mirror, SharedFiles, SharedRoot, SharedVolume, StorageError};
 
 /// Size of a pod's shared memory where the host's own tells none, in bytes.
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
@@ -41,8 +41,8 @@ pub(crate) struct ContainerFiles {
     shared: Option<SharedFiles>,
     /// Names of its disks among the machine's devices, and what keeps them from other machines.
     disks: Vec<(String, OwnedFd)>,
-    /// Devices of its direct and raw volumes, with what the host says of the former.
-    devices: Vec<(PathBuf, PciPath, Option<Entry>)>,
+    /// Devices of its direct and raw volumes.
+    devices: Vec<(PathBuf, PciPath)>,
     mirrors: Vec<Mirror>,
     /// Where the guest has its copies.
     copies: Option<String>,
@@ -68,6 +68,7 @@ pub(super) async fn choose(
     id: &ProcessId,
     root: &SharedRoot,
     guest: &GuestSpec,
+    abort: &mut Abort,
 ) -> Result<Ways, SandboxError> {
     let (mounts, readonly) = (root.mounts.clone(), guest.root_readonly());
     let (volumes, ground) = (guest.volumes.clone(), Ground::new(&pod.config, &guest.spec));
@@ -82,8 +83,8 @@ pub(super) async fn choose(
         Ok(Ways { root, volumes, devices: block_device::asked(&spec)? })
     };
     // A look at a file of a dead server takes long.
-    let chosen = blocking(choose).await;
-    chosen.unwrap_or(Err(StorageError::Interrupted)).map_err(|source| storage_error(id, source))
+    let chosen = abort.unless(async { blocking(choose).await.unwrap_or(Err(StorageError::Interrupted)) });
+    chosen.await.map_err(|source| storage_error(id, source))
 }
 
 /// Whether the files cannot be prepared before the guest is up.
@@ -94,16 +95,18 @@ pub(super) fn need_guest(ways: &Ways) -> bool {
         || ways.volumes.iter().any(|(_, way)| waits(way))
 }
 
-/// Prepares a container's files, and says what the agent has to mount. What was made before a failure is undone.
+/// Prepares a container's files, and says what the agent has to mount. What was made before a failure is undone, and so where
+/// the container is killed: what takes long is given up, and a step that changes machine or host is ended first.
 pub(super) async fn add(
     pod: &Arc<Pod>,
     link: &watch::Receiver<Link>,
     id: &ProcessId,
     files: (Ways, SharedRoot),
     guest: &mut GuestSpec,
+    abort: &mut Abort,
 ) -> Result<(ContainerFiles, Wanted), SandboxError> {
     let mut own = ContainerFiles::default();
-    match own.fill(pod, link, id, files, guest).await {
+    match own.fill(pod, link, id, files, guest, abort).await {
         Ok(wanted) => Ok((own, wanted)),
         Err(error) => {
             own.release(pod, link).await;
@@ -128,6 +131,7 @@ impl ContainerFiles {
         id: &ProcessId,
         (ways, root): (Ways, SharedRoot),
         guest: &mut GuestSpec,
+        abort: &mut Abort,
     ) -> Result<Wanted, SandboxError> {
         let name = &id.container;
         let failed = |source| storage_error(id, source);
@@ -147,16 +151,18 @@ impl ContainerFiles {
                 Way::Mirror | Way::Copy => {
                     let agent = Link::agent(link).await?;
                     let follows = way == Way::Mirror;
-                    self.copy(pod, &agent, name, number, &volume, follows).await.map_err(failed)?
+                    let copied = self.copy(pod, &agent, name, number, &volume, follows);
+                    abort.unless(copied).await.map_err(failed)?
                 }
                 Way::Direct(direct) => {
-                    let (device, entry) = (direct.device.clone(), direct.entry.clone());
-                    let at = self.device(pod, device, direct.readonly, Some(entry)).await.map_err(failed)?;
+                    let (device, claim) = (direct.device.clone(), direct.claim(&pod.run_dir));
+                    let at = self.device(pod, device, direct.readonly, Some(claim)).await.map_err(failed)?;
                     storages.push(direct.storage(at));
                     direct.in_guest()
                 }
                 Way::EmptyDisk { volume, part } => {
-                    let disk = pod.disks.of_empty_dir(&*pod.vm, &pod.record, disk_id(pod), &volume).await;
+                    let disk =
+                        pod.disks.of_empty_dir(&*pod.vm, &pod.record, disk_id(pod), &volume, abort).await;
                     let (wanted, path) =
                         disk.and_then(|disk| storage::empty_dir(disk, &volume, &part)).map_err(failed)?;
                     storages.extend(wanted);
@@ -257,14 +263,11 @@ impl ContainerFiles {
         pod: &Pod,
         path: PathBuf,
         readonly: bool,
-        entry: Option<Entry>,
+        claim: Option<Claim>,
     ) -> Result<PciPath, StorageError> {
         let disk = Disk { id: disk_id(pod), path: path.clone(), readonly };
-        let at = pod.disks.attach(&*pod.vm, disk).await?;
-        if let Some(Err(error)) = entry.as_ref().map(|entry| entry.claim(&pod.id)) {
-            tracing::warn!(device = %path.display(), %error, "the direct volume does not name its pod");
-        }
-        self.devices.push((path, at.clone(), entry));
+        let at = pod.disks.attach(&*pod.vm, disk, claim).await?;
+        self.devices.push((path, at.clone()));
         Ok(at)
     }
 
@@ -317,14 +320,11 @@ impl ContainerFiles {
                 kept(disk, error);
             }
         }
-        for (device, at, entry) in self.devices.iter().rev() {
+        for (device, at) in self.devices.iter().rev() {
             if over() {
                 pod.disks.forget(at).await;
             } else if let Err(error) = pod.disks.detach(&*pod.vm, at).await {
                 kept(&device.display(), error);
-            }
-            if let Some(entry) = entry {
-                entry.release(&pod.id);
             }
         }
         if let Some(mut shared) = self.shared {
@@ -357,5 +357,8 @@ fn pod_shm(host: &Path) -> Storage {
 }
 
 fn storage_error(id: &ProcessId, source: StorageError) -> SandboxError {
+    if matches!(source, StorageError::Killed) {
+        return SandboxError::CreateCancelled(id.clone());
+    }
     SandboxError::Storage { process: id.clone(), source: Arc::new(source) }
 }

@@ -21,7 +21,7 @@ use crate::process_table::Pending;
 use crate::resources::{self, ResourceError};
 use crate::spec;
 use crate::stdio::{Connected, StdioError, Streams};
-use crate::storage::SharedRoot;
+use crate::storage::{Abort, SharedRoot};
 use crate::timeline::{Layer, Timeline};
 
 /// How long the removal of a process waits for its client to take the last output.
@@ -70,7 +70,7 @@ pub(super) async fn create(
             if first {
                 hooks.poststop().await;
             }
-            return Err(error);
+            return Err(cause_of(error, link));
         }
     };
     if let Some(process) = request.oci.as_mut().and_then(|oci| oci.process.as_mut()) {
@@ -101,11 +101,16 @@ pub(super) async fn create(
         Ok(()) => Ok(created),
         Err(error) => {
             undo(pod, link, &id, created).await;
-            Err(match (error, &*link.borrow()) {
-                (SandboxError::CreateCancelled(_), Link::Down(cause)) => cause.clone(),
-                (error, _) => error,
-            })
+            Err(cause_of(error, link))
         }
+    }
+}
+
+/// Why a creation failed: one that was given up because its pod came to its end failed of what the pod did.
+fn cause_of(error: SandboxError, link: &watch::Receiver<Link>) -> SandboxError {
+    match (error, &*link.borrow()) {
+        (SandboxError::CreateCancelled(_), Link::Down(cause)) => cause.clone(),
+        (error, _) => error,
     }
 }
 
@@ -139,7 +144,8 @@ async fn prepare(
     let root = SharedRoot { path: root, mounts: rootfs };
     let mut guest =
         guest_spec::translate(name, spec, pod.config.runtime.disable_guest_seccomp).map_err(refused)?;
-    let ways = files::choose(pod, id, &root, &guest).await?;
+    let mut abort = Abort::on(cancel);
+    let ways = files::choose(pod, id, &root, &guest, &mut abort).await?;
     if files::need_guest(&ways) {
         tokio::select! {
             biased;
@@ -149,7 +155,7 @@ async fn prepare(
     }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
-    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest).await?;
+    let (files, wanted) = files::add(pod, link, id, (ways, root), &mut guest, &mut abort).await?;
     timeline.add(Layer::Host, format!("files of {name}"), start);
 
     let request = CreateContainerRequest {
@@ -224,7 +230,7 @@ pub(super) fn understood(
 pub(super) async fn undo(pod: &Pod, link: &watch::Receiver<Link>, id: &ProcessId, created: Created) {
     let Created { files, hooks, streams, .. } = created;
     drop(streams);
-    pod.resources.dismiss(&id.container).await;
+    pod.resources.dismiss(&id.container, &*pod.vm).await;
     let up = match &*link.borrow() {
         Link::Up(agent) => Some(agent.clone()),
         Link::Pending | Link::Down(_) => None,
@@ -409,7 +415,7 @@ pub(super) async fn delete(
         files.release(pod, link).await;
     }
     if id.exec.is_none() {
-        pod.resources.dismiss(&id.container).await;
+        pod.resources.dismiss(&id.container, &*pod.vm).await;
     }
     if let Some(hooks) = hooks {
         hooks.poststop().await;

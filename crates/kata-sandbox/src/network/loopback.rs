@@ -68,10 +68,13 @@ enum ForwardError {
     #[error("the guest's agent does not take ways to its loopback")]
     Agent(#[from] HybridError),
     /// The agent went before it answered.
-    #[error("the guest's agent did not answer")]
+    #[error("the guest's agent closed the way to its loopback before it answered; its log says why")]
     Broken(#[source] io::Error),
     /// The agent is stuck.
-    #[error("the guest's agent did not answer within {ANSWER_WITHIN:?}")]
+    #[error(
+        "the guest's agent did not open a way to its loopback within {ANSWER_WITHIN:?}: the guest hangs or is overloaded; \
+         see its console"
+    )]
     NoAnswer,
     /// Nobody listens.
     #[error("nobody in the guest listens on port {0}")]

@@ -59,6 +59,12 @@ pub enum ResourceError {
         /// What the machine has.
         has: String,
     },
+    /// A change of limits that nobody has.
+    #[error(
+        "no limits of it are kept: it is being created or deleted, or is the container that only stands for its pod; update \
+         the pod's other containers"
+    )]
+    Unknown,
     /// The machine cannot be resized.
     #[error("the virtual machine cannot be resized")]
     Machine(#[from] HypervisorError),
@@ -81,6 +87,7 @@ impl ResourceError {
         match self {
             Self::Promise(_) | Self::Cgroup(CgroupError::Path { .. }) => ErrorKind::InvalidArgument,
             Self::Sizing(_) | Self::Static { .. } => ErrorKind::FailedPrecondition,
+            Self::Unknown => ErrorKind::NotFound,
             Self::Machine(HypervisorError::TooLarge { .. }) => ErrorKind::FailedPrecondition,
             Self::Machine(HypervisorError::Unsupported { .. }) => ErrorKind::Unimplemented,
             Self::Guest(error) => error.kind(),
@@ -104,6 +111,8 @@ pub(crate) struct Resources {
     /// What the machine boots with.
     start: Size,
     cgroup: Option<Cgroup>,
+    /// The host's CPUs that the pod's cgroup has where no container bounds them; `None` for those of the cgroup above.
+    cpus: Option<String>,
     changing: Mutex<Changing>,
 }
 
@@ -114,6 +123,8 @@ struct Changing {
     /// Of that, what the guest has brought to use.
     online: Size,
     pinned: bool,
+    /// The pod's cgroup has the containers' CPUs instead of its own.
+    confined: bool,
 }
 
 impl Resources {
@@ -147,8 +158,9 @@ impl Resources {
             warn_of_tight_limit(id, cgroup, start);
         }
         let changing =
-            Mutex::new(Changing { tally: Tally::default(), has: start, online: start, pinned: false });
-        Ok(Self { config, host, start, cgroup, changing })
+            Changing { tally: Tally::default(), has: start, online: start, pinned: false, confined: false };
+        let cpus = spec.cpus.clone();
+        Ok(Self { config, host, start, cgroup, cpus, changing: Mutex::new(changing) })
     }
 
     /// What the machine is to boot with.
@@ -194,12 +206,15 @@ impl Resources {
         changing.tally.set(container, share);
         let made = self.grow(vm, agent, &mut changing).await;
         if made.is_err() {
-            changing.tally = before;
+            self.take_back(&mut changing, before);
         }
         made
     }
 
     /// Makes room for other limits of a container. What was before is the answer, for [`Resources::restore`].
+    ///
+    /// # Errors
+    /// [`ResourceError::Unknown`] where the container was not admitted.
     pub(crate) async fn change(
         &self,
         container: &str,
@@ -209,23 +224,35 @@ impl Resources {
     ) -> Result<Before, ResourceError> {
         let mut changing = self.changing.lock().await;
         let before = changing.tally.clone();
-        let mut share = before.get(container).cloned().unwrap_or_default();
-        share.change(resources)?;
-        changing.tally.set(container, share);
+        let share = before.get(container).cloned().ok_or(ResourceError::Unknown)?;
+        let mut changed = share.clone();
+        changed.change(resources)?;
+        changing.tally.set(container, changed);
         let result = match self.refuse_static(&before, &changing) {
             Ok(()) => self.grow(vm, agent, &mut changing).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            changing.tally = before;
+            self.take_back(&mut changing, before);
             return Err(error);
         }
-        Ok(Before { container: container.to_owned(), share: before.get(container).cloned() })
+        Ok(Before { container: container.to_owned(), share })
     }
 
     /// After a change that the guest has refused.
     pub(crate) async fn restore(&self, before: Before) {
-        before.put_back(&mut self.changing.lock().await.tally);
+        let mut changing = self.changing.lock().await;
+        let mut tally = changing.tally.clone();
+        before.put_back(&mut tally);
+        self.take_back(&mut changing, tally);
+    }
+
+    /// After a failure: what the containers have is `tally` again.
+    fn take_back(&self, changing: &mut Changing, tally: Tally) {
+        changing.tally = tally;
+        if let Err(error) = self.confine(changing) {
+            tracing::warn!(%error, "the pod's cgroup keeps the CPUs of a change that failed");
+        }
     }
 
     /// Takes back what no container's limit needs any more, as far as the guest lets go of it: processors. Memory stays.
@@ -241,9 +268,21 @@ impl Resources {
         }
     }
 
-    /// A container is gone. What the machine has stays with it, for the next one.
-    pub(crate) async fn dismiss(&self, container: &str) {
-        self.changing.lock().await.tally.remove(container);
+    /// A container is gone. What the machine has stays with it, for the next one; the host's CPUs follow those that are left.
+    pub(crate) async fn dismiss(&self, container: &str, vm: &dyn Vm) {
+        let mut changing = self.changing.lock().await;
+        let before = changing.tally.cpus();
+        changing.tally.remove(container);
+        if changing.tally.cpus() == before {
+            return;
+        }
+        match self.arrange(vm, &mut changing, None).await {
+            // What goes with the machine needs no place.
+            Ok(()) | Err(ResourceError::Machine(HypervisorError::Ended(_))) => {}
+            Err(error) => {
+                tracing::warn!(container, %error, "the pod stays on the CPUs of a container that is gone")
+            }
+        }
     }
 
     fn wanted(&self, tally: &Tally) -> Result<Size, SizingError> {
@@ -292,6 +331,22 @@ impl Resources {
         bring_to_use(agent, changing).await
     }
 
+    /// Gives the pod's cgroup the CPUs that its containers have together, or what it had before one was bound to some.
+    fn confine(&self, changing: &mut Changing) -> Result<(), CgroupError> {
+        let Some(cgroup) = &self.cgroup else { return Ok(()) };
+        let cpus = changing.tally.cpus();
+        match &cpus {
+            Some(cpus) => cgroup.set_cpus(&cpus.text())?,
+            None if !changing.confined => {}
+            None => match &self.cpus {
+                Some(cpus) => cgroup.set_cpus(cpus)?,
+                None => cgroup.inherit_cpus()?,
+            },
+        }
+        changing.confined = cpus.is_some();
+        Ok(())
+    }
+
     /// Brings machine, cgroup and CPUs together; with `size`, the machine to that size.
     async fn arrange(
         &self,
@@ -299,10 +354,8 @@ impl Resources {
         changing: &mut Changing,
         size: Option<Size>,
     ) -> Result<(), ResourceError> {
+        self.confine(changing)?;
         let cpus = changing.tally.cpus();
-        if let (Some(cgroup), Some(cpus)) = (&self.cgroup, &cpus) {
-            cgroup.set_cpus(&cpus.text())?;
-        }
         let pins = self.config.runtime.enable_vcpus_pinning;
         let places = self.cgroup.as_ref().is_some_and(Cgroup::takes_vcpus);
         if size.is_none() && !pins && !places {
@@ -373,16 +426,14 @@ fn block_mib(bytes: u64) -> Result<u64, ResourceError> {
 /// What a container was promised before a change.
 pub(crate) struct Before {
     container: String,
-    share: Option<Share>,
+    share: Share,
 }
 
 impl Before {
     /// Others may have come and gone since, and so may the container itself.
     fn put_back(self, tally: &mut Tally) {
-        match self.share {
-            Some(share) if tally.get(&self.container).is_some() => tally.set(&self.container, share),
-            Some(_) => {}
-            None => tally.remove(&self.container),
+        if tally.get(&self.container).is_some() {
+            tally.set(&self.container, self.share);
         }
     }
 }

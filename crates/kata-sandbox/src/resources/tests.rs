@@ -15,7 +15,7 @@ fn a_guest_cannot_name_a_block_of_memory_that_no_kernel_has() {
 fn a_change_that_is_taken_back_leaves_other_containers_as_they_are() {
     let mut tally = Tally::default();
     tally.set("other", Share::default());
-    let before = |name: &str| Before { container: name.to_owned(), share: Some(Share::default()) };
+    let before = |name: &str| Before { container: name.to_owned(), share: Share::default() };
     before("gone").put_back(&mut tally);
     assert!(tally.get("gone").is_none() && tally.get("other").is_some());
     before("other").put_back(&mut tally);

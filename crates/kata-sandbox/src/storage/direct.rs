@@ -1,21 +1,26 @@
 //! Direct volumes: paths of the host that stand for a device, see [`kata_config::direct_volume`].
 
+use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use kata_api::agent::{FSGroup, Storage};
 use kata_api::guest;
 use kata_api::types::FSGroupChangePolicy;
-use kata_config::direct_volume::{Entry, MountInfo};
+use kata_config::direct_volume::{ClaimError, Entry, MountInfo};
 use kata_hypervisor::PciPath;
 
 use super::StorageError;
+use crate::state::{State, StateError};
 
 /// A volume whose device the machine gets.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct DirectVolume {
+    /// Its path on the host, where there need be nothing.
+    path: PathBuf,
     /// What the storage driver has written of it.
-    pub(crate) entry: Entry,
+    entry: Entry,
     /// Device or image file.
     pub(crate) device: PathBuf,
     /// Whether the guest may not write the device.
@@ -23,6 +28,59 @@ pub(crate) struct DirectVolume {
     fs_type: String,
     options: Vec<String>,
     group: Option<FSGroup>,
+}
+
+/// That a pod is to be noted as the user of a direct volume.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Claim {
+    entry: Entry,
+    /// The volume's path.
+    path: PathBuf,
+    readonly: bool,
+    /// The pod's directory: those of others are beside it.
+    run_dir: PathBuf,
+}
+
+/// A pod is noted as the user of a direct volume, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Mark(Claim);
+
+impl Claim {
+    fn pod(&self) -> Cow<'_, str> {
+        self.run_dir.file_name().unwrap_or_default().to_string_lossy()
+    }
+
+    /// Notes it. One of a pod that lives no more is taken over.
+    ///
+    /// # Errors
+    /// [`StorageError::Taken`], and where nothing can be noted.
+    pub(crate) fn mark(self) -> Result<Mark, StorageError> {
+        let lives = |other: &OsStr| match State::load(&self.run_dir.with_file_name(other)) {
+            Ok(pod) => pod.lives(),
+            Err(StateError::Read { source, .. }) => source.kind() != io::ErrorKind::NotFound,
+            // What cannot be understood may be another release's.
+            Err(_) => true,
+        };
+        match self.entry.claim(&self.pod(), self.readonly, lives) {
+            Ok(()) => Ok(Mark(self)),
+            Err(ClaimError::Mark(error)) => {
+                Err(StorageError::file("note the pod's use of a direct volume in", self.entry.dir(), error))
+            }
+            Err(source) => Err(StorageError::Taken { path: self.path, source }),
+        }
+    }
+}
+
+impl Mark {
+    pub(crate) fn is_of(&self, claim: &Claim) -> bool {
+        self.0 == *claim
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        self.0.entry.release(&self.0.pod());
+    }
 }
 
 /// The direct volume that is called `path`, if there is one.
@@ -57,6 +115,7 @@ fn parse(path: &Path, entry: Entry, info: MountInfo) -> Result<DirectVolume, Sto
         Ok(FSGroup { group_id, group_change_policy: policy.into(), ..Default::default() })
     });
     Ok(DirectVolume {
+        path: path.to_owned(),
         entry,
         device: info.device,
         readonly: info.options.iter().any(|option| option == "ro"),
@@ -67,6 +126,12 @@ fn parse(path: &Path, entry: Entry, info: MountInfo) -> Result<DirectVolume, Sto
 }
 
 impl DirectVolume {
+    /// What is to be noted for the pod in `run_dir`.
+    pub(crate) fn claim(&self, run_dir: &Path) -> Claim {
+        let (entry, path) = (self.entry.clone(), self.path.clone());
+        Claim { entry, path, readonly: self.readonly, run_dir: run_dir.to_owned() }
+    }
+
     /// Where the guest mounts it.
     pub(crate) fn in_guest(&self) -> PathBuf {
         Path::new(guest::SANDBOX_DIR).join("storage").join(self.entry.dir().file_name().unwrap_or_default())

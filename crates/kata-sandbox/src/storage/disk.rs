@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kata_api::agent::Storage;
@@ -15,7 +16,8 @@ use rustix::io::Errno;
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
-use super::StorageError;
+use super::direct::{Claim, Mark};
+use super::{Abort, StorageError};
 use crate::blocking::blocking;
 
 /// An emptyDir's file system, in its directory on the host: kubelet counts what it takes, and removes it.
@@ -58,7 +60,11 @@ pub(crate) async fn plug(vm: &dyn Vm, disk: Disk) -> Result<(OwnedFd, PciPath), 
 
 /// Disks of the pod's volumes: each is in the machine once, however many containers use it.
 #[derive(Debug, Default)]
-pub(crate) struct PodDisks(Mutex<HashMap<Identity, Attached>>);
+pub(crate) struct PodDisks {
+    attached: Mutex<HashMap<Identity, Attached>>,
+    /// Those of emptyDirs, by the image: each is made once, and nobody else waits for that.
+    empty_dirs: Mutex<HashMap<PathBuf, Arc<Mutex<Option<PciPath>>>>>,
+}
 
 /// A disk, by whatever path: the numbers of a device, or those of a file system and a file in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -89,15 +95,29 @@ struct Attached {
     users: usize,
     /// Keeps it from other machines.
     _held: OwnedFd,
+    /// The direct volumes that it is.
+    marks: Vec<Mark>,
+}
+
+/// Notes the pod as the user of a direct volume, if it is one. That looks into files which others may hold up.
+async fn marked(claim: Option<Claim>) -> Result<Option<Mark>, StorageError> {
+    let Some(claim) = claim else { return Ok(None) };
+    blocking(move || claim.mark()).await.unwrap_or(Err(StorageError::Interrupted)).map(Some)
 }
 
 impl PodDisks {
-    /// Has the machine take `disk` unless it has, and answers where the guest finds it.
-    pub(crate) async fn attach(&self, vm: &dyn Vm, disk: Disk) -> Result<PciPath, StorageError> {
+    /// Has the machine take `disk` unless it has, and answers where the guest finds it. Of a direct volume, the pod is noted as
+    /// its user first, for as long as the machine has the disk.
+    pub(crate) async fn attach(
+        &self,
+        vm: &dyn Vm,
+        disk: Disk,
+        claim: Option<Claim>,
+    ) -> Result<PciPath, StorageError> {
         let path = disk.path.clone();
         let identity = blocking(move || Identity::of(&path)).await;
         let identity = identity.unwrap_or(Err(StorageError::Interrupted))?;
-        let mut disks = self.0.lock().await;
+        let mut disks = self.attached.lock().await;
         if let Some(attached) = disks.get(&identity)
             && attached.users == 0
         {
@@ -112,18 +132,21 @@ impl PodDisks {
             if attached.readonly && !disk.readonly {
                 return Err(StorageError::ReadOnly(disk.path));
             }
+            let new = claim.filter(|claim| !attached.marks.iter().any(|mark| mark.is_of(claim)));
+            attached.marks.extend(marked(new).await?);
             attached.users += 1;
             return Ok(attached.at.clone());
         }
+        let marks = marked(claim).await?.into_iter().collect();
         let (id, readonly) = (disk.id.clone(), disk.readonly);
         let (held, at) = plug(vm, disk).await?;
-        disks.insert(identity, Attached { id, at: at.clone(), readonly, users: 1, _held: held });
+        disks.insert(identity, Attached { id, at: at.clone(), readonly, users: 1, _held: held, marks });
         Ok(at)
     }
 
     /// Gives up a disk; the last to do so takes it from the machine.
     pub(crate) async fn detach(&self, vm: &dyn Vm, at: &PciPath) -> Result<(), HypervisorError> {
-        let mut disks = self.0.lock().await;
+        let mut disks = self.attached.lock().await;
         let found = disks.iter_mut().find(|(_, attached)| attached.at == *at);
         let Some((&identity, attached)) = found else { return Ok(()) };
         attached.users = attached.users.saturating_sub(1);
@@ -137,7 +160,12 @@ impl PodDisks {
 
     /// Leaves a disk of a machine that has ended to others.
     pub(crate) async fn forget(&self, at: &PciPath) {
-        self.0.lock().await.retain(|_, attached| attached.at != *at);
+        self.attached.lock().await.retain(|_, attached| attached.at != *at);
+    }
+
+    /// Leaves all disks of a machine that has ended to others.
+    pub(crate) async fn forget_all(&self) {
+        self.attached.lock().await.clear();
     }
 
     /// The disk of an emptyDir, which stays as long as the pod. It is made with its first user.
@@ -147,21 +175,24 @@ impl PodDisks {
         record: &Record,
         id: String,
         volume: &Path,
+        abort: &mut Abort,
     ) -> Result<PciPath, StorageError> {
         let path = volume.join(IMAGE);
-        let mut disks = self.0.lock().await;
-        if let Ok(identity) = Identity::of(&path)
-            && let Some(attached) = disks.get(&identity)
-        {
-            return Ok(attached.at.clone());
+        let place = self.empty_dirs.lock().await.entry(path.clone()).or_default().clone();
+        let mut made = abort.unless(async { Ok(place.lock().await) }).await?;
+        if let Some(at) = &*made {
+            return Ok(at.clone());
         }
         record.file(&path)?;
-        let image = make_file_system(volume, &path).await?;
+        let image = abort.unless(make_file_system(volume, &path)).await?;
         let identity = Identity::of(&path)?;
         let disk = Disk { id: id.clone(), path: path.clone(), readonly: false };
         let (held, at) = plug(vm, disk).await?;
         image.keep();
-        disks.insert(identity, Attached { id, at: at.clone(), readonly: false, users: 1, _held: held });
+        let attached =
+            Attached { id, at: at.clone(), readonly: false, users: 1, _held: held, marks: Vec::new() };
+        self.attached.lock().await.insert(identity, attached);
+        *made = Some(at.clone());
         Ok(at)
     }
 }

@@ -168,8 +168,8 @@ fn steps(old: &Tree, new: &Tree) -> Steps {
 pub(crate) struct Changes {
     inotify: Arc<AsyncFd<OwnedFd>>,
     count: watch::Receiver<u64>,
-    /// The kernel does not tell of all directories.
-    blind: AtomicBool,
+    /// It was told that the kernel does not tell of all directories.
+    warned: AtomicBool,
     task: JoinHandle<()>,
 }
 
@@ -200,11 +200,12 @@ impl Changes {
                 }
             }
         });
-        Ok(Self { inotify, count, blind: AtomicBool::new(false), task })
+        Ok(Self { inotify, count, warned: AtomicBool::new(false), task })
     }
 
-    /// Hears of changes in these directories. Those that are gone meanwhile are passed over.
-    fn watch<'a>(&self, root: &Path, directories: impl Iterator<Item = &'a PathBuf>) -> Result<(), Errno> {
+    /// Hears of changes in these directories, or in some only: whether in all is the answer. Those that are gone meanwhile are
+    /// passed over.
+    fn watch<'a>(&self, root: &Path, directories: impl Iterator<Item = &'a PathBuf>) -> Result<bool, Errno> {
         use inotify::WatchFlags as On;
         let changes = On::CREATE | On::DELETE | On::MOVE | On::CLOSE_WRITE | On::MODIFY | On::ATTRIB;
         for directory in directories {
@@ -212,21 +213,21 @@ impl Changes {
             match inotify::add_watch(self.inotify.get_ref(), &path, changes | On::DELETE_SELF | On::ONLYDIR) {
                 Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => {}
                 Err(error @ (Errno::NOSPC | Errno::NOMEM)) => {
-                    if !self.blind.swap(true, Ordering::Relaxed) {
+                    if !self.warned.swap(true, Ordering::Relaxed) {
                         tracing::warn!(
                             path = %path.display(),
                             %error,
-                            "the host has no inotify watches left, so volumes are looked at every {} s: raise \
-                             fs.inotify.max_user_watches",
+                            "the host has no inotify watches left, so this volume, and any other without, is looked at \
+                             every {} s: raise fs.inotify.max_user_watches",
                             INTERVAL.as_secs()
                         );
                     }
-                    return Ok(());
+                    return Ok(false);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -254,6 +255,7 @@ impl Mirror {
             changes,
             source: source.to_owned(),
             target: target.display().to_string(),
+            blind: false,
             there: Tree::new(),
         };
         copy.update().await?;
@@ -267,6 +269,8 @@ struct Copy {
     count: Option<watch::Receiver<u64>>,
     source: PathBuf,
     target: String,
+    /// The kernel does not tell of all of its directories.
+    blind: bool,
     there: Tree,
 }
 
@@ -275,8 +279,7 @@ impl Copy {
         loop {
             match &mut self.count {
                 Some(count) => {
-                    let blind = |changes: &Arc<Changes>| changes.blind.load(Ordering::Relaxed);
-                    if self.changes.as_ref().is_some_and(blind) {
+                    if self.blind {
                         if let Ok(Err(_)) = tokio::time::timeout(INTERVAL, count.changed()).await {
                             return;
                         }
@@ -306,8 +309,7 @@ impl Copy {
         for _ in 0..LOOKS {
             let (source, changes) = (self.source.clone(), self.changes.clone());
             let look = move || stable(&source, changes.as_deref());
-            let looked = blocking(look).await.unwrap_or(Err(StorageError::Interrupted))?;
-            match looked {
+            match blocking(look).await.unwrap_or(Err(StorageError::Interrupted))? {
                 Look::Moving => tokio::time::sleep(QUIET).await,
                 Look::TooLarge if self.there.is_empty() => break,
                 Look::TooLarge => {
@@ -317,11 +319,14 @@ impl Copy {
                     );
                     return Ok(());
                 }
-                Look::Still(tree) => match self.apply(&tree).await {
-                    Err(StorageError::Absent(_)) => {}
-                    Err(error) => return Err(error),
-                    Ok(()) => return Ok(()),
-                },
+                Look::Still(tree, told) => {
+                    self.blind = !told;
+                    match self.apply(&tree).await {
+                        Err(StorageError::Absent(_)) => {}
+                        Err(error) => return Err(error),
+                        Ok(()) => return Ok(()),
+                    }
+                }
             }
         }
         Err(StorageError::Restless(self.source.clone()))
@@ -368,7 +373,8 @@ impl Copy {
 }
 
 enum Look {
-    Still(Tree),
+    /// And whether every change of it will be told.
+    Still(Tree, bool),
     Moving,
     TooLarge,
 }
@@ -380,20 +386,22 @@ fn stable(source: &Path, changes: Option<&Changes>) -> Result<Look, StorageError
         Err(error) if error.kind() == io::ErrorKind::NotFound && source.exists() => Ok(Look::Moving),
         Err(error) => Err(failed(error)),
         Ok(None) => Ok(Look::TooLarge),
-        Ok(Some(tree)) => Ok(Look::Still(tree)),
+        Ok(Some(tree)) => Ok(Look::Still(tree, true)),
     };
-    let first = look()?;
-    let Look::Still(tree) = &first else { return Ok(first) };
+    let (tree, mut told) = match look()? {
+        Look::Still(tree, told) => (tree, told),
+        other => return Ok(other),
+    };
     if let Some(changes) = changes {
         let directories =
             tree.iter().filter(|(_, entry)| entry.kind == Kind::Directory).map(|(name, _)| name);
-        changes.watch(source, directories).map_err(|error| failed(error.into()))?;
+        told = changes.watch(source, directories).map_err(|error| failed(error.into()))?;
     }
-    match look()? {
-        Look::Still(again) if again == *tree => Ok(first),
-        Look::Still(_) | Look::Moving => Ok(Look::Moving),
-        Look::TooLarge => Ok(Look::TooLarge),
-    }
+    Ok(match look()? {
+        Look::Still(again, _) if again == tree => Look::Still(tree, told),
+        Look::Still(..) | Look::Moving => Look::Moving,
+        Look::TooLarge => Look::TooLarge,
+    })
 }
 
 fn request(path: &Path, target: String, entry: &Entry) -> Result<CopyFileRequest, StorageError> {

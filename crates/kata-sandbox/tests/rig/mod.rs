@@ -90,7 +90,7 @@ impl Rig {
             hostname: None,
             config: self.config.clone(),
             artefacts: Artefacts {
-                qemu: "/bin/true".into(),
+                vmm: "/bin/true".into(),
                 kata_vmm: "/bin/true".into(),
                 virtiofsd: Some(daemon),
                 guest_image: Some(self.image()),

@@ -1,10 +1,16 @@
 //! `start`: answers the address of the pod's owner, which is started for the pod's first container, or for a sandbox: its
 //! bundle has no specification.
 //!
-//! Three generations of containerd call it: all put their flags before the verb; up to 2.2 standard input may hold the
-//! runtime's options (an `Any`, which `Task.Create` carries again), from 2.3 on it holds `BootstrapParams` as JSON. The
-//! first are answered with the bare address, which every release reads, the last in kind. Whatever else is written, to
-//! either stream, would be taken for a part of the address.
+//! All generations of containerd put their flags before the verb, and differ in what they write to standard input:
+//!
+//! | containerd | standard input | is answered with |
+//! |---|---|---|
+//! | up to 2.2 | nothing, or the runtime's options: an `Any`, which `Task.Create` carries again | the bare address |
+//! | from 2.3 on | `containerd.runtime.bootstrap.v1.BootstrapParams`, with those options among its extensions | `BootstrapResult` |
+//! | releases on the way there | the same message as JSON | JSON |
+//!
+//! An `Any` can be read as the message: what names this very container and namespace is the message. Whatever else is written,
+//! to either stream, would be taken for a part of the address.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,6 +21,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde::Deserialize;
@@ -23,7 +30,7 @@ use thiserror::Error;
 
 use super::bundle::{self, Bundle, BundleError, Netns};
 use super::invocation::Invocation;
-use super::launch::config_path;
+use super::launch::{config_path, is_options};
 use crate::delete::{self, DeleteError};
 use crate::ground::{Ground, GroundError};
 
@@ -38,6 +45,8 @@ pub(crate) enum BootstrapError {
     Input(#[source] io::Error),
     #[error("the parameters on standard input are not containerd's BootstrapParams")]
     Params(#[source] serde_json::Error),
+    #[error("the answer cannot be written as containerd's BootstrapResult")]
+    Answer(#[source] protobuf::Error),
     #[error("the runtime's options on standard input cannot be carried out: {0}")]
     Options(String),
     #[error("the working directory is no bundle")]
@@ -61,10 +70,20 @@ pub(crate) enum BootstrapError {
     Address { path: PathBuf, source: io::Error },
 }
 
+/// How containerd has written its parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Form {
+    #[default]
+    Json,
+    Message,
+}
+
 /// What containerd says on standard input, where it is more than options.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Params {
+    #[serde(skip)]
+    form: Form,
     // stays: ProtoJSON has both spellings
     #[serde(alias = "containerdTtrpcAddress")]
     containerd_ttrpc_address: String,
@@ -89,7 +108,7 @@ impl Params {
 
 /// Prints the address of the pod's owner.
 pub(crate) fn run(call: &Invocation) -> Result<(), BootstrapError> {
-    let Input { params, options } = input(io::stdin().lock())?;
+    let Input { params, options } = input(io::stdin().lock(), call)?;
     let dir = match &call.bundle {
         Some(dir) => dir.clone(),
         None => std::env::current_dir().map_err(BootstrapError::WorkingDirectory)?,
@@ -98,13 +117,25 @@ pub(crate) fn run(call: &Invocation) -> Result<(), BootstrapError> {
     // containerd 1.x finds the owner by this file after a restart of its own.
     let file = dir.join("address");
     std::fs::write(&file, &address).map_err(|source| BootstrapError::Address { path: file, source })?;
-    let answer = match params {
-        None => address,
-        Some(_) => json!({ "version": TASK_VERSION, "address": address, "protocol": "ttrpc" }).to_string(),
-    };
     // A containerd that is not there any more needs no answer.
-    let _ = io::stdout().write_all(answer.as_bytes());
+    let _ = io::stdout().write_all(&answer(params.map(|params| params.form), address)?);
     Ok(())
+}
+
+/// The address as whoever asks understands it.
+fn answer(form: Option<Form>, address: String) -> Result<Vec<u8>, BootstrapError> {
+    match form {
+        None => Ok(address.into_bytes()),
+        Some(Form::Json) => {
+            let answer = json!({ "version": TASK_VERSION, "address": address, "protocol": "ttrpc" });
+            Ok(answer.to_string().into_bytes())
+        }
+        Some(Form::Message) => {
+            let protocol = "ttrpc".to_owned();
+            let answer = BootstrapResult { version: TASK_VERSION, address, protocol, ..Default::default() };
+            answer.write_to_bytes().map_err(BootstrapError::Answer)
+        }
+    }
 }
 
 /// What is on standard input.
@@ -114,9 +145,13 @@ struct Input {
     options: Option<Any>,
 }
 
-fn input(input: impl Read) -> Result<Input, BootstrapError> {
+fn input(input: impl Read, call: &Invocation) -> Result<Input, BootstrapError> {
     let mut text = Vec::new();
     input.take(INPUT_LIMIT).read_to_end(&mut text).map_err(BootstrapError::Input)?;
+    let message = BootstrapParams::parse_from_bytes(&text).ok();
+    if let Some(message) = message.filter(|it| it.instance_id == call.id && it.namespace == call.namespace) {
+        return Ok(of_message(message));
+    }
     // The first byte of an Any is the tag of its first field, which is no brace.
     if text.first() == Some(&b'{') {
         let params = serde_json::from_slice(&text).map_err(BootstrapError::Params)?;
@@ -126,13 +161,25 @@ fn input(input: impl Read) -> Result<Input, BootstrapError> {
     Ok(Input { params: None, options: Any::parse_from_bytes(&text).ok() })
 }
 
+fn of_message(message: BootstrapParams) -> Input {
+    let mut extensions = message.extensions.into_iter().filter_map(|extension| extension.value.into_option());
+    let options = extensions.find(is_options);
+    let params = Params {
+        form: Form::Message,
+        containerd_ttrpc_address: message.containerd_ttrpc_address,
+        containerd_grpc_address: message.containerd_grpc_address,
+        log_level: message.log_level.value().into(),
+    };
+    Input { params: Some(params), options }
+}
+
 fn address(
     call: &Invocation,
     params: Option<&Params>,
     options: Option<&Any>,
     dir: &Path,
 ) -> Result<String, BootstrapError> {
-    let ground = match bundle::of_sandbox(dir) {
+    let ground = match bundle::of_sandbox(dir).map_err(BootstrapError::Bundle)? {
         true => start(call, params, dir, &sandbox_words(options)?)?,
         false => {
             let bundle = Bundle::read(dir).map_err(BootstrapError::Bundle)?;
@@ -248,9 +295,9 @@ mod tests {
 
     #[test]
     fn options_are_no_parameters_and_json_in_either_spelling_is() {
-        let params = |text| input(text).map(|input| input.params);
+        let params = |text| input(text, &call()).map(|input| input.params);
         assert!(params(&b""[..]).unwrap().is_none());
-        let options = input(&b"\x0a\x19runtimeoptions.v1.Options"[..]).unwrap();
+        let options = input(&b"\x0a\x19runtimeoptions.v1.Options"[..], &call()).unwrap();
         assert!(options.params.is_none());
         assert_eq!(options.options.unwrap().type_url, "runtimeoptions.v1.Options");
         for text in [
@@ -263,6 +310,61 @@ mod tests {
         }
         assert!(!params(&b"{}"[..]).unwrap().unwrap().debug());
         assert!(matches!(params(&b"{"[..]), Err(BootstrapError::Params(_))));
+    }
+
+    fn call() -> Invocation {
+        let line =
+            "-namespace k8s.io -id web -address /c.sock start".split(' ').map(OsString::from).collect();
+        Invocation::parse(line).unwrap().unwrap()
+    }
+
+    #[test]
+    fn the_message_of_new_containerds_brings_the_options_and_is_answered_in_kind() {
+        use containerd_shim_protos::bootstrap_api::Extension;
+        use kata_api::runtime_options::Options;
+        let extension = |type_url: &str, value: Vec<u8>| Extension {
+            value: Some(Any { type_url: type_url.to_owned(), value, ..Any::default() }).into(),
+            ..Extension::default()
+        };
+        let options = Options { config_path: "/etc/kata.toml".to_owned(), ..Options::default() };
+        let message = BootstrapParams {
+            instance_id: "web".to_owned(),
+            namespace: "k8s.io".to_owned(),
+            containerd_ttrpc_address: "/c.ttrpc".to_owned(),
+            log_level: protobuf::EnumOrUnknown::from_i32(-4),
+            extensions: vec![
+                extension("example.v1.Other", Vec::new()),
+                extension("runtimeoptions.v1.Options", options.write_to_bytes().unwrap()),
+            ],
+            ..BootstrapParams::default()
+        };
+        let text = message.write_to_bytes().unwrap();
+        let found = input(&text[..], &call()).unwrap();
+        let params = found.params.unwrap();
+        assert_eq!((params.form, params.containerd_ttrpc_address.as_str()), (Form::Message, "/c.ttrpc"));
+        assert!(params.debug());
+        let words = sandbox_words(found.options.as_ref()).unwrap();
+        assert_eq!(words, ["--sandboxer", "--config", "/etc/kata.toml"]);
+        // The same bytes about another container are something else.
+        let other = Invocation { id: "other".to_owned(), ..call() };
+        assert!(input(&text[..], &other).unwrap().params.is_none());
+
+        let told = answer(Some(Form::Message), "unix:///s".to_owned()).unwrap();
+        let told = BootstrapResult::parse_from_bytes(&told).unwrap();
+        assert_eq!((told.version, told.address.as_str(), told.protocol.as_str()), (3, "unix:///s", "ttrpc"));
+        assert_eq!(answer(None, "unix:///s".to_owned()).unwrap(), b"unix:///s");
+    }
+
+    #[test]
+    fn a_containers_bundle_without_its_specification_starts_no_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("io.containerd.runtime.v2.task/k8s.io/web");
+        std::fs::create_dir_all(&bundle).unwrap();
+        let error = address(&call(), None, None, &bundle).unwrap_err();
+        assert!(
+            matches!(&error, BootstrapError::Bundle(BundleError::Lost { path }) if path.starts_with(&bundle))
+        );
+        assert!(error.to_string().contains("config.json"), "{error}");
     }
 
     #[test]

@@ -16,8 +16,16 @@ const MARKS: [(&str, &str, &str); 3] = [
 /// What Docker names before there is a namespace. It fills the one of the pid that it is answered.
 const PLACEHOLDER: &str = "/proc/0/ns/net";
 
+/// Below this directory containerd has the bundles of containers; those of sandboxes are elsewhere.
+const TASKS: &str = "io.containerd.runtime.v2.task";
+
 #[derive(Debug, Error)]
 pub(crate) enum BundleError {
+    #[error(
+        "{path} is not there, or empty: the container's bundle has lost its specification, so nothing can be started; remove the \
+         container and make it anew"
+    )]
+    Lost { path: PathBuf },
     #[error("cannot read {path}")]
     Spec { path: PathBuf, source: Box<oci_spec::OciSpecError> },
     #[error(
@@ -43,11 +51,19 @@ pub(crate) enum Netns {
 }
 
 /// Whether the bundle is that of a sandbox, which has no specification.
-pub(crate) fn of_sandbox(dir: &Path) -> bool {
-    match std::fs::metadata(dir.join("config.json")) {
+///
+/// # Errors
+/// [`BundleError::Lost`]: a container's has none.
+pub(crate) fn of_sandbox(dir: &Path) -> Result<bool, BundleError> {
+    let path = dir.join("config.json");
+    let none = match std::fs::metadata(&path) {
         Ok(file) => file.len() == 0,
         Err(error) => error.kind() == std::io::ErrorKind::NotFound && dir.is_dir(),
+    };
+    if none && dir.components().any(|part| part.as_os_str() == TASKS) {
+        return Err(BundleError::Lost { path });
     }
+    Ok(none)
 }
 
 /// A container's bundle.

@@ -11,7 +11,7 @@ use kata_api::runtime_options::Options;
 use kata_config::Sources;
 use kata_hypervisor::Vm;
 use kata_sandbox::{Event, NetworkSpec, ResourceSpec, Sandbox, SandboxSpec};
-use oci_spec::runtime::{Hook, Spec};
+use oci_spec::runtime::{Hook, Process, Spec};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::{broadcast, mpsc};
@@ -56,6 +56,8 @@ pub(crate) struct Wanted {
     pub(crate) bundle: PathBuf,
     /// What it may use of the host.
     pub(crate) resources: ResourceSpec,
+    /// Which of the host's processes are ended first where memory is short: `process.oomScoreAdj` of the first container.
+    pub(crate) oom_score_adj: i32,
 }
 
 impl Wanted {
@@ -68,6 +70,7 @@ impl Wanted {
             hooks: network_hooks(spec),
             bundle: PathBuf::from(&request.bundle),
             resources: ResourceSpec::of(spec).map_err(|error| fault::invalid(fault::chain(&error)))?,
+            oom_score_adj: spec.process().as_ref().and_then(Process::oom_score_adj).unwrap_or_default(),
         })
     }
 }
@@ -95,7 +98,8 @@ impl Launcher {
         if self.launched.is_closed() {
             return Err(fault::leaving());
         }
-        let Wanted { config, annotations, hostname, hooks, bundle, resources } = wanted;
+        let Wanted { config, annotations, hostname, hooks, bundle, resources, oom_score_adj } = wanted;
+        take_oom_score(oom_score_adj);
         let sources = Sources { file: config, overrides: Vec::new(), annotations: ours(&annotations) };
         let (plan, vm) = (self.prepare)(&sources).map_err(|error| {
             let words = fault::chain(&error);
@@ -132,11 +136,28 @@ impl Launcher {
     }
 }
 
+/// Gives this process, and all that it starts from here on, its place among those that the host's kernel may end. Without, it
+/// were containerd's, which hardly anything comes before.
+fn take_oom_score(score: i32) {
+    let path = "/proc/self/oom_score_adj";
+    let now = std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
+    if now == Some(score) {
+        return;
+    }
+    if let Err(error) = std::fs::write(path, score.to_string()) {
+        tracing::warn!(score, ?now, %error, "the pod's processes keep their oom_score_adj (lowering it needs CAP_SYS_RESOURCE)");
+    }
+}
+
+/// Whether a message carries the runtime's options. Some clients write a host before the name.
+pub(super) fn is_options(any: &Any) -> bool {
+    any.type_url.rsplit('/').next() == Some(OPTIONS)
+}
+
 /// The configuration file that the options name.
 pub(super) fn config_path(options: Option<&Any>) -> ttrpc::Result<Option<PathBuf>> {
     let Some(any) = options.filter(|any| !any.type_url.is_empty()) else { return Ok(None) };
-    // Some clients write a host before the name.
-    if any.type_url.rsplit('/').next() != Some(OPTIONS) {
+    if !is_options(any) {
         tracing::warn!(type_url = any.type_url, "options of another runtime are not read");
         return Ok(None);
     }
@@ -200,6 +221,26 @@ mod tests {
         let garbage = Any { type_url: OPTIONS.to_owned(), value: vec![0xff], ..Any::default() };
         let garbage = CreateTaskRequest { options: Some(garbage).into(), ..CreateTaskRequest::default() };
         assert!(config_path(garbage.options.as_ref()).is_err());
+    }
+
+    #[test]
+    fn the_pod_has_the_oom_score_of_its_first_container_and_not_containerds() {
+        let wanted = |process: &str| {
+            let text = format!(r#"{{"ociVersion":"1.1.0"{process}}}"#);
+            Wanted::by_container(&CreateTaskRequest::default(), &serde_json::from_str(&text).unwrap())
+                .unwrap()
+        };
+        let given =
+            wanted(r#","process":{"cwd":"/","args":["a"],"user":{"uid":0,"gid":0},"oomScoreAdj":321}"#);
+        assert_eq!((given.oom_score_adj, wanted("").oom_score_adj), (321, 0));
+        take_oom_score(given.oom_score_adj);
+        let score =
+            |process: &str| std::fs::read_to_string(format!("/proc/{process}/oom_score_adj")).unwrap();
+        assert_eq!(score("self"), "321\n");
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert_eq!(score(&child.id().to_string()), "321\n");
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

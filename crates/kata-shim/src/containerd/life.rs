@@ -11,15 +11,15 @@
 //! Kubernetes may keep the dead pod for hours. A pod that containerd's sandbox API made has no first container: it lives, empty
 //! or not, until that API stops it.
 
-use std::collections::{HashMap, HashSet};
-use std::time::Duration;
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
     TaskStart,
 };
 use containerd_shim_protos::topics;
-use kata_sandbox::{Event, ProcessId, Sandbox};
+use kata_sandbox::{Event, Exit, Inspection, ProcessId, Sandbox, Status};
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::Instant;
@@ -40,6 +40,9 @@ const FLUSH: Duration = Duration::from_secs(5);
 const ANSWER_BOUND: Duration = Duration::from_millis(2500);
 /// How long connections are waited for at the end, so that the last answer gets through.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// Exit status of a process that ended unseen, as containerd has it.
+const UNKNOWN: u32 = 255;
 
 /// Why the owner goes, and who wants to know when it is done.
 struct End {
@@ -83,10 +86,17 @@ struct Pod {
     events: Option<broadcast::Receiver<Event>>,
     /// The container that the pod lives for.
     first: Option<String>,
-    /// Containers that were made and not deleted.
-    containers: HashSet<String>,
+    /// Containers that were made and not deleted, and what of them was published.
+    containers: HashMap<String, Told>,
     /// Containers being made.
     creating: HashMap<String, Creating>,
+}
+
+/// What was published of a container, beside that it was made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    started: bool,
+    exit: Option<Exit>,
 }
 
 /// A container that is being made.
@@ -99,7 +109,7 @@ struct Creating {
 
 impl Pod {
     fn new(purpose: Purpose) -> Self {
-        let (containers, creating) = (HashSet::new(), HashMap::new());
+        let (containers, creating) = (HashMap::new(), HashMap::new());
         Self { purpose, sandbox: None, events: None, first: None, containers, creating }
     }
 
@@ -132,21 +142,101 @@ impl Pod {
         }
     }
 
-    /// Takes what has happened already.
-    fn catch_up(&mut self, publisher: &Publisher) {
+    /// Takes what has happened already; where some of it was `lost`, what the pod itself tells.
+    async fn catch_up(&mut self, mut lost: bool, publisher: &Publisher) {
         loop {
             match self.events.as_mut().map(broadcast::Receiver::try_recv) {
                 Some(Ok(event)) => self.on_event(event, publisher),
-                Some(Err(TryRecvError::Lagged(missed))) => tracing::error!(missed, "events are lost"),
-                Some(Err(TryRecvError::Empty | TryRecvError::Closed)) | None => return,
+                Some(Err(TryRecvError::Lagged(missed))) => {
+                    tracing::warn!(
+                        missed,
+                        "the owner was too slow for the pod's events; it looks at the pod instead"
+                    );
+                    lost = true;
+                }
+                Some(Err(TryRecvError::Empty | TryRecvError::Closed)) | None => break,
+            }
+        }
+        if let (true, Some(sandbox)) = (lost, &self.sandbox) {
+            let pod = sandbox.inspect().await;
+            for event in self.missed(&pod) {
+                self.on_event(event, publisher);
             }
         }
     }
 
+    /// What has happened to containers and was not published. Of execs the pod does not tell: who waits for one is answered.
+    fn missed(&self, pod: &Inspection) -> Vec<Event> {
+        let mut events = Vec::new();
+        for container in &pod.containers {
+            let process = ProcessId::init(&container.id);
+            let told = self.containers.get(&container.id).copied();
+            if told.is_none() && !self.creating.contains_key(&container.id) {
+                // Its creation was not asked for here, or has failed.
+                continue;
+            }
+            if told.is_none() {
+                events.push(Event::Created { process: process.clone() });
+            }
+            let told = told.unwrap_or_default();
+            if !told.started && matches!(container.state, Status::Running | Status::Paused) {
+                events.push(Event::Started { process: process.clone() });
+            }
+            if told.exit.is_none() && container.state == Status::Stopped {
+                let at = container.exited_at_ms.map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
+                let (code, at) = (container.exit_code.unwrap_or(UNKNOWN), at.unwrap_or_else(SystemTime::now));
+                events.push(Event::Exited { process, exit: Exit { code, at } });
+            }
+        }
+        let gone = self.containers.iter().filter(|(id, _)| !pod.containers.iter().any(|it| it.id == **id));
+        for (id, told) in gone {
+            let process = ProcessId::init(id);
+            let exit = told.exit.unwrap_or_else(|| Exit { code: UNKNOWN, at: SystemTime::now() });
+            if told.exit.is_none() {
+                events.push(Event::Exited { process: process.clone(), exit });
+            }
+            events.push(Event::Deleted { process, exit });
+        }
+        events
+    }
+
+    /// Whether an event of a container was published before: what was made up for may still come.
+    fn is_told(&self, event: &Event) -> bool {
+        let told = |process: &ProcessId| self.containers.get(&process.container);
+        match event {
+            Event::Created { process } if process.exec.is_none() => told(process).is_some(),
+            Event::Started { process } if process.exec.is_none() => {
+                told(process).is_some_and(|it| it.started)
+            }
+            Event::Exited { process, .. } if process.exec.is_none() => {
+                told(process).is_some_and(|it| it.exit.is_some())
+            }
+            Event::Deleted { process, .. } if process.exec.is_none() => told(process).is_none(),
+            _ => false,
+        }
+    }
+
+    /// Remembers what is published of a container.
+    fn note(&mut self, event: &Event) {
+        let (Event::Started { process } | Event::Exited { process, .. }) = event else { return };
+        let Some(told) = self.containers.get_mut(&process.container).filter(|_| process.exec.is_none())
+        else {
+            return;
+        };
+        match event {
+            Event::Exited { exit, .. } => told.exit = Some(*exit),
+            _ => told.started = true,
+        }
+    }
+
     fn on_event(&mut self, event: Event, publisher: &Publisher) {
+        if self.is_told(&event) {
+            return;
+        }
+        self.note(&event);
         match &event {
             Event::Created { process: ProcessId { container, exec: None } } => {
-                self.containers.insert(container.clone());
+                self.containers.insert(container.clone(), Told::default());
                 if self.purpose == Purpose::FirstContainer {
                     self.first.get_or_insert_with(|| container.clone());
                 }
@@ -166,7 +256,7 @@ impl Pod {
                 self.containers.remove(&process.container);
             }
             // Of a container that was never made, its client is told by the answer to its creation.
-            Event::Exited { process, .. } if !self.containers.contains(&process.container) => return,
+            Event::Exited { process, .. } if !self.containers.contains_key(&process.container) => return,
             // Goes to containerd's log, which is where somebody looks for the reason of a 255.
             Event::Stopped { fault: Some(fault) } => tracing::error!("the pod failed: {fault}"),
             _ => {}
@@ -194,7 +284,7 @@ impl Life {
                 Some(request) = self.requests.recv() => match request {
                     Request::CreateBegan(event) => pod.create_began(*event),
                     Request::CreateEnded(id) => {
-                        pod.catch_up(&self.publisher);
+                        pod.catch_up(false, &self.publisher).await;
                         pod.create_ended(&id);
                         unused = Instant::now() + UNUSED_BOUND;
                     }
@@ -212,7 +302,10 @@ impl Life {
                         unused = Instant::now() + UNUSED_BOUND;
                         pod.on_event(event, &self.publisher);
                     }
-                    Err(RecvError::Lagged(missed)) => tracing::error!(missed, "events are lost: the owner is too slow"),
+                    Err(RecvError::Lagged(missed)) => {
+                        tracing::warn!(missed, "the owner was too slow for the pod's events; it looks at the pod instead");
+                        pod.catch_up(true, &self.publisher).await;
+                    }
                     Err(RecvError::Closed) => pod.events = None,
                 },
                 () = tokio::time::sleep_until(unused), if idle => return End::new("nothing was asked of it for 60 s"),
@@ -272,7 +365,7 @@ async fn vanish(ground: Ground, publisher: Publisher, pod: &mut Pod) -> Result<(
         Some(sandbox) => sandbox.shutdown().await.map_err(LifeError::Teardown),
         None => Ok(()),
     };
-    pod.catch_up(&publisher);
+    pod.catch_up(false, &publisher).await;
     publisher.finish(FLUSH).await;
     torn_down.and_then(|()| ground.clear().map_err(LifeError::Clear))
 }
@@ -326,5 +419,52 @@ fn publish(publisher: &Publisher, event: Event) {
         }
         // The first was published with what its request said; the deletion of an exec and the pod's end have no event.
         Event::Created { .. } | Event::Deleted { .. } | Event::Stopped { .. } => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inspection(containers: &str) -> Inspection {
+        let containers = serde_json::from_str(&format!("[{containers}]")).unwrap();
+        Inspection { containers, ..Inspection::default() }
+    }
+
+    #[test]
+    fn what_was_missed_is_made_up_for_once() {
+        let mut pod = Pod::new(Purpose::Sandbox);
+        for id in ["runs", "ended", "gone"] {
+            pod.containers.insert(id.to_owned(), Told::default());
+        }
+        pod.create_began(TaskCreate { container_id: "made".to_owned(), ..TaskCreate::default() });
+        let now = inspection(
+            r#"{"id":"runs","state":"running","args":[]},{"id":"made","state":"created","args":[]},
+            {"id":"ended","state":"stopped","args":[],"exit_code":7,"exited_at_ms":1000},
+            {"id":"failed","state":"stopped","args":[],"exit_code":1}"#,
+        );
+        let missed = pod.missed(&now);
+        let told: Vec<String> = missed
+            .iter()
+            .map(|event| match event {
+                Event::Created { process } => format!("created {}", process.container),
+                Event::Started { process } => format!("started {}", process.container),
+                Event::Exited { process, exit } => format!("exited {} {}", process.container, exit.code),
+                Event::Deleted { process, .. } => format!("deleted {}", process.container),
+                other => format!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(
+            told,
+            ["started runs", "created made", "exited ended 7", "exited gone 255", "deleted gone"]
+        );
+        for event in &missed {
+            pod.note(event);
+        }
+        let again = Event::Exited {
+            process: ProcessId::init("ended"),
+            exit: Exit { code: 7, at: SystemTime::now() },
+        };
+        assert!(pod.is_told(&again) && pod.is_told(&missed[0]) && !pod.is_told(&missed[1]));
     }
 }

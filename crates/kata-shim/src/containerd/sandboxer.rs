@@ -157,6 +157,8 @@ impl SandboxApi for SandboxService {
             hooks: Vec::new(),
             bundle: Path::new(&req.bundle_path).to_owned(),
             resources,
+            // No container's: nobody says more.
+            oom_score_adj: 0,
         };
         let sandbox = self.slot.for_sandbox(wanted, parts).await?;
         self.watch(sandbox.events());

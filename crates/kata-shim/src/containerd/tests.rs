@@ -164,7 +164,7 @@ fn prepare(daemon: PathBuf, vm: FakeVm) -> Prepare {
         config.hypervisor.qemu.kernel = Some("/boot/vmlinuz".into());
         config.hypervisor.qemu.initrd = Some("/boot/initrd".into());
         let artefacts = Artefacts {
-            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            vmm: "/usr/bin/qemu-system-x86_64".into(),
             kata_vmm: "/usr/bin/kata-vmm".into(),
             virtiofsd: Some(daemon.clone()),
             guest_image: None,

@@ -27,7 +27,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use self::requests::Mapping;
 use self::ring::Ring;
-use crate::vsock::{QUEUES, QueueFault, RECEIVE_QUEUE, Serviced, TRANSMIT_QUEUE, Vsock};
+use crate::virtio::ring::QueueFault;
+use crate::vsock::{QUEUES, RECEIVE_QUEUE, Serviced, TRANSMIT_QUEUE, Vsock};
 
 /// Epoll tokens; ring `n`'s kicks have [`KICKS`] + `n`.
 const REQUESTS: u64 = 0;

@@ -13,17 +13,17 @@ use rustix::time::{
 };
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
-};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::{BS, BitmapSlice};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestMemory, Permissions};
 
 use super::HOST_CID;
 use super::host::{Host, Request, discard_unread, read_request};
-use super::packet::{Buffers, ChainError, HEADER_LEN, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
+use super::packet::{HEADER_LEN, Header, MAX_PAYLOAD, Op, TYPE_STREAM, read_header};
 use super::stream::{Fate, Ports, Stream};
+use crate::virtio::buffers::{Buffers, ChainError};
+use crate::virtio::ring::{QueueFault, next_chain, wants_interrupt};
 
 /// Most host sockets, whatever their state.
 const MAX_PEERS: usize = 1024;
@@ -86,18 +86,6 @@ pub enum VsockError {
         #[source]
         source: std::io::Error,
     },
-}
-
-/// Why a queue cannot be served any further: the driver broke the rules of virtqueues, so nothing it says is reliable
-/// until it sets the queue up again.
-#[derive(Debug, Error)]
-pub enum QueueFault {
-    /// The rings.
-    #[error("the driver broke a virtqueue's rings")]
-    Ring(#[source] virtio_queue::Error),
-    /// One chain.
-    #[error("the driver put a chain into a virtqueue that holds no packet")]
-    Chain(#[from] ChainError),
 }
 
 /// What became of a queue.
@@ -239,7 +227,7 @@ impl Vsock {
                 more = false;
                 break;
             }
-            let Some(chain) = pop(mem, queue)? else {
+            let Some(chain) = next_chain(mem, queue)? else {
                 if queue.enable_notification(mem).map_err(QueueFault::Ring)? {
                     continue;
                 }
@@ -248,12 +236,12 @@ impl Vsock {
             };
             let head = chain.head_index();
             let mut payload = Buffers::<BS<'_, M::Bitmap>>::from_chain(mem, chain, Permissions::Read)?;
-            let header = payload.read_header()?;
+            let header = read_header(&mut payload)?;
             self.receive(&header, payload);
             queue.add_used(mem, head, 0).map_err(QueueFault::Ring)?;
             packets += 1;
         }
-        Ok(Serviced { packets, interrupt: packets > 0 && wants_interrupt(mem, queue)?, more })
+        Ok(Serviced { packets, interrupt: wants_interrupt(mem, queue, packets)?, more })
     }
 
     /// Puts packets for the guest into the buffers of the receive queue, one per stream in turn.
@@ -265,7 +253,7 @@ impl Vsock {
                 more = false;
                 break;
             }
-            let Some(chain) = pop(mem, queue)? else {
+            let Some(chain) = next_chain(mem, queue)? else {
                 // Nothing to put packets into: the driver shall say when there is.
                 if queue.enable_notification(mem).map_err(QueueFault::Ring)? {
                     continue;
@@ -279,18 +267,18 @@ impl Vsock {
                 // Without room for a byte, a read of nothing would look like the end of a stream.
                 return Err(ChainError::TooShort(room.len()).into());
             }
-            let front = room.split_to(HEADER_LEN);
+            let mut front = room.split_to(HEADER_LEN);
             let Some(header) = self.next_packet(&room) else {
                 queue.go_to_previous_position();
                 continue;
             };
-            front.write_header(&header);
+            front.put(&header.to_bytes());
             let len = header.len.saturating_add(HEADER_LEN.try_into().unwrap_or(u32::MAX));
             queue.add_used(mem, head, len).map_err(QueueFault::Ring)?;
             packets += 1;
         }
         more |= self.blocked && self.resets.len() < MAX_RESETS;
-        Ok(Serviced { packets, interrupt: packets > 0 && wants_interrupt(mem, queue)?, more })
+        Ok(Serviced { packets, interrupt: wants_interrupt(mem, queue, packets)?, more })
     }
 
     /// Takes one packet of the guest; `rest` is what follows its header in the chain.
@@ -540,23 +528,4 @@ impl AsFd for Vsock {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }
-}
-
-fn pop<'m, M: GuestMemory>(
-    mem: &'m M,
-    queue: &mut Queue,
-) -> Result<Option<DescriptorChain<&'m M>>, QueueFault> {
-    Ok(queue.iter(mem).map_err(QueueFault::Ring)?.next())
-}
-
-/// Whether the driver wants an interrupt for what was used since this was last asked.
-fn wants_interrupt<M: GuestMemory>(mem: &M, queue: &mut Queue) -> Result<bool, QueueFault> {
-    if queue.event_idx_enabled() {
-        return queue.needs_notification(mem).map_err(QueueFault::Ring);
-    }
-    // Without event indexes the driver has a flag for it (virtio 1.2, section 2.7.7), which the queue does not read.
-    let flags: u16 = mem
-        .read_obj(GuestAddress(queue.avail_ring()))
-        .map_err(|e| QueueFault::Ring(virtio_queue::Error::GuestMemory(e)))?;
-    Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
 }

@@ -10,22 +10,15 @@
     reason = "only tests and fuzz targets have it, each a part of it"
 )]
 
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{HEADER_LEN, Header};
+use crate::virtio::driver::Ring;
+pub use crate::virtio::driver::{SIZE, WRITE};
 
 /// Bytes of guest memory that the driver needs.
 pub const MEMORY: usize = 0x20_0000;
-/// Entries of each queue.
-pub const SIZE: u16 = 16;
-/// Descriptor flag: the chain goes on.
-pub const NEXT: u16 = 1;
-/// Descriptor flag: for the device to write.
-pub const WRITE: u16 = 2;
 
 const RECEIVE_RING: u64 = 0;
 const TRANSMIT_RING: u64 = 0x4000;
@@ -35,58 +28,6 @@ const TRANSMIT_BUFFERS: u64 = 0x10_0000;
 const RECEIVE_ROOM: u32 = HEADER_LEN as u32 + 4096;
 /// Distance of transmit buffers: a header and the largest payload.
 const TRANSMIT_ROOM: u64 = 0x1_1000;
-
-/// The driver's side of one queue. Not `MockSplitQueue`, whose used ring begins inside its available ring.
-pub struct Ring<'m> {
-    base: u64,
-    descriptors: DescriptorTable<'m, GuestMemoryMmap>,
-    available: AvailRing<'m, GuestMemoryMmap>,
-    used: UsedRing<'m, GuestMemoryMmap>,
-}
-
-impl<'m> Ring<'m> {
-    fn new(mem: &'m GuestMemoryMmap, base: u64) -> Ring<'m> {
-        let ring = Ring {
-            base,
-            descriptors: DescriptorTable::new(mem, GuestAddress(base), SIZE),
-            available: AvailRing::new(mem, GuestAddress(base + 0x1000), SIZE),
-            used: UsedRing::new(mem, GuestAddress(base + 0x2000), SIZE),
-        };
-        ring.available.idx().store(0);
-        ring
-    }
-
-    /// Guest addresses of the descriptor table, the available ring and the used ring.
-    pub fn addresses(&self) -> [u64; 3] {
-        [self.base, self.base + 0x1000, self.base + 0x2000]
-    }
-
-    /// The descriptor table.
-    pub fn desc_table(&self) -> &DescriptorTable<'m, GuestMemoryMmap> {
-        &self.descriptors
-    }
-
-    /// The available ring.
-    pub fn avail(&self) -> &AvailRing<'m, GuestMemoryMmap> {
-        &self.available
-    }
-
-    /// The used ring.
-    pub fn used(&self) -> &UsedRing<'m, GuestMemoryMmap> {
-        &self.used
-    }
-
-    /// The device's side.
-    fn queue(&self) -> Queue {
-        let mut queue = Queue::new(SIZE).expect("a power of two");
-        let [descriptors, available, used] = self.addresses().map(GuestAddress);
-        queue.try_set_desc_table_address(descriptors).expect("aligned");
-        queue.try_set_avail_ring_address(available).expect("aligned");
-        queue.try_set_used_ring_address(used).expect("aligned");
-        queue.set_ready(true);
-        queue
-    }
-}
 
 /// A driver of both queues in `mem`.
 pub struct Driver<'m> {
@@ -128,7 +69,7 @@ impl<'m> Driver<'m> {
 
     fn offer(&mut self, slot: u16) {
         let at = RECEIVE_BUFFERS + u64::from(slot) * 0x2000;
-        store(&self.receive, slot, &[(at, RECEIVE_ROOM, WRITE)]);
+        self.receive.offer(slot, &[(at, RECEIVE_ROOM, WRITE)]);
     }
 
     /// Sends a packet in two descriptors; its header's length becomes the payload's.
@@ -148,7 +89,7 @@ impl<'m> Driver<'m> {
 
     /// Sends one chain of at most two (address, length, flags).
     pub fn send_chain(&mut self, chain: &[(u64, u32, u16)]) {
-        store(&self.transmit, self.sent % (SIZE / 2) * 2, chain);
+        self.transmit.offer(self.sent % (SIZE / 2) * 2, chain);
         self.sent = self.sent.wrapping_add(1);
     }
 
@@ -176,17 +117,4 @@ impl<'m> Driver<'m> {
         }
         packets
     }
-}
-
-/// Puts a chain at descriptor `first` and makes it available.
-fn store(ring: &Ring<'_>, first: u16, chain: &[(u64, u32, u16)]) {
-    for (i, (at, len, flags)) in (first..).zip(chain) {
-        let last = usize::from(i - first) + 1 == chain.len();
-        let flags = flags | if last { 0 } else { NEXT };
-        let descriptor = RawDescriptor::from(Descriptor::new(*at, *len, flags, i + 1));
-        ring.desc_table().store(i, descriptor).expect("in the table");
-    }
-    let index = ring.avail().idx().load();
-    ring.avail().ring().ref_at((index % SIZE).into()).expect("in the ring").store(first);
-    ring.avail().idx().store(index.wrapping_add(1));
 }

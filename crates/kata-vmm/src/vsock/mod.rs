@@ -27,8 +27,8 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use device::{QueueFault, Serviced, Vsock, VsockConfig, VsockError};
-pub use packet::{ChainError, HEADER_LEN, Header, MAX_PAYLOAD, Op};
+pub use device::{Serviced, Vsock, VsockConfig, VsockError};
+pub use packet::{HEADER_LEN, Header, MAX_PAYLOAD, Op};
 
 /// Context id of the host (virtio 1.2, section 5.10.4).
 pub const HOST_CID: u64 = 2;

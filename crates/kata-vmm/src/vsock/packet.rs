@@ -2,28 +2,17 @@
 //!
 //! A packet is a header of [`HEADER_LEN`] bytes and `len` bytes of payload (virtio 1.2, section 5.10.6). The driver may
 //! cut both into descriptors as it likes (section 2.7.4), and Linux does: one descriptor for both, a header and one
-//! buffer, or a header and many page fragments. So a chain is first turned into [`Buffers`], which hides the cuts.
+//! buffer, or a header and many page fragments. [`Buffers`] hide the cuts.
 
-use std::collections::VecDeque;
-use std::io;
-use std::os::unix::net::UnixStream;
+use vm_memory::bitmap::BitmapSlice;
 
-use thiserror::Error;
-use virtio_queue::DescriptorChain;
-use vm_memory::bitmap::{BS, BitmapSlice};
-use vm_memory::{
-    GuestMemory, GuestMemoryError, Permissions, ReadVolatile, VolatileMemoryError, VolatileSlice,
-    WriteVolatile,
-};
+use crate::virtio::buffers::{Buffers, ChainError};
 
 /// Bytes of a packet header on the wire.
 pub const HEADER_LEN: usize = 44;
 
 /// Payload bytes of the largest packet accepted from, or sent to, a guest: what Linux's driver uses at most.
 pub const MAX_PAYLOAD: usize = 64 * 1024;
-
-/// Pieces of guest memory one chain may consist of; the payload limit in pages is 16.
-const MAX_PIECES: usize = 128;
 
 /// The socket type of byte streams, the only one this device has.
 pub const TYPE_STREAM: u16 = 1;
@@ -156,178 +145,12 @@ impl Header {
     }
 }
 
-/// Why a descriptor chain cannot hold a packet.
-#[derive(Debug, Error)]
-pub enum ChainError {
-    /// A descriptor has the wrong direction for its queue.
-    #[error("a descriptor of the chain has the wrong direction for its queue")]
-    Direction,
-    /// The chain has too little room for a header (and, on the receive queue, one byte).
-    #[error("the chain has {0} bytes, too few for a packet")]
-    TooShort(usize),
-    /// The chain is cut into too many pieces.
-    #[error("the chain has more than {MAX_PIECES} pieces")]
-    TooManyPieces,
-    /// A descriptor points outside guest memory.
-    #[error("a descriptor of the chain points outside guest memory")]
-    Memory(#[source] GuestMemoryError),
-}
-
-/// Guest memory of one chain, or of a part of it, in the order of the packet's bytes.
-pub struct Buffers<'m, B: BitmapSlice> {
-    pieces: VecDeque<VolatileSlice<'m, B>>,
-    len: usize,
-}
-
-impl<'m, B: BitmapSlice> Buffers<'m, B> {
-    /// The memory of `chain`, all of whose descriptors must be accessible the `access` way.
-    pub fn from_chain<M>(
-        mem: &'m M,
-        chain: DescriptorChain<&'m M>,
-        access: Permissions,
-    ) -> Result<Buffers<'m, BS<'m, M::Bitmap>>, ChainError>
-    where
-        M: GuestMemory,
-    {
-        let mut buffers = Buffers { pieces: VecDeque::with_capacity(2), len: 0 };
-        for (count, descriptor) in chain.enumerate() {
-            if descriptor.is_write_only() != matches!(access, Permissions::Write) {
-                return Err(ChainError::Direction);
-            }
-            // Counted apart from the pieces: descriptors of no length make none.
-            if count >= MAX_PIECES {
-                return Err(ChainError::TooManyPieces);
-            }
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
-            for piece in mem.get_slices(descriptor.addr(), len, access).map_err(ChainError::Memory)? {
-                if buffers.pieces.len() >= MAX_PIECES {
-                    return Err(ChainError::TooManyPieces);
-                }
-                let piece = piece.map_err(ChainError::Memory)?;
-                buffers.len += piece.len();
-                buffers.pieces.push_back(piece);
-            }
-        }
-        Ok(buffers)
+/// Copies a header out of the first bytes of a packet, and leaves its payload.
+pub fn read_header<B: BitmapSlice>(packet: &mut Buffers<'_, B>) -> Result<Header, ChainError> {
+    if packet.len() < HEADER_LEN {
+        return Err(ChainError::TooShort(packet.len()));
     }
-
-    /// Bytes of room.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there is no room at all.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Cuts the first `len` bytes off (all, if there are fewer) and returns them.
-    pub fn split_to(&mut self, len: usize) -> Buffers<'m, B> {
-        let mut front = Buffers { pieces: VecDeque::with_capacity(1), len: 0 };
-        while front.len < len {
-            let Some(piece) = self.pieces.pop_front() else { break };
-            let piece = match piece.split_at(len - front.len) {
-                Ok((wanted, rest)) => {
-                    if !rest.is_empty() {
-                        self.pieces.push_front(rest);
-                    }
-                    wanted
-                }
-                // The piece is shorter than what is still wanted.
-                Err(_) => piece,
-            };
-            front.len += piece.len();
-            self.len -= piece.len();
-            front.pieces.push_back(piece);
-        }
-        front
-    }
-
-    /// Copies a header out of the first bytes.
-    pub fn read_header(&mut self) -> Result<Header, ChainError> {
-        if self.len < HEADER_LEN {
-            return Err(ChainError::TooShort(self.len));
-        }
-        let mut bytes = [0; HEADER_LEN];
-        let mut rest = bytes.as_mut_slice();
-        for piece in self.split_to(HEADER_LEN).pieces {
-            let copied = piece.copy_to(rest);
-            rest = rest.get_mut(copied..).unwrap_or_default();
-        }
-        Ok(Header::from_bytes(&bytes))
-    }
-
-    /// Copies `header` into the first bytes; the rest of the room stays as it is.
-    pub fn write_header(&self, header: &Header) {
-        let bytes = header.to_bytes();
-        let mut rest = bytes.as_slice();
-        for piece in &self.pieces {
-            piece.copy_from(rest);
-            rest = rest.get(piece.len()..).unwrap_or_default();
-        }
-    }
-
-    /// Writes to `socket`, straight from guest memory, as much as it takes without blocking. `Ok(n)` with `n` less than
-    /// the length means that it took no more for now.
-    pub fn write_to(&self, mut socket: &UnixStream) -> io::Result<usize> {
-        let mut done = 0;
-        for piece in &self.pieces {
-            match retry(|| socket.write_volatile(piece)) {
-                Ok(n) => {
-                    done += n;
-                    if n < piece.len() {
-                        break;
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(done)
-    }
-
-    /// Reads what `socket` has, straight into guest memory, until `limit` bytes are read or the room is full. `Ok(0)` is
-    /// its end, if there is room and the limit is not 0.
-    pub fn read_from(&self, mut socket: &UnixStream, limit: usize) -> io::Result<usize> {
-        let mut done = 0;
-        for piece in &self.pieces {
-            let wanted = piece.len().min(limit - done);
-            let Ok(mut piece) = piece.subslice(0, wanted) else { break };
-            match retry(|| socket.read_volatile(&mut piece)) {
-                Ok(n) => {
-                    done += n;
-                    if n < wanted || done == limit {
-                        break;
-                    }
-                }
-                Err(_) if done > 0 => break,
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(done)
-    }
-
-    /// Appends a copy of all bytes from `skip` on to `queue`.
-    pub fn copy_into(&mut self, skip: usize, queue: &mut VecDeque<u8>) {
-        let mut chunk = [0; 4096];
-        self.split_to(skip);
-        while !self.is_empty() {
-            for piece in self.split_to(chunk.len()).pieces {
-                let copied = piece.copy_to(&mut chunk);
-                queue.extend(chunk.get(..copied).unwrap_or_default());
-            }
-        }
-    }
-}
-
-/// Repeats `call` while a signal interrupts it.
-fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Result<usize> {
-    loop {
-        match call() {
-            Ok(n) => return Ok(n),
-            Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(VolatileMemoryError::IOError(e)) => return Err(e),
-            Err(e) => return Err(io::Error::other(e)),
-        }
-    }
+    let mut bytes = [0; HEADER_LEN];
+    packet.take(&mut bytes);
+    Ok(Header::from_bytes(&bytes))
 }

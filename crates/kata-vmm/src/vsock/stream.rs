@@ -22,9 +22,8 @@ use rustix::event::epoll::EventFlags;
 use vm_memory::bitmap::BitmapSlice;
 
 use super::host::discard_unread;
-use super::packet::{
-    Buffers, Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
-};
+use super::packet::{Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
+use crate::virtio::buffers::Buffers;
 
 /// The two ports that name a stream; the context ids are always the guest's and the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

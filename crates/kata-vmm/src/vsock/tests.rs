@@ -14,7 +14,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::driver::{Driver, MEMORY};
 use super::packet::TYPE_STREAM;
-use super::{HOST_CID, Header, Op, QueueFault, Vsock, VsockConfig};
+use super::{HOST_CID, Header, Op, Vsock, VsockConfig};
+use crate::virtio::ring::QueueFault;
 
 const GUEST: u64 = 3;
 /// A window as large as Linux's.

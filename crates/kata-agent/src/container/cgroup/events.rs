@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::{CgroupError, flat_key};
+use super::{CgroupError, flat_key, inhabitants};
 
 /// An event file and its present text.
 #[derive(Debug)]
@@ -60,7 +60,10 @@ pub(super) async fn wait(
     match tokio::time::timeout(patience, reached).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(CgroupError::file("read", events.path, error)),
-        Err(_) => Err(CgroupError::TimedOut { path: cgroup.to_owned(), wanted, after: patience }),
+        Err(_) => {
+            let inhabitants = inhabitants(cgroup);
+            Err(CgroupError::TimedOut { path: cgroup.to_owned(), wanted, after: patience, inhabitants })
+        }
     }
 }
 

@@ -74,7 +74,10 @@ pub enum CgroupError {
         used: u64,
     },
     /// The kernel did not get there.
-    #[error("the cgroup {} did not become {wanted} within {} s", .path.display(), .after.as_secs())]
+    #[error(
+        "the cgroup {} did not become {wanted} within {} s; in it: {inhabitants}",
+        .path.display(), .after.as_secs()
+    )]
     TimedOut {
         /// Its directory.
         path: PathBuf,
@@ -82,6 +85,8 @@ pub enum CgroupError {
         wanted: &'static str,
         /// The bound.
         after: Duration,
+        /// Processes, and where in the kernel they wait.
+        inhabitants: String,
     },
 }
 
@@ -172,24 +177,7 @@ impl Cgroup {
 
     /// All processes, those of child cgroups included.
     pub(super) fn pids(&self) -> Result<Vec<Pid>, CgroupError> {
-        let mut pids = Vec::new();
-        for directory in tree(&self.path)? {
-            let file = directory.join("cgroup.procs");
-            let text = match fs::read_to_string(&file) {
-                // A child that is being removed, or a threaded one, whose processes its parent lists.
-                Err(error)
-                    if matches!(
-                        Errno::from_io_error(&error),
-                        Some(Errno::NOENT | Errno::OPNOTSUPP | Errno::NODEV)
-                    ) =>
-                {
-                    continue;
-                }
-                result => result.map_err(|error| CgroupError::file("read", &file, error))?,
-            };
-            pids.extend(text.lines().filter_map(|line| line.parse().ok().and_then(Pid::from_raw)));
-        }
-        Ok(pids)
+        pids(&self.path)
     }
 
     /// Sends a signal to all processes. KILL reaches those that are forked meanwhile, too.
@@ -342,6 +330,46 @@ fn tree(path: &Path) -> Result<Vec<PathBuf>, CgroupError> {
         all.extend(children.map(|entry| entry.path()));
     }
     Ok(all)
+}
+
+/// All processes below `path`.
+fn pids(path: &Path) -> Result<Vec<Pid>, CgroupError> {
+    let mut pids = Vec::new();
+    for directory in tree(path)? {
+        let file = directory.join("cgroup.procs");
+        let text = match fs::read_to_string(&file) {
+            // A child that is being removed, or a threaded one, whose processes its parent lists.
+            Err(error)
+                if matches!(
+                    Errno::from_io_error(&error),
+                    Some(Errno::NOENT | Errno::OPNOTSUPP | Errno::NODEV)
+                ) =>
+            {
+                continue;
+            }
+            result => result.map_err(|error| CgroupError::file("read", &file, error))?,
+        };
+        pids.extend(text.lines().filter_map(|line| line.parse().ok().and_then(Pid::from_raw)));
+    }
+    Ok(pids)
+}
+
+/// A few of the processes in the cgroup, for a message: names, and the kernel's functions that they wait in.
+fn inhabitants(path: &Path) -> String {
+    const SHOWN: usize = 4;
+    let pids = pids(path).unwrap_or_default();
+    let tell = |pid: &Pid| {
+        let read = |file| {
+            let text = fs::read_to_string(format!("/proc/{}/{file}", pid.as_raw_nonzero()));
+            text.unwrap_or_default().trim_end().to_owned()
+        };
+        format!("{} ({:?} in {:?})", pid.as_raw_nonzero(), read("comm"), read("wchan"))
+    };
+    let mut told: Vec<String> = pids.iter().take(SHOWN).map(tell).collect();
+    if pids.len() > SHOWN {
+        told.push(format!("{} more", pids.len() - SHOWN));
+    }
+    if told.is_empty() { "no process".to_owned() } else { told.join(", ") }
 }
 
 /// The value of `key` in a file of `key value` lines.

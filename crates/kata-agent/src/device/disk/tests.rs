@@ -1,6 +1,8 @@
 use std::fs::{create_dir_all, write};
 use std::os::unix::net::UnixDatagram;
 
+use rustix::fs::{CWD, FileType};
+
 use super::*;
 
 /// A machine whose devices are directories, and whose kernel is the test.
@@ -18,7 +20,7 @@ impl Machine {
         let tree = Tree { sys: dir.path().join("sys"), dev: dir.path().join("dev") };
         create_dir_all(&tree.dev).unwrap();
         create_dir_all(tree.sys.join("devices/pci0000:00/0000:00:02.0/pci_bus/0000:01")).unwrap();
-        let disks = Disks { modules: Arc::default(), tree, timeout };
+        let disks = Disks { modules: Arc::default(), tree, timeout, bound: LONG };
         Self { disks, kernel, uevents: Uevents::of(socket.into()).unwrap(), dir }
     }
 
@@ -119,4 +121,20 @@ async fn a_scsi_disk_is_found_behind_whichever_controller_has_it_and_asked_for_b
     for address in ["", "1", "1:", "a:b", "1:2:3", "-1:0"] {
         assert!(matches!(Place::scsi(address), Err(DiskError::Address(_))), "{address}");
     }
+}
+
+#[tokio::test]
+async fn a_controller_that_does_not_come_back_from_looking_is_told_and_keeps_nobody_waiting() {
+    let mut machine = Machine::new(LONG);
+    machine.disks.bound = SHORT;
+    // Nobody reads it, so who writes waits.
+    let scan = machine.dir.path().join("sys/class/scsi_host/host0/scan");
+    create_dir_all(scan.parent().unwrap()).unwrap();
+    create_dir_all(machine.dir.path().join("sys/bus/scsi/devices")).unwrap();
+    rustix::fs::mknodat(CWD, &scan, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let place = Place::scsi("0:1").unwrap();
+    let error = machine.disks.wait("0:1", &place, &machine.uevents).await.unwrap_err();
+    assert!(matches!(&error, DiskError::Aside(AsideError::Overdue { .. })), "{error}");
+    assert!(error.to_string().contains("looking for disk 0:1"), "{error}");
+    drop(open(&scan, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap());
 }

@@ -1,6 +1,8 @@
 use std::fs::{create_dir_all, read_to_string, write};
 use std::os::unix::fs::symlink;
 
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxResources, Process};
 
 use super::*;
@@ -162,4 +164,19 @@ async fn devices_of_other_architectures_and_nonsense_are_refused() {
     }
     let error = guest.passing.find(&[passed("vfio-pci", &["0000:65:00.1=../etc"])]).await.unwrap_err();
     assert!(matches!(error, DeviceError::Path { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_driver_that_does_not_let_go_of_its_device_is_told_and_keeps_nobody_waiting() {
+    let mut guest = Guest::new();
+    guest.passing.bound = Duration::from_millis(20);
+    guest.plug_in("nvme");
+    // Nobody reads it, so who writes waits.
+    let unbind = guest.dir.path().join("sys/bus/pci/drivers/nvme/unbind");
+    std::fs::remove_file(&unbind).unwrap();
+    rustix::fs::mknodat(CWD, &unbind, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let error = guest.passing.find(&[passed("vfio-pci", &["0000:65:00.0=02/00"])]).await.unwrap_err();
+    assert!(matches!(&error, DeviceError::Aside(AsideError::Overdue { .. })), "{error}");
+    assert!(error.to_string().contains("giving PCI device 0000:01:00.0 to vfio-pci"), "{error}");
+    drop(rustix::fs::open(&unbind, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap());
 }

@@ -3,6 +3,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::*;
+use crate::mount::silent::SilentMount;
 
 fn storages() -> Storages {
     Storages::new(Arc::default(), Disks::new(Arc::default(), Duration::from_millis(20)))
@@ -69,7 +70,7 @@ async fn a_shared_storage_outlives_its_containers_and_goes_with_the_sandbox() {
     all.remove(again).await.unwrap();
     all.remove_kept().await.unwrap();
     assert!(!point.exists());
-    assert!(all.made.lock().await.is_empty());
+    assert!(all.made.paths().is_empty());
 }
 
 #[tokio::test]
@@ -104,6 +105,39 @@ async fn a_small_readonly_directory_is_copied_and_anything_else_bound() {
 }
 
 #[tokio::test]
+async fn a_storage_that_waits_for_its_server_keeps_no_other_waiting() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut server) = SilentMount::at(&dir.path().join("silent")) else { return };
+    let (slow, other) = (dir.path().join("slow"), dir.path().join("other"));
+    let wanted = Storage { source: text(&dir.path().join("silent")), ..storage("bind", &slow) };
+    let all = storages();
+    let waits = tokio::spawn({
+        let (all, wanted) = (all.clone(), wanted.clone());
+        async move { all.add(vec![wanted]).await }
+    });
+    while all.made.is_free(&slow) {
+        tokio::task::yield_now().await;
+    }
+    // Its caller goes, and the work goes on: who wants the same has to wait for the end of it.
+    waits.abort();
+    let again = all.add(vec![wanted]);
+    tokio::pin!(again);
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut again).await.is_err());
+    let others = async { all.remove(all.add(vec![storage("local", &other)]).await?).await };
+    tokio::time::timeout(Duration::from_secs(20), others).await.expect("it waits for another's").unwrap();
+    server.abandon();
+    let error = crate::chain(&again.await.unwrap_err());
+    assert!(error.contains("looking at") && error.contains("silent"), "{error}");
+    // The thread of the first is on its way out.
+    while !all.made.paths().is_empty() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn one_failure_undoes_all_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let point = dir.path().join("a");
@@ -111,7 +145,7 @@ async fn one_failure_undoes_all_before_it() {
     let wanted = vec![storage("local", &point), storage("blk-ccw", &dir.path().join("b"))];
     assert!(all.add(wanted).await.is_err());
     assert!(!point.exists());
-    assert!(all.made.lock().await.is_empty());
+    assert!(all.made.paths().is_empty());
 }
 
 #[tokio::test]

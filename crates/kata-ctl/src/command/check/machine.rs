@@ -13,7 +13,9 @@ use crate::command::version;
 const LITTLE_MEMORY_MIB: u64 = 512;
 
 pub fn findings(answer: &Value) -> Vec<Finding> {
-    vec![kvm(answer), choice(answer), vmm(answer), artefacts(answer), guest_image(answer), memory(answer)]
+    let always =
+        [kvm(answer), choice(answer), vmm(answer), artefacts(answer), guest_image(answer), memory(answer)];
+    always.into_iter().chain(jail(answer)).collect()
 }
 
 fn text<'a>(answer: &'a Value, pointer: &str) -> Option<&'a str> {
@@ -68,7 +70,7 @@ fn vmm(answer: &Value) -> Finding {
         Some("firecracker") => ("Firecracker", "[hypervisor.firecracker]"),
         _ => return qemu(answer),
     };
-    match text(answer, "/artefacts/qemu") {
+    match text(answer, "/artefacts/vmm") {
         Some(path) => {
             let version = version::of_program(path).unwrap_or_else(|| "unknown version".to_owned());
             Finding::ok(name, format!("{version} at {path}"))
@@ -87,12 +89,31 @@ fn qemu(answer: &Value) -> Finding {
             let (major, minor) = (number("/host/qemu/version/major"), number("/host/qemu/version/minor"));
             Finding::ok("QEMU", format!("{major}.{minor} at {path}"))
         }
+        (_, _) if text(answer, "/choice/driver") == Some("builtin") => {
+            Finding::ok("QEMU", "not found, and not needed: the built-in monitor runs pods")
+        }
         (_, why) => {
             let remedy =
                 "install QEMU's system emulator (Debian: qemu-system-x86), or set hypervisor.qemu.path";
             Finding::failed("QEMU", why.unwrap_or("not found"), remedy)
         }
     }
+}
+
+/// Nothing where the built-in monitor does not run pods.
+fn jail(answer: &Value) -> Option<Finding> {
+    let confined = answer.pointer("/jail").and_then(Value::as_bool)?;
+    Some(match confined {
+        true => Finding::ok("jail", "the built-in monitor can be confined"),
+        false => {
+            let why = text(answer, "/jail_error").unwrap_or("it cannot be confined");
+            Finding::failed(
+                "jail",
+                why,
+                "change the host as it says, or set runtime.hypervisor_name = \"qemu\"",
+            )
+        }
+    })
 }
 
 fn artefacts(answer: &Value) -> Finding {

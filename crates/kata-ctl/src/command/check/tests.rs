@@ -77,7 +77,7 @@ fn program_of_another_driver_is_looked_for_in_the_place_of_qemu() {
     let mut other = answer();
     other["choice"]["driver"] = json!("firecracker");
     other["qemu_error"] = json!("QEMU is not installed");
-    other["artefacts"]["qemu"] = json!("/no/such/firecracker");
+    other["artefacts"]["vmm"] = json!("/no/such/firecracker");
     let of = |answer: &Value| {
         let findings = machine::findings(answer);
         assert!(findings.iter().all(|finding| finding.what != "QEMU"));

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::super::driver::WRITE;
-use super::super::packet::ChainError;
 use super::*;
+use crate::virtio::buffers::ChainError;
 
 #[test]
 fn packet_of_an_unknown_stream_is_reset_and_a_reset_is_not() {

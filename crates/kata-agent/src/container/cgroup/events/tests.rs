@@ -55,3 +55,12 @@ async fn kills_are_no_longer_waited_for_when_the_last_process_has_ended() {
     let told = tokio::time::timeout(Duration::from_secs(10), waiter).await;
     assert_eq!(told.expect("it waits for ever").unwrap(), None);
 }
+
+#[tokio::test]
+async fn a_cgroup_that_does_not_become_empty_is_told_with_who_is_in_it() {
+    let Some(cgroup) = Inhabited::new("kata-full") else { return };
+    let short = Duration::from_millis(20);
+    let error = wait(&cgroup.path, "populated", "0", short, "empty").await.unwrap_err().to_string();
+    let process = format!("in it: {} (\"sleep\" in ", cgroup.process.id());
+    assert!(error.contains("did not become empty") && error.contains(&process), "{error}");
+}

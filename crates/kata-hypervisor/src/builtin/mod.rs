@@ -1,0 +1,352 @@
+//! The driver of this project's own VMM, `kata-vmm run`.
+//!
+//! ```text
+//!   boot: bind the guest's socket, open files and /dev/kvm ─▶ kata-vmm run, jailed ─▶ create ─▶ boot ─▶ guest runs
+//!                                                                   │
+//!                                                supervisor: its end ─▶ VmExit
+//! ```
+//!
+//! One process is the whole machine, the vsock device included. It is started as root in a PID namespace of its own, gives up
+//! everything else by itself before it reads its first command, and gets every file and socket as an open descriptor. It ends when
+//! this side closes the connection, so it never outlives its owner.
+
+mod client;
+mod spec;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use kata_vmm_api::{Answer, Command, FailureKind, Info};
+
+pub use client::BuiltinError;
+use client::{Client, Descriptors};
+
+use crate::files::socket_pair;
+use crate::life::{SETTLE, Vmm};
+use crate::process::{Child, Namespaces, Record, Spawn, capture};
+use crate::vm::{
+    Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+};
+use crate::vsock;
+
+/// Name of the process in logs, errors and the record.
+const NAME: &str = "kata-vmm";
+/// What this driver calls itself in errors.
+const DRIVER: &str = "the built-in virtual machine monitor";
+/// Hardware virtualisation.
+const KVM: &str = "/dev/kvm";
+/// For the machine to be made: the kernel is read then, and all of the memory where it is taken in advance.
+const CREATE_BOUND: Duration = Duration::from_secs(60);
+/// For one command.
+const COMMAND_BOUND: Duration = Duration::from_secs(10);
+/// For the guest to let go of a device: the VMM's own bound, and some more.
+const REMOVAL_BOUND: Duration = Duration::from_secs(15);
+/// For the guest to take memory: the VMM waits on as long as it gets further.
+const RESIZE_BOUND: Duration = Duration::from_secs(60);
+/// Open files of the VMM: a connection of the guest's takes one.
+const OPEN_FILES: u64 = 16 * 1024;
+
+/// A virtual machine run by `kata-vmm`.
+pub(crate) struct BuiltinVm {
+    vmm: Vmm<Handle>,
+    /// How large the machine can become, where it can grow.
+    most: OnceLock<Size>,
+}
+
+/// A VMM that runs the guest.
+#[derive(Clone, Debug)]
+struct Handle {
+    client: Client,
+    child: Child,
+}
+
+impl BuiltinVm {
+    pub(crate) fn new() -> Self {
+        Self { vmm: Vmm::default(), most: OnceLock::new() }
+    }
+
+    /// What it says of itself once it runs a machine that may grow.
+    #[cfg(test)]
+    pub(crate) fn as_if_running() -> Capabilities {
+        let vm = Self::new();
+        let _ = vm.most.set(Size::default());
+        vm.capabilities()
+    }
+
+    /// Starts the process and has it run the guest. What runs when it fails is in `life`.
+    async fn start(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+        let kvm = open_kvm(Path::new(KVM))?;
+        let listener = vsock::bind(&spec.vsock, record)?;
+        let (api, api_end) = socket_pair(&spec)?;
+        let (console, console_end) = socket_pair(&spec)?;
+        let program = spec.program.clone();
+        let child = spawn(&spec, api_end, kvm, record)?;
+        self.vmm.life.adopt(&child);
+        let console = tokio::spawn(capture(console, self.vmm.life.console.clone(), "console".to_owned()));
+        let (life, subject) = (Arc::clone(&self.vmm.life), child.clone());
+        tokio::spawn(async move { life.supervise(subject, vec![console]).await });
+
+        let handle = Handle { client: Client::new(api), child };
+        let (machine, descriptors) = spec::machine(spec, console_end, listener.into())?;
+        let create = Command::Create(Box::new(machine));
+        let made = handle.client.execute(create, descriptors, CREATE_BOUND).await;
+        let booted = match made {
+            Ok(_) => handle.client.execute(Command::Boot, Descriptors::default(), COMMAND_BOUND).await,
+            Err(error) => Err(error),
+        };
+        match booted {
+            Ok(_) => {
+                self.vmm.runs(handle);
+                Ok(())
+            }
+            Err(error) => Err(self.explain(error, &program, &handle.child).await),
+        }
+    }
+
+    /// Why the guest does not run: a VMM that is gone has said why.
+    async fn explain(&self, error: BuiltinError, program: &Path, child: &Child) -> HypervisorError {
+        match error {
+            BuiltinError::Closed { .. } | BuiltinError::Socket { .. } => {
+                self.vmm.explain(error.into(), program, child).await
+            }
+            _ if self.vmm.life.stopping() => HypervisorError::Ended(VmExit::Stopped),
+            BuiltinError::NoAnswer { bound, .. } => HypervisorError::Unresponsive {
+                program: program.to_owned(),
+                bound,
+                waits_for: "the virtio-fs process to speak vhost-user, or the host is overloaded",
+                output: child.output_tail(),
+            },
+            error => error.into(),
+        }
+    }
+
+    async fn command(
+        &self,
+        operation: &'static str,
+        command: Command,
+        descriptors: Descriptors,
+        bound: Duration,
+    ) -> Result<Answer, HypervisorError> {
+        let vmm = self.vmm.control(operation)?;
+        let answer = vmm.client.execute(command, descriptors, bound).await;
+        match answer {
+            Err(BuiltinError::Refused(failure)) if failure.kind == FailureKind::Unsupported => {
+                Err(HypervisorError::Unsupported { operation, driver: DRIVER.to_owned() })
+            }
+            // Its end says more than a closed socket, if it has one.
+            Err(error @ (BuiltinError::Closed { .. } | BuiltinError::Socket { .. })) => {
+                match tokio::time::timeout(SETTLE, self.vmm.life.exited()).await {
+                    Ok(exit) => Err(HypervisorError::Ended(exit)),
+                    Err(_) => Err(error.into()),
+                }
+            }
+            answer => Ok(answer?),
+        }
+    }
+
+    async fn plug(
+        &self,
+        operation: &'static str,
+        id: String,
+        command: Command,
+        descriptors: Descriptors,
+    ) -> Result<PciPath, HypervisorError> {
+        match self.command(operation, command, descriptors, COMMAND_BOUND).await.map_err(of_device(id))? {
+            Answer::Slot(slot) => Ok(PciPath(format!("{slot:02x}"))),
+            other => Err(garbled("add-disk or add-nic", &other)),
+        }
+    }
+
+    /// Refuses what the machine was not made for, before anything is done.
+    fn check_growth(&self, size: Size) -> Result<(), HypervisorError> {
+        match self.most.get() {
+            Some(most) => size.check_within(*most),
+            None => Err(HypervisorError::unsupported(
+                "growing while it runs",
+                &format!("{DRIVER} of fixed size"),
+                "set runtime.static_sandbox_resource_mgmt to false",
+            )),
+        }
+    }
+
+    async fn info(&self, operation: &'static str) -> Result<Info, HypervisorError> {
+        match self.command(operation, Command::Info, Descriptors::default(), COMMAND_BOUND).await? {
+            Answer::Info(info) => Ok(info),
+            other => Err(garbled("info", &other)),
+        }
+    }
+}
+
+#[async_trait]
+impl Vm for BuiltinVm {
+    fn capabilities(&self) -> Capabilities {
+        let grows = self.most.get().is_some();
+        Capabilities {
+            hotplug_cpu: grows,
+            hotplug_memory: grows,
+            shared_fs: true,
+            pause: true,
+            hotplug_block: true,
+            hotplug_network: true,
+            ..Capabilities::default()
+        }
+    }
+
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+        spec.check_on_kvm(DRIVER)?;
+        self.vmm.begin()?;
+        if spec.growth.is_some() {
+            let Growth { vcpus, memory_mib, .. } = spec::most(&spec);
+            let _ = self.most.set(Size { vcpus, memory_mib });
+        }
+        let outcome = self.start(spec, record).await;
+        if outcome.is_err() {
+            self.vmm.life.abandon().await;
+        }
+        outcome
+    }
+
+    async fn exited(&self) -> VmExit {
+        self.vmm.life.exited().await
+    }
+
+    async fn pause(&self) -> Result<(), HypervisorError> {
+        self.command("pause", Command::Pause, Descriptors::default(), COMMAND_BOUND).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), HypervisorError> {
+        self.command("resume", Command::Resume, Descriptors::default(), COMMAND_BOUND).await.map(drop)
+    }
+
+    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
+        const OPERATION: &str = "adding a disk";
+        self.vmm.control(OPERATION)?;
+        let (spec, descriptors) = spec::disk(&disk)?;
+        self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors).await
+    }
+
+    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
+        const OPERATION: &str = "adding a network interface";
+        self.vmm.control(OPERATION)?;
+        if let Some(reason) = nic.fault() {
+            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+        }
+        let id = nic.id.clone();
+        let (spec, descriptors) = spec::nic(nic)?;
+        self.plug(OPERATION, id, Command::AddNic(spec), descriptors).await
+    }
+
+    async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
+        let command = Command::RemoveDevice { id: id.to_owned() };
+        let removed = self.command("removing a device", command, Descriptors::default(), REMOVAL_BOUND).await;
+        removed.map(drop).map_err(of_device(id.to_owned()))
+    }
+
+    async fn resize(&self, size: Size) -> Result<Layout, HypervisorError> {
+        const OPERATION: &str = "changing the size";
+        let now = self.info(OPERATION).await?.size;
+        // Neither CPUs nor memory are taken back.
+        let wanted = kata_vmm_api::Size {
+            cpus: size.vcpus.max(now.cpus),
+            memory_mib: size.memory_mib.max(now.memory_mib),
+        };
+        if wanted != now {
+            self.check_growth(size)?;
+            let command = Command::Resize(wanted);
+            self.command(OPERATION, command, Descriptors::default(), RESIZE_BOUND).await?;
+        }
+        let info = self.info(OPERATION).await?;
+        let now = Size { vcpus: info.size.cpus, memory_mib: info.size.memory_mib };
+        let vmm = self.vmm.control(OPERATION)?;
+        Ok(Layout { size: now, vcpu_threads: host_threads(vmm.child.pid(), &info.cpu_threads) })
+    }
+
+    async fn stop(&self) -> Result<(), HypervisorError> {
+        self.vmm.life.abandon().await;
+        Ok(())
+    }
+
+    fn console_tail(&self) -> String {
+        self.vmm.life.console.text()
+    }
+
+    fn processes(&self) -> Vec<ProcessInfo> {
+        self.vmm.life.processes()
+    }
+}
+
+/// Opened here, so that nobody else needs to be let at it.
+fn open_kvm(path: &Path) -> Result<OwnedFd, HypervisorError> {
+    let opened = File::options().read(true).write(true).open(path);
+    opened.map(OwnedFd::from).map_err(|source| HypervisorError::File {
+        what: "hardware virtualisation",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn spawn(spec: &VmSpec, api: OwnedFd, kvm: OwnedFd, record: &Record) -> Result<Child, HypervisorError> {
+    let mut spawn = Spawn::new(NAME, &spec.program);
+    let (api, kvm) = (spawn.hand_over(api), spawn.hand_over(kvm));
+    let sockets = spec.vsock.parent().unwrap_or_else(|| Path::new("/"));
+    let spawn = spawn
+        .args(["run", "--api-fd", &api.to_string(), "--kvm-fd", &kvm.to_string()])
+        .args(["--user", &format!("{}:{}", spec.identity.uid, spec.identity.gid)])
+        .arg("--sockets")
+        .arg(sockets)
+        .namespaces(Namespaces { pid: true, ..Namespaces::default() })
+        .open_files(OPEN_FILES);
+    let next = "see whether kata-vmm is installed and complete";
+    spawn.spawn(record).map_err(|source| HypervisorError::Start { name: NAME, next, source })
+}
+
+/// A refusal that is about the device `id`.
+fn of_device(id: String) -> impl FnOnce(HypervisorError) -> HypervisorError {
+    move |error| match &error {
+        HypervisorError::Builtin(BuiltinError::Refused(failure)) => match failure.kind {
+            FailureKind::Exists => HypervisorError::DeviceExists { id },
+            FailureKind::NotFound => HypervisorError::UnknownDevice { id },
+            FailureKind::Held => HypervisorError::DeviceHeld { id, bound: COMMAND_BOUND },
+            FailureKind::Full => HypervisorError::NoFreeSlot { id, slots: SLOTS },
+            FailureKind::Invalid | FailureKind::WrongState | FailureKind::Unsupported | FailureKind::Host => {
+                error
+            }
+        },
+        _ => error,
+    }
+}
+
+/// Slots of the one PCI bus, but for that of the bus itself.
+const SLOTS: usize = 31;
+
+fn garbled(command: &'static str, said: &Answer) -> HypervisorError {
+    BuiltinError::Garbled { command, said: format!("{said:?}") }.into()
+}
+
+/// The VMM counts its threads in its own PID namespace: what they are called here. Nothing where that cannot be told.
+fn host_threads(pid: u32, threads: &[u32]) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let known: Vec<(u32, u32)> = tasks
+        .filter_map(|task| {
+            let status = std::fs::read_to_string(task.path().join("status")).ok()?;
+            names_of(&status)
+        })
+        .collect();
+    let here = |inside: &u32| known.iter().find(|(_, name)| name == inside).map(|(here, _)| *here);
+    threads.iter().map(here).collect::<Option<Vec<_>>>().unwrap_or_default()
+}
+
+/// A thread's number here and in the innermost namespace: `NSpid: 4711 12` (Linux, proc_pid_status(5)).
+fn names_of(status: &str) -> Option<(u32, u32)> {
+    let mut numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.split_whitespace();
+    let here = numbers.next()?.parse().ok()?;
+    let inside = numbers.next_back().map_or(Ok(here), str::parse).ok()?;
+    Some((here, inside))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,122 @@
+//! From a [`VmSpec`] to what the VMM is told: descriptors instead of paths.
+
+use std::os::fd::OwnedFd;
+
+use kata_vmm_api::{DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, VsockSpec};
+
+use super::client::Descriptors;
+use crate::files::{DiskFile, open_for};
+use crate::process::Identity;
+use crate::vm::{Disk, Growth, HypervisorError, Nic, VmSpec};
+
+/// Name of the root disk among the devices.
+const IMAGE: &str = "image";
+/// Context id of every guest: the device leads to this machine's sockets alone, so there is nobody to tell it from.
+const CID: u64 = 3;
+/// Most virtual CPUs that the VMM's tables can tell of.
+const MOST_CPUS: u32 = 254;
+
+/// What the machine is, and the descriptors that it is made of.
+pub(super) fn machine(
+    spec: VmSpec,
+    console: OwnedFd,
+    vsock: OwnedFd,
+) -> Result<(MachineSpec, Descriptors), HypervisorError> {
+    let most = most(&spec);
+    let mut descriptors = Descriptors::default();
+    let vsock_name = spec.vsock.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+    let Some(vsock_name) = vsock_name else {
+        let reason = format!("{} is no path of a socket", spec.vsock.display());
+        return Err(HypervisorError::InvalidSpec { id: spec.id, reason });
+    };
+    let mut disks = Vec::new();
+    if let Some(path) = spec.image {
+        let file = DiskFile::open(&path, true)?.fd;
+        disks.push(disk_spec(IMAGE, descriptors.add(file), true));
+    }
+    let shared_fs = match spec.shared_fs {
+        Some(shared) => {
+            let socket = descriptors.add(shared.connect(&spec.run_dir)?);
+            Some(SharedFsSpec { tag: shared.tag, socket })
+        }
+        None => None,
+    };
+    // It reads what it is given, and opens nothing anew.
+    let root = Identity { uid: 0, gid: 0, groups: Vec::new() };
+    let machine = MachineSpec {
+        cpus: spec.vcpus,
+        max_cpus: most.vcpus,
+        memory: MemorySpec {
+            size_mib: spec.memory_mib,
+            max_mib: most.memory_mib,
+            prealloc: spec.backing.prealloc,
+            hugepages: spec.backing.hugepages,
+            reporting: spec.backing.reporting,
+        },
+        kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
+        initrd: match &spec.initrd {
+            Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
+            None => None,
+        },
+        command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+        console: Some(descriptors.add(console)),
+        vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
+        shared_fs,
+        disks,
+        nics: spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect(),
+    };
+    match descriptors.fit() {
+        true => Ok((machine, descriptors)),
+        false => Err(HypervisorError::InvalidSpec {
+            id: spec.id,
+            reason: "its network interfaces have more queues than the virtual machine monitor takes at once; lower \
+                     hypervisor.qemu.network_queues"
+                .to_owned(),
+        }),
+    }
+}
+
+/// How large it can become, at least as large as it is.
+pub(super) fn most(spec: &VmSpec) -> Growth {
+    let none = Growth { vcpus: 0, memory_mib: 0, slots: 0 };
+    let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or(none);
+    let vcpus = vcpus.min(MOST_CPUS).max(spec.vcpus);
+    Growth { vcpus, memory_mib: memory_mib.max(spec.memory_mib), slots }
+}
+
+/// A disk that is added, and its descriptor.
+pub(super) fn disk(disk: &Disk) -> Result<(DiskSpec, Descriptors), HypervisorError> {
+    let mut descriptors = Descriptors::default();
+    let file = descriptors.add(DiskFile::open(&disk.path, disk.readonly)?.fd);
+    Ok((disk_spec(&disk.id, file, disk.readonly), descriptors))
+}
+
+/// A network interface that is added, and its descriptors.
+pub(super) fn nic(nic: Nic) -> Result<(NicSpec, Descriptors), HypervisorError> {
+    let mut descriptors = Descriptors::default();
+    let spec = nic_spec(nic, &mut descriptors);
+    match descriptors.fit() {
+        true => Ok((spec, descriptors)),
+        false => {
+            let reason = "it has more queues than the virtual machine monitor takes";
+            Err(HypervisorError::InvalidDevice { id: spec.id, reason })
+        }
+    }
+}
+
+fn disk_spec(id: &str, file: kata_vmm_api::Descriptor, readonly: bool) -> DiskSpec {
+    DiskSpec { id: id.to_owned(), file, readonly, bytes_per_second: None, requests_per_second: None }
+}
+
+fn nic_spec(Nic { id, mac, mtu, queues }: Nic, descriptors: &mut Descriptors) -> NicSpec {
+    let queues = queues.into_iter().map(|queue| descriptors.add(queue)).collect();
+    NicSpec { id, mac, mtu, queues, vhost: Vec::new() }
+}
+
+/// The spec's parameters, and how the machine is reset: there is no keyboard controller, and looking for one takes a kernel more
+/// than a second. The last of several `reboot=` counts. Memory that comes is brought to use by the kernel itself: it takes only 1 GiB
+/// at once as long as somebody else has to.
+fn command_line(params: &[String], grows: bool) -> String {
+    let memory = grows.then_some("memhp_default_state=online");
+    params.iter().map(String::as_str).chain(["reboot=t"]).chain(memory).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,321 @@
+//! The driver against a peer at its socket, and against programs that are no VMM.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
+
+use kata_vmm_api::{Command, Failure, Reply, Request};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::net::UnixStream;
+
+use super::*;
+use crate::process::{Exit, Identity};
+use crate::vm::{Accelerator, Backing, Growth, Machine, SharedFs};
+
+struct Bench {
+    dir: tempfile::TempDir,
+    record: Record,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        for name in ["kernel", "initrd", "image"] {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        let record = Record::open(dir.path().join("resources.jsonl")).unwrap();
+        Self { dir, record }
+    }
+
+    fn spec(&self) -> VmSpec {
+        let at = |name: &str| self.dir.path().join(name);
+        VmSpec {
+            id: "test".to_owned(),
+            run_dir: self.dir.path().to_owned(),
+            program: at("kata-vmm"),
+            vsock_program: at("kata-vmm"),
+            machine: Machine::Q35,
+            accelerator: Accelerator::Kvm,
+            kernel: at("kernel"),
+            initrd: Some(at("initrd")),
+            image: None,
+            kernel_params: vec!["console=ttyS0".to_owned(), "panic=1".to_owned()],
+            vcpus: 2,
+            memory_mib: 256,
+            growth: None,
+            backing: Backing { reporting: true, ..Backing::default() },
+            vsock: at("kata.hvsock"),
+            shared_fs: None,
+            nics: Vec::new(),
+            identity: Identity::current(),
+            seccomp_sandbox: String::new(),
+        }
+    }
+}
+
+fn null() -> OwnedFd {
+    File::open("/dev/null").unwrap().into()
+}
+
+fn pair() -> (Client, StdUnixStream) {
+    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    (Client::new(UnixStream::from_std(ours).unwrap()), theirs)
+}
+
+/// Takes one command off a socket, and answers it.
+fn serve(socket: &StdUnixStream, answer: impl FnOnce(u64) -> Vec<u8>) -> (Command, usize) {
+    let mut line = vec![0; 64 * 1024];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut buffers = [io::IoSliceMut::new(&mut line)];
+    let got = recvmsg(socket, &mut buffers, &mut control, RecvFlags::empty()).unwrap().bytes;
+    let count = control
+        .drain()
+        .map(|message| match message {
+            RecvAncillaryMessage::ScmRights(rights) => rights.count(),
+            _ => 0,
+        })
+        .sum();
+    assert_eq!(line[got - 1], b'\n');
+    let request: Request = serde_json::from_slice(&line[..got]).unwrap();
+    std::io::Write::write_all(&mut &*socket, &answer(request.id)).unwrap();
+    (request.command, count)
+}
+
+fn done(id: u64) -> Vec<u8> {
+    format!("{{\"id\":{id},\"done\":\"nothing\"}}\n").into_bytes()
+}
+
+fn refused(kind: FailureKind) -> impl FnOnce(u64) -> Vec<u8> {
+    move |id| {
+        let error = Failure { kind, message: "no".to_owned() };
+        let mut line = serde_json::to_vec(&Reply::Failed { id, error }).unwrap();
+        line.push(b'\n');
+        line
+    }
+}
+
+/// A driver whose machine runs, and the peer's end of its socket.
+async fn running() -> (BuiltinVm, StdUnixStream, Bench) {
+    let bench = Bench::new();
+    let (client, peer) = pair();
+    let child = Spawn::new("sleep", "/bin/sleep").arg("600").spawn(&bench.record).unwrap();
+    let vm = BuiltinVm::new();
+    vm.vmm.life.adopt(&child);
+    vm.vmm.runs(Handle { client, child });
+    (vm, peer, bench)
+}
+
+#[tokio::test]
+async fn machine_is_described_by_descriptors_alone() {
+    let bench = Bench::new();
+    let nic = |id: &str| Nic {
+        id: id.to_owned(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1400,
+        queues: vec![null(), null()],
+    };
+    let spec =
+        VmSpec { image: Some(bench.dir.path().join("image")), nics: vec![nic("eth0")], ..bench.spec() };
+    let (machine, descriptors) = spec::machine(spec, null(), null()).unwrap();
+    insta::assert_json_snapshot!(machine);
+    let (client, peer) = pair();
+    let server = tokio::task::spawn_blocking(move || serve(&peer, done));
+    let command = Command::Create(Box::new(machine));
+    client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
+    assert_eq!(server.await.unwrap(), (command, 7));
+}
+
+#[test]
+fn shared_files_come_over_a_connection_that_is_made_for_the_monitor() {
+    let bench = Bench::new();
+    let path = bench.dir.path().join("daemon");
+    let daemon = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let socket = rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    daemon.set_nonblocking(true).unwrap();
+    let shared_fs = Some(SharedFs { tag: "share".to_owned(), socket });
+    let (machine, descriptors) = spec::machine(VmSpec { shared_fs, ..bench.spec() }, null(), null()).unwrap();
+    assert_eq!(machine.shared_fs.unwrap().tag, "share");
+    daemon.accept().unwrap();
+    drop((descriptors, daemon));
+
+    let socket = null();
+    let shared_fs = Some(SharedFs { tag: "share".to_owned(), socket });
+    let spec = VmSpec { shared_fs, ..bench.spec() };
+    let error = spec::machine(spec, null(), null()).unwrap_err().to_string();
+    assert!(error.starts_with("virtio-fs socket of"), "{error}");
+}
+
+#[test]
+fn machine_that_grows_is_made_for_the_most_and_its_kernel_brings_memory_to_use() {
+    let bench = Bench::new();
+    let growth = Some(Growth { vcpus: 1000, memory_mib: 512, slots: 2 });
+    let (machine, _) = spec::machine(VmSpec { growth, ..bench.spec() }, null(), null()).unwrap();
+    assert_eq!((machine.cpus, machine.max_cpus), (2, 254));
+    assert_eq!((machine.memory.size_mib, machine.memory.max_mib), (256, 512));
+    assert!(machine.command_line.ends_with(" memhp_default_state=online"), "{}", machine.command_line);
+}
+
+#[tokio::test]
+async fn machine_grows_and_tells_what_came_of_it() {
+    fn info(cpus: u32, memory_mib: u64) -> impl FnOnce(u64) -> Vec<u8> {
+        move |id| {
+            let size = kata_vmm_api::Size { cpus, memory_mib };
+            let (version, state) = (String::new(), kata_vmm_api::State::Running);
+            let info = Info { version, state, size, cpu_threads: Vec::new(), jailed: true };
+            let mut line = serde_json::to_vec(&Reply::Done { id, done: Answer::Info(info) }).unwrap();
+            line.push(b'\n');
+            line
+        }
+    }
+    let (vm, peer, _bench) = running().await;
+    let wanted = Size { vcpus: 3, memory_mib: 128 };
+    let server = tokio::task::spawn_blocking(move || {
+        for _ in 0..2 {
+            serve(&peer, info(1, 256));
+        }
+        let asked = serve(&peer, done).0;
+        serve(&peer, info(3, 256));
+        for _ in 0..2 {
+            serve(&peer, info(3, 256));
+        }
+        (asked, peer)
+    });
+    let fixed = vm.resize(wanted).await.unwrap_err();
+    assert!(fixed.to_string().contains("growing while it runs"), "{fixed}");
+    vm.most.set(Size { vcpus: 4, memory_mib: 512 }).unwrap();
+    let layout = vm.resize(wanted).await.unwrap();
+    assert_eq!(layout.size, Size { vcpus: 3, memory_mib: 256 });
+    for size in [Size { vcpus: 5, ..wanted }, Size { memory_mib: 513, ..wanted }] {
+        let refused = vm.resize(size).await.unwrap_err();
+        assert!(matches!(refused, HypervisorError::TooLarge { .. }), "{refused}");
+    }
+    let (asked, _peer) = server.await.unwrap();
+    // Memory is not taken back.
+    assert_eq!(asked, Command::Resize(kata_vmm_api::Size { cpus: 3, memory_mib: 256 }));
+    vm.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn device_is_found_by_the_number_of_its_slot() {
+    let (vm, peer, bench) = running().await;
+    let slot = |id| format!("{{\"id\":{id},\"done\":{{\"slot\":17}}}}\n").into_bytes();
+    let server = tokio::task::spawn_blocking(move || serve(&peer, slot));
+    let disk = Disk { id: "data".to_owned(), path: bench.dir.path().join("image"), readonly: true };
+    assert_eq!(vm.add_disk(disk).await.unwrap(), PciPath("11".to_owned()));
+    let (command, descriptors) = server.await.unwrap();
+    assert!(matches!(command, Command::AddDisk(disk) if disk.readonly && disk.id == "data"));
+    assert_eq!(descriptors, 1);
+    vm.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn refusals_about_devices_are_told_apart() {
+    let (vm, peer, _bench) = running().await;
+    let kinds = [FailureKind::NotFound, FailureKind::Held, FailureKind::Unsupported, FailureKind::Host];
+    let server = tokio::task::spawn_blocking(move || {
+        for kind in kinds {
+            serve(&peer, refused(kind));
+        }
+        peer
+    });
+    let errors = [
+        "no device of that name was added",
+        "the guest did not let go of it",
+        "removing a device is not supported by the built-in",
+        "does not do what it was asked",
+    ];
+    for text in errors {
+        let error = vm.remove_device("data").await.unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+    }
+    drop(server.await.unwrap());
+    vm.stop().await.unwrap();
+    assert_eq!(vm.exited().now_or_pending().await, None, "there is no supervisor here");
+}
+
+/// For a future that is not expected to be ready.
+trait NowOrPending: Future + Sized {
+    async fn now_or_pending(self) -> Option<Self::Output> {
+        tokio::time::timeout(Duration::from_millis(10), self).await.ok()
+    }
+}
+impl<F: Future> NowOrPending for F {}
+
+#[tokio::test]
+async fn caller_that_gives_up_leaves_the_exchange_in_order() {
+    let (client, peer) = pair();
+    let slow = client.execute(Command::Pause, Descriptors::default(), Duration::from_millis(20)).await;
+    assert!(matches!(slow, Err(BuiltinError::NoAnswer { command: "pause", .. })), "{slow:?}");
+    let late = client.clone();
+    let next =
+        tokio::spawn(
+            async move { late.execute(Command::Resume, Descriptors::default(), COMMAND_BOUND).await },
+        );
+    let server = tokio::task::spawn_blocking(move || {
+        let first = serve(&peer, done).0;
+        (first, serve(&peer, done).0)
+    });
+    next.await.unwrap().unwrap();
+    assert_eq!(server.await.unwrap(), (Command::Pause, Command::Resume));
+}
+
+#[tokio::test]
+async fn answer_that_is_none_and_an_end_are_told_apart() {
+    let (client, peer) = pair();
+    let server = tokio::task::spawn_blocking(move || serve(&peer, |_| b"QMP\n".to_vec()));
+    let error = client.execute(Command::Info, Descriptors::default(), COMMAND_BOUND).await.unwrap_err();
+    assert!(matches!(&error, BuiltinError::Garbled { said, .. } if said.contains("QMP")), "{error}");
+    server.await.unwrap();
+    let (client, peer) = pair();
+    drop(peer);
+    let error = client.execute(Command::Info, Descriptors::default(), COMMAND_BOUND).await.unwrap_err();
+    assert!(matches!(error, BuiltinError::Closed { command: "info" }), "{error}");
+}
+
+#[tokio::test]
+async fn machine_that_cannot_be_had_is_refused_before_anything_starts() {
+    let bench = Bench::new();
+    for (spec, text) in [
+        (VmSpec { vcpus: 0, ..bench.spec() }, "no virtual CPU"),
+        (VmSpec { accelerator: Accelerator::Tcg, ..bench.spec() }, "hypervisor_name"),
+        (VmSpec { initrd: None, ..bench.spec() }, "neither an initrd nor an image"),
+    ] {
+        let vm = BuiltinVm::new();
+        let error = vm.boot(spec, &bench.record).await.unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(vm.processes(), []);
+    }
+    let error = BuiltinVm::new().pause().await.unwrap_err();
+    assert!(matches!(error, HypervisorError::WrongState { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn monitor_that_ends_at_once_is_quoted_and_nothing_is_left() {
+    let bench = Bench::new();
+    if !Path::new(KVM).exists() || !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: there is no /dev/kvm, or no right to make namespaces");
+        return;
+    }
+    let program = bench.dir.path().join("kata-vmm");
+    std::fs::write(&program, "#!/bin/sh\necho \"it cannot be confined: $*\" >&2\nexit 3\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let vm = BuiltinVm::new();
+    let error = vm.boot(bench.spec(), &bench.record).await.unwrap_err();
+    assert!(matches!(&error, HypervisorError::Refused { exit: Exit::Code(3), .. }), "{error:?}");
+    assert!(error.to_string().contains("it cannot be confined: run --api-fd 3 --kvm-fd 4"), "{error}");
+    assert_eq!(vm.processes(), []);
+}
+
+#[test]
+fn threads_are_called_by_their_names_here() {
+    assert_eq!(names_of("Name:\tvcpu0\nNSpid:\t4711\t12\n"), Some((4711, 12)));
+    assert_eq!(names_of("NSpid:\t4711\n"), Some((4711, 4711)));
+    assert_eq!(names_of("NSpid:\t-\n"), None);
+    let own = std::process::id();
+    assert_eq!(host_threads(own, &[own]), [own]);
+    assert_eq!(host_threads(own, &[own, u32::MAX]), Vec::<u32>::new());
+}

@@ -1,0 +1,145 @@
+//! KVM: the machine in the kernel, what interrupts it, and its CPUs.
+//!
+//! ```text
+//!   /dev/kvm ──▶ Hypervisor ── memory slots, APICs
+//!                   ├──▶ Router   irqfd, ioeventfd, the table of interrupts     (crate::events::Events)
+//!                   └──▶ Cpu      registers at boot, the loop of exits, one thread each
+//! ```
+
+mod cpu;
+mod cpuid;
+mod router;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+pub use cpu::{Buses, Cpu, CpuThread, End, Ending, State};
+pub use router::Router;
+
+/// Three pages that KVM wants on Intel's processors for real mode, and one for its tables: in the hole, above the APICs.
+const TASK_STATE: usize = 0xfffb_d000;
+
+/// Extensions without which there is no machine, and what they are for.
+const NEEDED: &[(Cap, &str)] = &[
+    (Cap::Irqchip, "interrupt controllers in the kernel"),
+    (Cap::Irqfd, "interrupts by descriptors"),
+    (Cap::Ioeventfd, "doorbells by descriptors"),
+    (Cap::UserMemory, "memory of a process"),
+    (Cap::SetTssAddr, "a place for its task state"),
+    (Cap::TscDeadlineTimer, "timers by the time stamp counter"),
+];
+
+/// Why KVM runs no machine.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// `/dev/kvm` does not open.
+    #[error("/dev/kvm does not open; is there hardware virtualisation, and may this user use it?")]
+    Open(#[source] io::Error),
+    /// It is no KVM, or one that nobody has had for long.
+    #[error("/dev/kvm speaks version {0} of its interface, and not {KVM_API_VERSION}")]
+    Version(i32),
+    /// This KVM lacks something.
+    #[error("this host's KVM lacks {what}; use a newer kernel, or QEMU")]
+    Lacks {
+        /// What it is for.
+        what: &'static str,
+    },
+    /// More CPUs than it runs.
+    #[error("{wanted} virtual CPUs are more than this host's KVM runs in a machine, {most}")]
+    Cpus {
+        /// What was asked for.
+        wanted: u32,
+        /// Most that it has.
+        most: usize,
+    },
+    /// It refused.
+    #[error("KVM cannot {action}")]
+    Refused {
+        /// What it was asked for.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("the thread of virtual CPU {index} cannot be started")]
+    Thread {
+        /// Which one.
+        index: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The error of an ioctl that was to do `action`.
+fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |e| KvmError::Refused { action, source: io::Error::from_raw_os_error(e.errno()) }
+}
+
+/// A machine in the kernel, without CPUs yet.
+pub struct Hypervisor {
+    kvm: Kvm,
+    machine: Arc<VmFd>,
+}
+
+impl Hypervisor {
+    /// Opens `/dev/kvm`.
+    pub fn open() -> Result<OwnedFd, KvmError> {
+        let file = File::options().read(true).write(true).open("/dev/kvm").map_err(KvmError::Open)?;
+        Ok(file.into())
+    }
+
+    /// A machine with this memory, made with an open `/dev/kvm`.
+    pub fn new(kvm: OwnedFd, memory: &GuestMemoryMmap) -> Result<Hypervisor, KvmError> {
+        // SAFETY: the descriptor is open and from here on belongs to `kvm` alone. Should it be none of KVM's, its ioctls fail.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let version = kvm.get_api_version();
+        if u32::try_from(version) != Ok(KVM_API_VERSION) {
+            return Err(KvmError::Version(version));
+        }
+        if let Some((_, what)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(KvmError::Lacks { what });
+        }
+        let machine = kvm.create_vm().map_err(refused("make a machine"))?;
+        machine.set_tss_address(TASK_STATE).map_err(refused("place its task state"))?;
+        machine.create_irq_chip().map_err(refused("make interrupt controllers"))?;
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let part = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is a whole mapping of guest memory. The machine owns a handle on all of them as long as there
+            // are CPUs that could reach it (`machine::Machine`), and nothing in this process holds references into it.
+            unsafe { machine.set_user_memory_region(part) }
+                .map_err(refused("give the machine its memory"))?;
+        }
+        Ok(Hypervisor { kvm, machine: Arc::new(machine) })
+    }
+
+    /// Interrupts and doorbells of this machine.
+    pub fn router(&self) -> Arc<Router> {
+        Arc::new(Router::new(Arc::clone(&self.machine)))
+    }
+
+    /// CPUs of these numbers, of a machine that can have `most`; they stand still. A number is given once, even if that fails.
+    pub fn cpus(&self, numbers: Range<u32>, most: u32) -> Result<Vec<Cpu>, KvmError> {
+        let host = self.kvm.get_max_vcpus();
+        if usize::try_from(most).map_or(true, |most| most > host) {
+            return Err(KvmError::Cpus { wanted: most, most: host });
+        }
+        let supported = cpuid::supported(&self.kvm)?;
+        numbers.map(|number| Cpu::new(&self.machine, &supported, number, most)).collect()
+    }
+}

@@ -1,0 +1,228 @@
+//! Where things are in the guest's physical address space, and the memory behind it.
+//!
+//! ```text
+//!   0                        RAM; the first MiB has what the kernel is given at boot (see `boot`)
+//!   0xc000_0000   3 GiB      window of PCI devices
+//!   0xfec0_0000              I/O APIC        ┐ in KVM
+//!   0xfee0_0000              local APICs     ┘
+//!   0x1_0000_0000 4 GiB      the rest of the RAM
+//!   the next 2 GiB boundary behind, from 6 GiB on: what a virtio-mem device may give the guest later
+//! ```
+//!
+//! All RAM is one file in memory, shared: other processes that work on it (vhost-user) map the same file.
+
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{Advice, madvise};
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+};
+
+use crate::pci::Window;
+use crate::virtio::Memory;
+
+/// End of the RAM below 4 GiB, at most.
+pub const LOW_END: u64 = 0xc000_0000;
+/// Begin of the RAM that does not fit below.
+pub const HIGH_BEGIN: u64 = 1 << 32;
+/// Addresses of PCI devices.
+pub const PCI_WINDOW: Window = Window { base: 0xc000_0000, size: 0x1000_0000 };
+/// What later memory is aligned to: the largest units by which Linux takes it.
+const GROWTH_ALIGN: u64 = 2 << 30;
+/// The I/O APIC's registers, which are KVM's.
+pub const IO_APIC: u32 = 0xfec0_0000;
+/// A local APIC's registers, which are KVM's.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+
+/// Least memory that a guest boots with, in bytes.
+const LEAST: u64 = 64 << 20;
+/// Most that is given out, in bytes: a sum of addresses never gets near the end of a `u64`.
+const MOST: u64 = 1 << 42;
+
+/// What the memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// All of it is taken from the host at once.
+    pub prealloc: bool,
+    /// It is on huge pages that the host has set aside.
+    pub hugepages: bool,
+}
+
+/// Why a guest has no memory.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// Not a size for a guest.
+    #[error("{size:#x} bytes are no size for a guest's memory: it has {least:#x} to {most:#x}, in whole MiB", least = LEAST, most = MOST)]
+    Size {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// The host refused.
+    #[error("the host does not give {size:#x} bytes of memory: {step}")]
+    Host {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What failed.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be mapped.
+    #[error("{size:#x} bytes of guest memory cannot be mapped into the VMM")]
+    Map {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// The parts do not fit together.
+    #[error("the guest's memory cannot be put together")]
+    Regions(#[source] GuestRegionCollectionError),
+}
+
+/// The ranges of addresses that `size` bytes of RAM have: first address and length of each, lowest first.
+pub fn ranges(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(LOW_END);
+    let high = size - low;
+    let all = [(0, low), (HIGH_BEGIN, high)];
+    all.into_iter().filter(|(_, length)| *length > 0).collect()
+}
+
+/// Where `growth` bytes of later memory are, behind `size` bytes of RAM: never where RAM begins.
+fn growth_base(size: u64) -> u64 {
+    let end = HIGH_BEGIN + size.saturating_sub(LOW_END);
+    (end + 1).next_multiple_of(GROWTH_ALIGN)
+}
+
+/// Memory for a guest, all zero: `size` bytes of RAM, and addresses with nothing behind them yet for `growth` bytes more.
+pub fn allocate(size: u64, growth: u64, backing: Backing) -> Result<Memory, MemoryError> {
+    if !(LEAST..=MOST).contains(&size) || !size.is_multiple_of(1 << 20) {
+        return Err(MemoryError::Size { size });
+    }
+    let whole = size.checked_add(growth).filter(|whole| *whole <= MOST && growth.is_multiple_of(1 << 20));
+    let whole = whole.ok_or_else(|| MemoryError::Size { size: size.saturating_add(growth) })?;
+    let host = |step| move |e: rustix::io::Errno| MemoryError::Host { size, step, source: e.into() };
+    let flags =
+        if backing.hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
+    let file = memfd_create("guest-ram", flags).map_err(host("a file in memory"))?;
+    ftruncate(&file, whole).map_err(host("its size; are enough huge pages set aside?"))?;
+    let file = File::from(file);
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(3);
+    let later = (growth > 0).then_some((growth_base(size), growth));
+    for (base, length) in ranges(size).into_iter().chain(later) {
+        let copy =
+            file.try_clone().map_err(|source| MemoryError::Host { size, step: "a descriptor", source })?;
+        let bytes = usize::try_from(length).map_err(|_| MemoryError::Size { size })?;
+        let mapping = MmapRegion::from_file(FileOffset::new(copy, offset), bytes)
+            .map_err(|source| MemoryError::Map { size, source })?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Size { size })?;
+        if backing.prealloc && is_ram(&region) {
+            populate(&region, bytes).map_err(host("all of it at once; is so much free?"))?;
+        }
+        regions.push(region);
+        offset += length;
+    }
+    let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?;
+    Ok(Memory::new(memory))
+}
+
+fn populate(region: &GuestRegionMmap, bytes: usize) -> rustix::io::Result<()> {
+    // SAFETY: the range is one whole mapping, which `region` keeps alive; populating changes nothing that is in it.
+    unsafe { madvise(region.as_ptr().cast(), bytes, Advice::LinuxPopulateWrite) }
+}
+
+/// Whether it is RAM from the start.
+fn is_ram(region: &GuestRegionMmap) -> bool {
+    matches!(region.start_addr().0, 0 | HIGH_BEGIN)
+}
+
+/// All bytes of RAM that are there from the start.
+pub fn size(memory: &GuestMemoryMmap) -> u64 {
+    memory.iter().filter(|region| is_ram(region)).map(GuestMemoryRegion::len).sum()
+}
+
+/// First address and length of what can come later.
+pub fn growth(memory: &GuestMemoryMmap) -> Option<(u64, u64)> {
+    memory.iter().find(|region| !is_ram(region)).map(|region| (region.start_addr().0, region.len()))
+}
+
+/// End of the RAM below the window of PCI devices.
+pub fn low_end(memory: &GuestMemoryMmap) -> u64 {
+    size(memory).min(LOW_END)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddressSpace};
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranges_hold_all_of_it_and_leave_the_hole_alone(size in LEAST..=MOST) {
+            let ranges = ranges(size);
+            prop_assert_eq!(ranges.iter().map(|(_, length)| length).sum::<u64>(), size);
+            for (base, length) in ranges {
+                prop_assert!(base + length <= LOW_END || base >= HIGH_BEGIN);
+            }
+        }
+    }
+
+    #[test]
+    fn memory_beyond_three_gibibytes_lies_above_four() {
+        let memory = allocate(5 << 30, 0, Backing::default()).unwrap();
+        let memory = memory.memory();
+        assert_eq!(size(&memory), 5 << 30);
+        memory.write_obj(7u8, GuestAddress(LOW_END - 1)).unwrap();
+        memory.write_obj(8u8, GuestAddress(HIGH_BEGIN)).unwrap();
+        assert!(memory.write_obj(9u8, GuestAddress(LOW_END)).is_err());
+        assert!(memory.write_obj(9u8, GuestAddress(HIGH_BEGIN - 1)).is_err());
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(LOW_END - 1)).unwrap(), 7);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(HIGH_BEGIN)).unwrap(), 8);
+    }
+
+    #[test]
+    fn later_memory_lies_behind_the_ram_and_takes_nothing() {
+        for size in [LEAST, LOW_END, LOW_END + (2 << 30), 5 << 30] {
+            let memory =
+                allocate(size, 1 << 30, Backing { prealloc: size == LEAST, hugepages: false }).unwrap();
+            let memory = memory.memory();
+            let (base, length) = growth(&memory).unwrap();
+            let end = ranges(size).last().map(|(base, length)| base + length).unwrap();
+            assert!(base >= end && base > HIGH_BEGIN && base.is_multiple_of(GROWTH_ALIGN), "{base:#x}");
+            assert_eq!((super::size(&memory), length), (size, 1 << 30));
+            let file = memory.iter().next().unwrap().file_offset().unwrap().file();
+            let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+            assert!(blocks * 512 <= LEAST);
+        }
+    }
+
+    #[test]
+    fn size_that_is_none_for_a_guest_is_refused() {
+        for size in [0, 1, LEAST - 1, LEAST + 1, MOST + (1 << 20), u64::MAX] {
+            assert!(
+                matches!(allocate(size, 0, Backing::default()), Err(MemoryError::Size { .. })),
+                "{size:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn preallocated_memory_is_there_at_once() {
+        let memory = allocate(LEAST, 0, Backing { prealloc: true, ..Backing::default() }).unwrap();
+        let memory = memory.memory();
+        let region = memory.iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        assert_eq!(blocks * 512, LEAST);
+    }
+}

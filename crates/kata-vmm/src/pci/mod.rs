@@ -1,0 +1,123 @@
+//! PCI as the guest sees it: one bus, on it a host bridge and virtio devices, which come and go while the guest runs.
+//!
+//! ```text
+//!   0xcf8, 0xcfc ──▶ ports ────────────┐                        ┌─▶ slot 0: host bridge
+//!   hot-plug ports ──────▶ HotPlug ────┼─▶ Root ─ 32 slots ─────┴─▶ virtio::Function ─▶ virtio::Device
+//!   the VMM: attach, plug, unplug ─────┘    └ BARs on the memory bus, in the window ◀── guest's accesses
+//! ```
+//!
+//! | Part | What it knows | From |
+//! |---|---|---|
+//! | [`Root`] | which device is in which slot, where BARs may be | |
+//! | `configuration` | bytes of a configuration space and which of them a guest can change | PCI 3.0, 6.1, 6.7 |
+//! | `msix` | vectors, masks, routes of the hypervisor | PCI 3.0, 6.8.2 |
+//! | [`virtio`] | a virtio device behind a BAR | virtio 1.2, 4.1 |
+//! | `aml` | what ACPI says of all this, and the methods of hot-plug | ACPI 6.5, 5.6.6, 6.3 |
+//!
+//! There is no firmware: BARs are given out here, before the guest runs, and Linux keeps them or moves them as it likes. Interrupts
+//! are messages only.
+//!
+//! A device goes in three steps: [`Root::unplug`] sets its bit and the caller raises the event; the guest takes its driver away and
+//! writes the slot to the eject register; then the device stands still, nothing leads to it any more, and the slot is free. A guest
+//! that never ejects keeps it: how long to wait is for the caller to say. A slot that nobody asked to leave cannot be ejected.
+
+mod aml;
+mod configuration;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod guest;
+mod msix;
+mod ports;
+mod root;
+pub mod virtio;
+
+use thiserror::Error;
+
+use crate::events::EventError;
+use crate::virtio::ActivateError;
+
+pub use ports::{CONFIGURATION_PORT, CONFIGURATION_PORTS, HOTPLUG_PORT, HOTPLUG_PORTS};
+pub use root::{Departure, Root};
+
+/// The ACPI method that looks at the hot-plug registers: for the handler of the event that the VMM raises after
+/// [`Root::plug`] and [`Root::unplug`].
+pub const SCAN_METHOD: &str = "\\_SB_.PCI0.PCNT";
+/// Slots of the bus, with the host bridge's.
+pub const SLOTS: u8 = 32;
+
+/// Number of a slot, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(pub u8);
+
+/// Addresses that BARs may have, below 4 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First address.
+    pub base: u32,
+    /// Bytes.
+    pub size: u32,
+}
+
+impl Window {
+    /// Whether a whole BAR is in it.
+    pub fn holds(self, base: u32, size: u32) -> bool {
+        let offset = base.checked_sub(self.base);
+        offset.and_then(|offset| offset.checked_add(size)).is_some_and(|end| end <= self.size)
+    }
+
+    /// Last address.
+    pub fn last(self) -> u32 {
+        self.base.saturating_add(self.size.saturating_sub(1))
+    }
+}
+
+/// Why a device does not come, go, stop or go on.
+#[derive(Debug, Error)]
+pub enum PciError {
+    /// The name is taken.
+    #[error("there is a device {id} already; give the new one another name")]
+    Exists {
+        /// The name.
+        id: String,
+    },
+    /// There is no such device.
+    #[error("there is no device {id}")]
+    NotFound {
+        /// The name.
+        id: String,
+    },
+    /// All slots are taken.
+    #[error("all {} slots of the PCI bus are taken; remove a device first", SLOTS - 1)]
+    Full,
+    /// The window has no room for another BAR.
+    #[error("the window of {size:#x} bytes for PCI devices has no room for another")]
+    Window {
+        /// Bytes of the window.
+        size: u32,
+    },
+    /// More queues than there are vectors for.
+    #[error("a device of {queues} queues is not possible, the most are {}", virtio::MAX_QUEUES)]
+    Queues {
+        /// How many it has.
+        queues: usize,
+    },
+    /// No room in a configuration space.
+    #[error("the configuration space of a device has no room for another capability")]
+    Capabilities,
+    /// The process has no descriptors left, or the like.
+    #[error("a device cannot have the descriptors that it needs")]
+    Descriptor(#[source] std::io::Error),
+    /// The hypervisor refused.
+    #[error("a device cannot have its interrupts")]
+    Interrupts(#[from] EventError),
+    /// It could not be made to work again after a pause.
+    #[error("device {id} does not go on")]
+    Resume {
+        /// Its name.
+        id: String,
+        /// Why.
+        #[source]
+        source: ActivateError,
+    },
+}

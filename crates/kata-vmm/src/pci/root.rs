@@ -1,0 +1,264 @@
+//! The bus: which device is in which slot.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::configuration::{Configuration, Identity};
+use super::ports::{HotPlug, Ports};
+use super::virtio::{BAR_SIZE, Function};
+use super::{PciError, SLOTS, Slot, Window, aml};
+use crate::bus::{self, Bus};
+use crate::events::Events;
+use crate::virtio::worker::descriptor;
+use crate::virtio::{Device, Memory};
+
+/// A host bridge as Linux wants to find one before it believes in the configuration mechanism; no driver is for it.
+const BRIDGE: Identity =
+    Identity { vendor: 0x1b36, device: 0x0008, class: 0x06_00_00, revision: 0, subsystem: (0x1b36, 0x1100) };
+
+/// The one PCI bus.
+pub struct Root {
+    events: Arc<dyn Events>,
+    bus: Arc<Bus>,
+    memory: Memory,
+    window: Window,
+    slots: Mutex<Slots>,
+}
+
+struct Slots {
+    bridge: Configuration,
+    /// By the number of the slot; the bridge's stays empty.
+    occupants: [Option<Occupant>; SLOTS as usize],
+    /// Slots whose device the guest has not been told of.
+    came: u32,
+    /// Slots whose device it is to let go and has not been told so.
+    leave: u32,
+}
+
+struct Occupant {
+    id: String,
+    function: Arc<Function>,
+    /// It was asked to leave: written to when it has.
+    departure: Option<EventFd>,
+}
+
+/// A device on its way out.
+#[derive(Debug)]
+pub struct Departure(EventFd);
+
+impl Departure {
+    /// Waits until the device has left; false if it has not by then.
+    pub fn wait(&self, most: Duration) -> bool {
+        let timeout = Timespec::try_from(most).ok();
+        let mut gone = [PollFd::from_borrowed_fd(descriptor(&self.0), PollFlags::IN)];
+        let started = std::time::Instant::now();
+        loop {
+            match poll(&mut gone, timeout.as_ref()) {
+                Ok(ready) => return ready > 0,
+                Err(rustix::io::Errno::INTR) if started.elapsed() < most => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+impl Root {
+    /// A bus with nothing but a host bridge. BARs are put on `bus`, in `window`; devices work with `memory`.
+    pub fn new(events: Arc<dyn Events>, bus: Arc<Bus>, memory: Memory, window: Window) -> Arc<Root> {
+        let slots = Slots {
+            bridge: Configuration::new(BRIDGE),
+            occupants: std::array::from_fn(|_| None),
+            came: 0,
+            leave: 0,
+        };
+        Arc::new(Root { events, bus, memory, window, slots: Mutex::new(slots) })
+    }
+
+    /// The configuration mechanism, for [`CONFIGURATION_PORTS`](super::CONFIGURATION_PORTS) from
+    /// [`CONFIGURATION_PORT`](super::CONFIGURATION_PORT).
+    pub fn config_ports(self: &Arc<Self>) -> Arc<dyn bus::Device> {
+        Arc::new(Ports::new(Arc::clone(self)))
+    }
+
+    /// The hot-plug registers, for [`HOTPLUG_PORTS`](super::HOTPLUG_PORTS) from [`HOTPLUG_PORT`](super::HOTPLUG_PORT).
+    pub fn hotplug_block(self: &Arc<Self>) -> Arc<dyn bus::Device> {
+        Arc::new(HotPlug(Arc::clone(self)))
+    }
+
+    /// What the DSDT says of the bus: the device `\_SB.PCI0` with its window, slots and [`SCAN_METHOD`](super::SCAN_METHOD).
+    pub fn aml(&self) -> Vec<u8> {
+        aml::root(self.window)
+    }
+
+    /// Puts a device into the first free slot, before the guest runs.
+    pub fn attach(&self, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
+        self.put(&mut self.lock(), id, device)
+    }
+
+    /// Puts a device into the first free slot while the guest runs. The guest looks for it when the event is raised that leads to
+    /// [`SCAN_METHOD`](super::SCAN_METHOD).
+    pub fn plug(&self, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
+        let mut slots = self.lock();
+        let slot = self.put(&mut slots, id, device)?;
+        slots.came |= slot.bit();
+        Ok(slot)
+    }
+
+    /// Asks the guest to let go of a device; it hears of that when the event is raised that leads to
+    /// [`SCAN_METHOD`](super::SCAN_METHOD). Can be asked again, where the guest missed it.
+    pub fn unplug(&self, id: &str) -> Result<Departure, PciError> {
+        let mut slots = self.lock();
+        let (slot, occupant) = slots.find(id).ok_or_else(|| PciError::NotFound { id: id.to_owned() })?;
+        let departure = match &occupant.departure {
+            Some(departure) => departure.try_clone(),
+            None => EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK),
+        };
+        let departure = departure.map_err(PciError::Descriptor)?;
+        occupant.departure = Some(departure.try_clone().map_err(PciError::Descriptor)?);
+        slots.leave |= slot.bit();
+        Ok(Departure(departure))
+    }
+
+    /// In which slot a device is.
+    pub fn slot(&self, id: &str) -> Option<Slot> {
+        self.lock().find(id).map(|(slot, _)| slot)
+    }
+
+    /// Stops all devices; the guest's CPUs stand still already.
+    pub fn pause(&self) {
+        self.lock().occupants().for_each(|occupant| occupant.function.pause());
+    }
+
+    /// Lets all devices go on where they were, before the CPUs do. On an error the others go on, and that one can be tried again.
+    pub fn resume(&self) -> Result<(), PciError> {
+        let mut result = Ok(());
+        for occupant in self.lock().occupants() {
+            if let Err(source) = occupant.function.resume() {
+                result = Err(PciError::Resume { id: occupant.id.clone(), source });
+            }
+        }
+        result
+    }
+
+    /// Counters of all devices, each after its device's name and a full stop.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let slots = self.lock();
+        let named = |occupant: &Occupant| {
+            let name = |(counter, value)| (format!("{}.{counter}", occupant.id), value);
+            occupant.function.counters().into_iter().map(name).collect::<Vec<_>>()
+        };
+        slots.occupants().flat_map(named).collect()
+    }
+
+    fn put(&self, slots: &mut Slots, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
+        if slots.find(id).is_some() {
+            return Err(PciError::Exists { id: id.to_owned() });
+        }
+        let free =
+            (1..SLOTS).zip(slots.occupants.iter_mut().skip(1)).find(|(_, occupant)| occupant.is_none());
+        let (slot, place) = free.ok_or(PciError::Full)?;
+        // Each slot has its own BAR at first, so none overlaps.
+        let base = self.window.base.saturating_add(u32::from(slot) * BAR_SIZE);
+        if !self.window.holds(base, BAR_SIZE) {
+            return Err(PciError::Window { size: self.window.size });
+        }
+        let function = Function::new(Arc::clone(&self.events), self.memory.clone(), device, base)?;
+        *place = Some(Occupant { id: id.to_owned(), function: Arc::new(function), departure: None });
+        Ok(Slot(slot))
+    }
+
+    pub(super) fn read_configuration(&self, slot: u8, register: usize, into: &mut [u8]) {
+        let slots = self.lock();
+        match slots.occupants.get(usize::from(slot)) {
+            _ if slot == 0 => slots.bridge.read(register, into),
+            Some(Some(occupant)) => occupant.function.read_configuration(register, into),
+            _ => {}
+        }
+    }
+
+    pub(super) fn write_configuration(&self, slot: u8, register: usize, data: &[u8]) {
+        let mut slots = self.lock();
+        match slots.occupants.get(usize::from(slot)) {
+            _ if slot == 0 => slots.bridge.write(register, data),
+            Some(Some(occupant)) => {
+                occupant.function.write_configuration(register, data);
+                if occupant.function.place(&self.bus, self.window) {
+                    self.place_others(&slots);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// One BAR has moved away: another may have waited for its place.
+    fn place_others(&self, slots: &Slots) {
+        for occupant in slots.occupants() {
+            occupant.function.place(&self.bus, self.window);
+        }
+    }
+
+    pub(super) fn came(&self) -> u32 {
+        self.lock().came
+    }
+
+    pub(super) fn leaving(&self) -> u32 {
+        self.lock().leave
+    }
+
+    /// The guest knows of these.
+    pub(super) fn seen(&self, came: u32, leave: u32) {
+        let mut slots = self.lock();
+        slots.came &= !came;
+        slots.leave &= !leave;
+    }
+
+    /// The guest has let go of these.
+    pub(super) fn eject(&self, ejected: u32) {
+        let mut slots = self.lock();
+        for slot in (1..SLOTS).map(Slot).filter(|slot| ejected & slot.bit() != 0) {
+            let Some(place) = slots.occupants.get_mut(usize::from(slot.0)) else { continue };
+            // Only what was asked to leave: else the guest alone could take devices from a machine.
+            let Some(Occupant { function, departure: Some(departure), id }) =
+                place.take_if(|occupant| occupant.departure.is_some())
+            else {
+                continue;
+            };
+            slots.came &= !slot.bit();
+            slots.leave &= !slot.bit();
+            function.remove(&self.bus);
+            self.place_others(&slots);
+            tracing::debug!(id, slot = slot.0, "the guest has let go of a device");
+            // It holds only this one, so it cannot overflow.
+            let _ = departure.write(1);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Slots {
+    fn occupants(&self) -> impl Iterator<Item = &Occupant> {
+        self.occupants.iter().flatten()
+    }
+
+    fn find(&mut self, id: &str) -> Option<(Slot, &mut Occupant)> {
+        let slots = (0..SLOTS).zip(&mut self.occupants);
+        slots.filter_map(|(slot, o)| Some((Slot(slot), o.as_mut()?))).find(|(_, occupant)| occupant.id == id)
+    }
+}
+
+impl Slot {
+    /// Its bit in the hot-plug registers.
+    fn bit(self) -> u32 {
+        1u32.checked_shl(self.0.into()).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+//! A serial port, of which only the output leads anywhere: for the kernel's first words and for its last.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::Device;
+
+/// First of its ports: the first serial port of a PC.
+pub const PORT: u16 = 0x3f8;
+/// How many ports it has.
+pub const PORTS: u8 = 8;
+/// Its pin of the I/O APIC.
+pub const PIN: u32 = 4;
+
+/// The port.
+pub struct SerialPort(Mutex<Serial<Raise, NoEvents, Output>>);
+
+struct Raise(EventFd);
+
+impl Trigger for Raise {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Where the output goes. What its reader is too slow for is lost: a console never holds a guest up.
+struct Output(File);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.write(bytes) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::BrokenPipe) => {
+                Ok(bytes.len())
+            }
+            done => done,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl SerialPort {
+    /// A port that writes to `output`, and raises `interrupt`.
+    pub fn new(output: OwnedFd, interrupt: EventFd) -> io::Result<SerialPort> {
+        rustix::io::ioctl_fionbio(&output, true)?;
+        let output = Output(File::from(output));
+        Ok(SerialPort(Mutex::new(Serial::new(Raise(interrupt), output))))
+    }
+}
+
+impl Device for SerialPort {
+    fn read(&self, offset: u64, into: &mut [u8]) {
+        if let ([byte], Ok(offset)) = (into, u8::try_from(offset)) {
+            *byte = self.0.lock().unwrap_or_else(PoisonError::into_inner).read(offset);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (&[byte], Ok(offset)) = (data, u8::try_from(offset)) {
+            let written = self.0.lock().unwrap_or_else(PoisonError::into_inner).write(offset, byte);
+            if let Err(error) = written {
+                tracing::debug!(?error, "the serial port's output is lost");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn output_arrives_and_a_full_or_closed_reader_holds_nobody_up() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let port = SerialPort::new(writer.into(), EventFd::new(0).unwrap()).unwrap();
+        port.write(0, b"a");
+        let mut byte = [0];
+        reader.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"a");
+        for _ in 0..200_000 {
+            port.write(0, b"x");
+        }
+        drop(reader);
+        port.write(0, b"x");
+    }
+
+    #[test]
+    fn wide_access_is_no_access() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let port = SerialPort::new(writer.into(), EventFd::new(0).unwrap()).unwrap();
+        let mut word = [0xff; 2];
+        port.read(0, &mut word);
+        assert_eq!(word, [0xff; 2]);
+        port.write(0, &word);
+    }
+}

@@ -1,0 +1,82 @@
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddressSpace};
+
+use super::*;
+use crate::memory::{Backing, allocate, growth};
+
+const BLOCKS: u64 = 64;
+
+/// A device, what it is asked through, and memory with its stretch, of [`BLOCKS`] blocks.
+fn device() -> (Plugging, Growth, super::super::Memory, u64) {
+    let memory = allocate(64 << 20, BLOCKS * BLOCK, Backing::default()).unwrap();
+    let (base, size) = growth(&memory.memory()).unwrap();
+    assert_eq!(size, BLOCKS * BLOCK);
+    let (mem, growth) = Mem::new(base, size, false).unwrap();
+    let blocks = Blocks::new(base, size);
+    (Plugging { shared: mem.shared, blocks, populate: false }, growth, memory, base)
+}
+
+fn request(kind: u16, address: u64, count: u16) -> [u8; REQUEST] {
+    let mut bytes = [0; REQUEST];
+    bytes[..2].copy_from_slice(&kind.to_le_bytes());
+    bytes[8..16].copy_from_slice(&address.to_le_bytes());
+    bytes[16..18].copy_from_slice(&count.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn guest_gets_no_more_than_is_wanted_and_gives_back_what_it_unplugs() {
+    let (mut device, growth, memory, base) = device();
+    let memory = memory.memory();
+    let mut ask =
+        |kind, block: u64, count| device.answer(&memory, &request(kind, base + block * BLOCK, count));
+    assert_eq!(ask(PLUG, 0, 1), (Told::Nack, 0));
+    assert_eq!(growth.set(3 * BLOCK - 1), 3 * BLOCK);
+    assert_eq!(ask(PLUG, 1, 3), (Told::Ack, 0));
+    assert_eq!([ask(PLUG, 5, 1), ask(PLUG, 3, 1)], [(Told::Nack, 0), (Told::Error, 0)]);
+    assert_eq!(
+        [ask(STATE, 1, 3), ask(STATE, 4, 1), ask(STATE, 0, 2)],
+        [(Told::Ack, ALL_PLUGGED), (Told::Ack, ALL_UNPLUGGED), (Told::Ack, MIXED)]
+    );
+    memory.write_obj(7u8, GuestAddress(base + 2 * BLOCK)).unwrap();
+    assert_eq!([ask(UNPLUG, 0, 2), ask(UNPLUG, 2, 2)], [(Told::Error, 0), (Told::Ack, 0)]);
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(base + 2 * BLOCK)).unwrap(), 0);
+    assert_eq!([ask(UNPLUG_ALL, 0, 0), ask(STATE, 0, 64)], [(Told::Ack, 0), (Told::Ack, ALL_UNPLUGGED)]);
+}
+
+#[test]
+fn configuration_tells_the_stretch_and_what_is_wanted() {
+    let (mem, growth) = Mem::new(6 << 30, 9 * BLOCK + 1, false).unwrap();
+    assert_eq!(growth.set(u64::MAX), 9 * BLOCK);
+    let mut space = [0; 64];
+    mem.read_configuration(0, &mut space);
+    let fields: Vec<u64> =
+        space.chunks(8).map(|field| u64::from_le_bytes(field.try_into().unwrap())).collect();
+    assert_eq!(fields, [BLOCK, 0, 6 << 30, 9 * BLOCK, 9 * BLOCK, 0, 9 * BLOCK, 0]);
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_asked_the_count_is_that_of_the_blocks_and_within_what_is_wanted(
+        wanted in 0..=BLOCKS,
+        asked in proptest::collection::vec((0..5u16, -2..70i64, 0..70u16, prop::bool::weighted(0.1)), 0..40),
+    ) {
+        let (mut device, growth, memory, base) = device();
+        let memory = memory.memory();
+        growth.set(wanted * BLOCK);
+        for (kind, block, count, odd) in asked {
+            let address = base.wrapping_add_signed(block * i64::try_from(BLOCK).unwrap()) + u64::from(odd);
+            device.answer(&memory, &request(kind, address, count));
+            let bits: u32 = device.blocks.bits.iter().map(|word| word.count_ones()).sum();
+            prop_assert_eq!(u64::from(bits), device.blocks.plugged);
+            prop_assert!(device.blocks.plugged <= wanted);
+        }
+    }
+
+    #[test]
+    fn no_bytes_of_a_request_end_the_process(bytes in any::<[u8; REQUEST]>()) {
+        let (mut device, growth, memory, _) = device();
+        growth.set(u64::MAX);
+        device.answer(&memory.memory(), &bytes);
+    }
+}
