@@ -52,12 +52,12 @@ fn places(looked: &[(PathBuf, String)]) -> String {
 }
 
 impl Artefacts {
-    /// Finds every artefact that a pod under `config` needs.
+    /// Finds every artefact that a pod under `config` needs which this driver runs.
     ///
     /// # Errors
     /// The first artefact that is nowhere, with all the places looked at.
-    pub fn locate(config: &Config) -> Result<Self, ArtefactError> {
-        Search::from_process().artefacts(config)
+    pub fn locate(config: &Config, driver: HypervisorChoice) -> Result<Self, ArtefactError> {
+        Search::from_process().artefacts(config, driver)
     }
 
     /// Finds the guest image alone; `None` where the configuration names both the kernel and an initrd or image itself.
@@ -108,7 +108,7 @@ impl Search {
         }
     }
 
-    fn artefacts(&self, config: &Config) -> Result<Artefacts, ArtefactError> {
+    fn artefacts(&self, config: &Config, driver: HypervisorChoice) -> Result<Artefacts, ArtefactError> {
         let qemu = &config.hypervisor.qemu;
         let virtiofsd = match (qemu.shared_fs, &qemu.virtio_fs_daemon) {
             (SharedFs::None, _) => None,
@@ -118,16 +118,16 @@ impl Search {
             (SharedFs::VirtioFs, None) => Some(self.program("kata-virtiofsd")?),
         };
         Ok(Artefacts {
-            vmm: self.vmm(config)?,
+            vmm: self.vmm(config, driver)?,
             kata_vmm: self.program("kata-vmm")?,
             virtiofsd,
             guest_image: self.guest_image(config)?,
         })
     }
 
-    fn vmm(&self, config: &Config) -> Result<PathBuf, ArtefactError> {
+    fn vmm(&self, config: &Config, driver: HypervisorChoice) -> Result<PathBuf, ArtefactError> {
         let drivers = &config.hypervisor;
-        let (name, key, path) = match config.runtime.hypervisor_name {
+        let (name, key, path) = match driver {
             HypervisorChoice::Auto | HypervisorChoice::Qemu => return self.qemu(config),
             HypervisorChoice::Builtin => return self.program("kata-vmm"),
             HypervisorChoice::CloudHypervisor | HypervisorChoice::Clh => {

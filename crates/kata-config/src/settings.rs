@@ -294,8 +294,8 @@ settings! {
     /// `[runtime]`
     pub struct Runtime in "runtime": |config| config.runtime;
 
-    /// Which driver runs the machine; `auto` is QEMU. `builtin` is this project's own, which needs KVM. All drivers have the settings
-    /// of `[hypervisor.qemu]`, but for those of QEMU itself; Cloud Hypervisor and Firecracker have those of their own section over
+    /// Which driver runs the machine. `builtin` is this project's own, which needs KVM; `auto` is that one where KVM works, and QEMU
+    /// where not or where its `path` or another `machine_type` is named. All drivers have the settings of `[hypervisor.qemu]`, but for those of QEMU itself; Cloud Hypervisor and Firecracker have those of their own section over
     /// them, and their program from `path` of that section alone.
     hypervisor_name: HypervisorChoice = HypervisorChoice::Auto,
         { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["dragonball", "openvmm", "remote"]) };

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kata_config::{AcceleratorChoice, Config, HypervisorChoice};
+use kata_config::{AcceleratorChoice, Config, HypervisorChoice, MachineType};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -43,6 +43,17 @@ impl fmt::Display for DriverKind {
             Self::CloudHypervisor => "cloud-hypervisor",
             Self::Firecracker => "firecracker",
         })
+    }
+}
+
+impl From<DriverKind> for HypervisorChoice {
+    fn from(driver: DriverKind) -> Self {
+        match driver {
+            DriverKind::Builtin => Self::Builtin,
+            DriverKind::Qemu => Self::Qemu,
+            DriverKind::CloudHypervisor => Self::CloudHypervisor,
+            DriverKind::Firecracker => Self::Firecracker,
+        }
     }
 }
 
@@ -237,14 +248,23 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Chooses the driver and the accelerator that `config` asks for on `host`.
+/// Chooses the driver and the accelerator that `config` asks for on `host`: where it leaves both open, the built-in monitor on KVM
+/// that works, else QEMU. What only QEMU has, its path or a machine type, asks for QEMU.
 ///
 /// # Errors
 /// [`HostError::KvmUnusable`] where the configuration insists on KVM and the host has none that works. Without that it falls back
 /// to TCG and says so in [`Choice::reason`].
 pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
-    let driver = match config.runtime.hypervisor_name {
-        HypervisorChoice::Auto | HypervisorChoice::Qemu => DriverKind::Qemu,
+    match config.runtime.hypervisor_name {
+        HypervisorChoice::Auto if suits_builtin(config, host) => {
+            return Ok(Choice {
+                driver: DriverKind::Builtin,
+                accelerator: Accelerator::Kvm,
+                reason: "the built-in virtual machine monitor runs the guest on the host's hardware virtualisation (KVM)"
+                    .to_owned(),
+            });
+        }
+        HypervisorChoice::Auto | HypervisorChoice::Qemu => {}
         HypervisorChoice::Builtin => {
             return with_kvm_alone(config, host, DriverKind::Builtin, "the built-in virtual machine monitor");
         }
@@ -254,7 +274,7 @@ pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
         HypervisorChoice::Fc | HypervisorChoice::Firecracker => {
             return with_kvm_alone(config, host, DriverKind::Firecracker, "Firecracker");
         }
-    };
+    }
     let (accelerator, reason) = match (config.runtime.accelerator, &host.kvm) {
         (AcceleratorChoice::Tcg, _) => (
             Accelerator::Tcg,
@@ -270,7 +290,17 @@ pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
             format!("QEMU emulates the guest (TCG, several times slower than hardware), because KVM {kvm}"),
         ),
     };
-    Ok(Choice { driver, accelerator, reason })
+    Ok(Choice { driver: DriverKind::Qemu, accelerator, reason })
+}
+
+/// Whether nothing speaks against the built-in monitor.
+fn suits_builtin(config: &Config, host: &Host) -> bool {
+    let qemu = &config.hypervisor.qemu;
+    cfg!(target_arch = "x86_64")
+        && host.kvm == Kvm::Usable
+        && config.runtime.accelerator != AcceleratorChoice::Tcg
+        && qemu.path.is_none()
+        && qemu.machine_type == MachineType::Q35
 }
 
 /// The choice of a driver that cannot emulate.

@@ -25,7 +25,7 @@ impl Plan {
     pub(crate) fn make(sources: &Sources) -> Result<Self, PlanError> {
         let config = Config::load(sources).map_err(PlanError::Config)?;
         let choice = choose(&config, &Host::probe()).map_err(PlanError::Host)?;
-        let artefacts = Artefacts::locate(&config).map_err(PlanError::Artefacts)?;
+        let artefacts = Artefacts::locate(&config, choice.driver.into()).map_err(PlanError::Artefacts)?;
         Ok(Self { config, artefacts, choice })
     }
 }

@@ -54,13 +54,13 @@ fn what_lies_beside_the_executable_comes_before_the_installation() {
     }
     let installed = places.image("opt/share/kata/guest-image");
     let beside = places.program("exe/kata-vmm");
-    let found = places.search.artefacts(&Config::default()).unwrap();
+    let found = places.search.artefacts(&Config::default(), HypervisorChoice::Qemu).unwrap();
     assert_eq!(found.vmm, qemu);
     assert_eq!(found.kata_vmm, beside);
     assert_eq!(found.virtiofsd, Some(places.dir.path().join("opt/libexec/kata-virtiofsd")));
     assert_eq!(found.guest_image, Some(installed));
     let image = places.image("exe/guest-image");
-    assert_eq!(places.search.artefacts(&Config::default()).unwrap().guest_image, Some(image));
+    assert_eq!(places.search.artefacts(&Config::default(), HypervisorChoice::Qemu).unwrap().guest_image, Some(image));
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn what_is_not_needed_is_not_looked_for() {
     config.hypervisor.qemu.shared_fs = SharedFs::None;
     config.hypervisor.qemu.kernel = Some("/k".into());
     config.hypervisor.qemu.initrd = Some("/i".into());
-    let found = places.search.artefacts(&config).unwrap();
+    let found = places.search.artefacts(&config, config.runtime.hypervisor_name).unwrap();
     assert_eq!((found.virtiofsd, found.guest_image), (None, None));
 }
 
