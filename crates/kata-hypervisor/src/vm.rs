@@ -1,8 +1,9 @@
 //! What every driver takes, offers and reports.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -12,6 +13,7 @@ use thiserror::Error;
 use crate::builtin::BuiltinError;
 use crate::process::{Exit, Identity, Record, RecordError, SpawnError};
 use crate::qemu::qmp::QmpError;
+use crate::rest::ApiError;
 use crate::vsock::VsockError;
 
 /// How the guest's instructions are run.
@@ -57,8 +59,21 @@ impl fmt::Display for Machine {
 pub struct SharedFs {
     /// The tag that the guest mounts.
     pub tag: String,
-    /// The connected end of the daemon's vhost-user socket.
+    /// The daemon's vhost-user socket, opened with `O_PATH`: who has it can connect, whether or not a path leads there.
+    /// Whoever the VMM runs as may write to it.
     pub socket: OwnedFd,
+}
+
+impl SharedFs {
+    /// Connects to the daemon, which takes one connection, for a machine whose directory is `run_dir`.
+    pub(crate) fn connect(&self, run_dir: &Path) -> Result<OwnedFd, HypervisorError> {
+        let connected = UnixStream::connect(format!("/proc/self/fd/{}", self.socket.as_raw_fd()));
+        connected.map(OwnedFd::from).map_err(|source| HypervisorError::File {
+            what: "virtio-fs socket of",
+            path: run_dir.to_owned(),
+            source,
+        })
+    }
 }
 
 /// A network interface: a virtio device whose other end is an open tap.
@@ -97,7 +112,7 @@ pub struct VmSpec {
     pub id: String,
     /// The pod's directory. The driver puts its sockets here.
     pub run_dir: PathBuf,
-    /// The VMM's executable: `qemu-system-x86_64`, or `kata-vmm`.
+    /// The VMM's executable: `qemu-system-x86_64`, `kata-vmm`, `cloud-hypervisor`, `firecracker`.
     pub program: PathBuf,
     /// The vsock back end's executable: `kata-vmm`, or any program that takes the arguments of `kata-vmm vsock`.
     pub vsock_program: PathBuf,
@@ -134,8 +149,38 @@ pub struct VmSpec {
     pub seccomp_sandbox: String,
 }
 
+impl VmSpec {
+    /// Refuses what makes no machine, whatever the driver and the host can do.
+    pub(crate) fn check(&self) -> Result<(), HypervisorError> {
+        let reason = match self {
+            Self { vcpus: 0, .. } => "it has no virtual CPU",
+            Self { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
+            Self { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
+            _ => match self.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
+                Some((nic, reason)) => {
+                    return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
+                }
+                None => return Ok(()),
+            },
+        };
+        Err(HypervisorError::InvalidSpec { id: self.id.clone(), reason: reason.to_owned() })
+    }
+
+    /// Like [`VmSpec::check`], for a `driver` that cannot emulate.
+    pub(crate) fn check_on_kvm(&self, driver: &str) -> Result<(), HypervisorError> {
+        self.check()?;
+        match self.accelerator {
+            Accelerator::Kvm => Ok(()),
+            Accelerator::Tcg => {
+                let next = "set runtime.hypervisor_name to \"qemu\"";
+                Err(HypervisorError::unsupported("emulation (TCG)", driver, next))
+            }
+        }
+    }
+}
+
 /// How far a machine can grow after its start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Growth {
     /// Most virtual CPUs.
     pub vcpus: u32,
@@ -163,6 +208,27 @@ pub struct Size {
     pub vcpus: u32,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+}
+
+impl Size {
+    /// Refuses what a machine that can have `most` has no room for.
+    pub(crate) fn check_within(self, most: Self) -> Result<(), HypervisorError> {
+        if self.vcpus > most.vcpus {
+            return Err(HypervisorError::TooLarge {
+                wanted: format!("{} virtual CPUs", self.vcpus),
+                most: format!("it can have {}", most.vcpus),
+                next: "see hypervisor.qemu.default_maxvcpus and runtime.static_sandbox_resource_mgmt",
+            });
+        }
+        if self.memory_mib > most.memory_mib {
+            return Err(HypervisorError::TooLarge {
+                wanted: format!("{} MiB of memory", self.memory_mib),
+                most: format!("it can have {} MiB", most.memory_mib),
+                next: "see hypervisor.qemu.default_maxmemory and runtime.static_sandbox_resource_mgmt",
+            });
+        }
+        Ok(())
+    }
 }
 
 /// What a running machine has.
@@ -315,7 +381,7 @@ pub enum HypervisorError {
     /// A file that the VMM needs could not be opened or prepared.
     #[error("{what} {path:?} cannot be used{next}", path = .path.display(), next = remedy(.what))]
     File {
-        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket`.
+        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket` and the like.
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -444,6 +510,17 @@ pub enum HypervisorError {
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),
+    /// The VMM's programming interface failed, or refused.
+    #[error("the VMM does not do what it was asked")]
+    Api(#[from] ApiError),
+    /// The VMM has added a device and did not tell where.
+    #[error("{driver} added a device and does not tell where: {said:?} is no place on its bus")]
+    Place {
+        /// The VMM.
+        driver: &'static str,
+        /// What it said instead.
+        said: String,
+    },
     /// The built-in VMM failed, or its socket.
     #[error("the virtual machine monitor does not do what it was asked")]
     Builtin(#[from] BuiltinError),
@@ -453,6 +530,13 @@ pub enum HypervisorError {
     /// The leak record could not be written.
     #[error("the record of the pod's processes and files could not be written")]
     Record(#[from] RecordError),
+}
+
+impl HypervisorError {
+    /// That `driver` cannot do `operation`, and what to do about it.
+    pub(crate) fn unsupported(operation: &'static str, driver: &str, next: &str) -> Self {
+        Self::Unsupported { operation, driver: format!("{driver}; {next}") }
+    }
 }
 
 /// One virtual machine, from before its start until after its end.

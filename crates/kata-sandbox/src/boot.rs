@@ -20,6 +20,7 @@ use kata_config::MachineType;
 use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
 use kata_hypervisor::{HypervisorError, Machine, Nic, VmExit, VmSpec};
 use kata_image::manifest::{Manifest, ManifestError};
+use rustix::fs::{Mode, OFlags};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 
@@ -311,19 +312,20 @@ fn share_files(
     Ok((Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket })))
 }
 
-/// Starts the virtio-fs daemon on one end of a connection that exists before it does.
+/// Starts the virtio-fs daemon on a listener that exists before it does, and answers the one way to that.
 fn spawn_virtiofsd(pod: &Pod, share: &Share) -> Result<(Child, OwnedFd), BootError> {
     let program = pod.artefacts.virtiofsd.as_ref().ok_or(BootError::NoDaemon)?;
     let path = pod.run_dir.join("virtiofsd.vhost");
-    let connect = || -> io::Result<(OwnedFd, OwnedFd)> {
+    let make = || -> io::Result<(OwnedFd, OwnedFd)> {
         pod.record.file(&path).map_err(io::Error::other)?;
         let listener = std::os::unix::net::UnixListener::bind(&path)?;
-        let stream = std::os::unix::net::UnixStream::connect(&path)?;
-        // The one connection is made; nobody else gets in.
+        // For the VMM's user. Nobody else gets in: the path is gone before there is a daemon.
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+        let way = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         std::fs::remove_file(&path)?;
-        Ok((listener.into(), stream.into()))
+        Ok((listener.into(), way))
     };
-    let (listener, stream) = connect().map_err(|source| BootError::Socket { path: path.clone(), source })?;
+    let (listener, way) = make().map_err(|source| BootError::Socket { path: path.clone(), source })?;
     let qemu = &pod.config.hypervisor.qemu;
     let child = Spawn::new("virtiofsd", program)
         .args(["--listen-fd", &FIRST_FD.to_string(), "--shared-dir"])
@@ -334,7 +336,7 @@ fn spawn_virtiofsd(pod: &Pod, share: &Share) -> Result<(Child, OwnedFd), BootErr
         // It holds one descriptor for each file that the guest knows.
         .open_files(u64::from(u32::MAX))
         .spawn(&pod.record)?;
-    Ok((child, stream))
+    Ok((child, way))
 }
 
 /// What the machine boots.

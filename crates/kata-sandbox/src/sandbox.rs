@@ -299,6 +299,13 @@ impl Sandbox {
 /// Everything that can be made without waiting.
 fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
     let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network, resources } = spec;
+    if config.hypervisor.qemu.shared_fs == SharedFs::VirtioFs && !vm.capabilities().shared_fs {
+        return Err(SandboxError::Driver {
+            driver: choice.driver,
+            lacks: "cannot share files of the host with the guest, as shared_fs = \"virtio-fs\" asks for",
+            next: "set runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\"",
+        });
+    }
     let directly = config.runtime.dan_conf.join(format!("{id}.json"));
     if config.runtime.dan_conf.is_absolute() && directly.exists() {
         return Err(SandboxError::DirectNetwork(directly));

@@ -26,20 +26,22 @@ fn accelerator_kvm_boots_a_guest_that_sees_kvms_clock() {
     }
     let host = Host::new().unwrap();
     let clock = "cat /sys/devices/system/clocksource/clocksource0/available_clocksource";
-    let output = host.sh(&["--timing", "--memory", "256M", "--set", "runtime.accelerator=kvm"], clock);
+    let kvm = ["--hypervisor", "qemu", "--set", "runtime.accelerator=kvm"];
+    let output = host.sh(&[&["--timing", "--memory", "256M"][..], &kvm].concat(), clock);
     assert!(stdout(&output).contains("kvm-clock"), "{}{}", stdout(&output), stderr(&output));
     assert!(stderr(&output).contains("qemu with kvm"), "{}", stderr(&output));
 }
 
 #[test]
-fn accelerator_is_kvm_without_being_asked_for_and_tcg_if_asked_for() {
+fn built_in_monitor_is_taken_without_being_asked_for_and_qemu_where_emulation_is() {
     if !in_the_lab() {
         return;
     }
     let host = Host::new().unwrap();
+    host.configure("[runtime]\nhypervisor_name = \"auto\"\n");
     let output = host.output(["check"]);
-    assert!(stdout(&output).contains("qemu with kvm"), "{}{}", stdout(&output), stderr(&output));
-    host.configure("[runtime]\naccelerator = \"tcg\"\n");
+    assert!(stdout(&output).contains("builtin with kvm"), "{}{}", stdout(&output), stderr(&output));
+    host.configure("[runtime]\nhypervisor_name = \"auto\"\naccelerator = \"tcg\"\n");
     let output = host.output(["check"]);
     assert!(stdout(&output).contains("accelerator = \"tcg\""), "{}{}", stdout(&output), stderr(&output));
 }

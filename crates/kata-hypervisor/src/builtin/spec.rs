@@ -1,13 +1,12 @@
 //! From a [`VmSpec`] to what the VMM is told: descriptors instead of paths.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use kata_vmm_api::{DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, VsockSpec};
 
 use super::client::Descriptors;
-use crate::files::DiskFile;
+use crate::files::{DiskFile, open_for};
+use crate::process::Identity;
 use crate::vm::{Disk, Growth, HypervisorError, Nic, VmSpec};
 
 /// Name of the root disk among the devices.
@@ -35,6 +34,15 @@ pub(super) fn machine(
         let file = DiskFile::open(&path, true)?.fd;
         disks.push(disk_spec(IMAGE, descriptors.add(file), true));
     }
+    let shared_fs = match spec.shared_fs {
+        Some(shared) => {
+            let socket = descriptors.add(shared.connect(&spec.run_dir)?);
+            Some(SharedFsSpec { tag: shared.tag, socket })
+        }
+        None => None,
+    };
+    // It reads what it is given, and opens nothing anew.
+    let root = Identity { uid: 0, gid: 0, groups: Vec::new() };
     let machine = MachineSpec {
         cpus: spec.vcpus,
         max_cpus: most.vcpus,
@@ -45,17 +53,15 @@ pub(super) fn machine(
             hugepages: spec.backing.hugepages,
             reporting: spec.backing.reporting,
         },
-        kernel: descriptors.add(file("guest kernel", &spec.kernel)?),
+        kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
         initrd: match &spec.initrd {
-            Some(path) => Some(descriptors.add(file("initrd", path)?)),
+            Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
             None => None,
         },
         command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
         console: Some(descriptors.add(console)),
         vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
-        shared_fs: spec
-            .shared_fs
-            .map(|shared| SharedFsSpec { tag: shared.tag, socket: descriptors.add(shared.socket) }),
+        shared_fs,
         disks,
         nics: spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect(),
     };
@@ -113,13 +119,4 @@ fn nic_spec(Nic { id, mac, mtu, queues }: Nic, descriptors: &mut Descriptors) ->
 fn command_line(params: &[String], grows: bool) -> String {
     let memory = grows.then_some("memhp_default_state=online");
     params.iter().map(String::as_str).chain(["reboot=t"]).chain(memory).collect::<Vec<_>>().join(" ")
-}
-
-fn file(what: &'static str, path: &Path) -> Result<File, HypervisorError> {
-    let fault = |source| HypervisorError::File { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(fault)?;
-    match file.metadata().map_err(fault)?.is_dir() {
-        true => Err(fault(std::io::Error::from(std::io::ErrorKind::IsADirectory))),
-        false => Ok(file),
-    }
 }

@@ -1,13 +1,16 @@
 //! The driver against a peer at its socket, and against programs that are no VMM.
 
+use std::io;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
 
 use kata_vmm_api::{Command, Failure, Reply, Request};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::net::UnixStream;
 
 use super::*;
 use crate::process::{Exit, Identity};
-use crate::vm::{Backing, Growth, Machine};
+use crate::vm::{Accelerator, Backing, Growth, Machine, SharedFs};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -100,8 +103,8 @@ async fn running() -> (BuiltinVm, StdUnixStream, Bench) {
     let (client, peer) = pair();
     let child = Spawn::new("sleep", "/bin/sleep").arg("600").spawn(&bench.record).unwrap();
     let vm = BuiltinVm::new();
-    vm.life.adopt(&child);
-    *vm.state() = State { started: true, most: None, vmm: Some(Vmm { client, child }) };
+    vm.vmm.life.adopt(&child);
+    vm.vmm.runs(Handle { client, child });
     (vm, peer, bench)
 }
 
@@ -123,6 +126,27 @@ async fn machine_is_described_by_descriptors_alone() {
     let command = Command::Create(Box::new(machine));
     client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
     assert_eq!(server.await.unwrap(), (command, 7));
+}
+
+#[test]
+fn shared_files_come_over_a_connection_that_is_made_for_the_monitor() {
+    let bench = Bench::new();
+    let path = bench.dir.path().join("daemon");
+    let daemon = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let socket = rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    daemon.set_nonblocking(true).unwrap();
+    let shared_fs = Some(SharedFs { tag: "share".to_owned(), socket });
+    let (machine, descriptors) = spec::machine(VmSpec { shared_fs, ..bench.spec() }, null(), null()).unwrap();
+    assert_eq!(machine.shared_fs.unwrap().tag, "share");
+    daemon.accept().unwrap();
+    drop((descriptors, daemon));
+
+    let socket = null();
+    let shared_fs = Some(SharedFs { tag: "share".to_owned(), socket });
+    let spec = VmSpec { shared_fs, ..bench.spec() };
+    let error = spec::machine(spec, null(), null()).unwrap_err().to_string();
+    assert!(error.starts_with("virtio-fs socket of"), "{error}");
 }
 
 #[test]
@@ -162,7 +186,7 @@ async fn machine_grows_and_tells_what_came_of_it() {
     });
     let fixed = vm.resize(wanted).await.unwrap_err();
     assert!(fixed.to_string().contains("growing while it runs"), "{fixed}");
-    vm.state().most = Some(Size { vcpus: 4, memory_mib: 512 });
+    vm.most.set(Size { vcpus: 4, memory_mib: 512 }).unwrap();
     let layout = vm.resize(wanted).await.unwrap();
     assert_eq!(layout.size, Size { vcpus: 3, memory_mib: 256 });
     for size in [Size { vcpus: 5, ..wanted }, Size { memory_mib: 513, ..wanted }] {

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::*;
@@ -274,7 +275,7 @@ async fn end_after(signal: rustix::process::Signal, process: &str) -> Option<VmE
     let bench = Bench::new(None)?;
     let vm = QemuVm::new();
     vm.boot(bench.spec(Machine::Q35, &kernel_that_says("", FOR_EVER)), &bench.record).await.unwrap();
-    let child = vm.0.state().children.iter().find(|child| child.name() == process).cloned().unwrap();
+    let child = vm.0.life.children().iter().find(|child| child.name() == process).cloned().unwrap();
     child.signal(signal).unwrap();
     let exit = tokio::time::timeout(Duration::from_secs(20), vm.exited()).await.unwrap();
     assert_eq!(vm.processes(), []);
