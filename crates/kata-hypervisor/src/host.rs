@@ -40,6 +40,15 @@ impl fmt::Display for DriverKind {
     }
 }
 
+impl DriverKind {
+    /// Whether the host's kernel can move the packets of its network interfaces, see [`Nic::vhost`](crate::Nic::vhost).
+    pub const fn takes_vhost(self) -> bool {
+        match self {
+            Self::Builtin | Self::Qemu => true,
+        }
+    }
+}
+
 /// What `/dev/kvm` is good for. Its `Display` completes the sentence "KVM …".
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]

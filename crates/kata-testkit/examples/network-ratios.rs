@@ -1,7 +1,7 @@
 //! How much goes through a pod's network per second with our runtime and with runc, on the same bridge under one containerd.
 //!
-//! `network-ratios COUNT` prints one JSON object: for each way the Gbit/s of `kata` and `runc`, measured by iperf3. Programs and
-//! image are named by the variables of the tests.
+//! `network-ratios COUNT` prints one JSON object: for each way the Gbit/s of `kata` and `runc`, measured by iperf3, and where the
+//! host has `/dev/vhost-net` of `without` it, too. Programs, image and driver are named by the variables of the tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement fails by panicking")]
 
 use std::collections::BTreeMap;
@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use kata_testkit::containerd::Version;
-use kata_testkit::cri::{Container, Cri, Pod};
+use kata_testkit::cri::{Container, Cri, Pod, handler};
+use kata_testkit::host::Host;
 
-const HANDLERS: [&str; 2] = ["kata", "runc"];
 /// The bridge's own address.
 const HOST: &str = "10.89.0.1";
 const SECONDS: u32 = 2;
@@ -33,6 +33,15 @@ fn program(cri: &Cri) -> PathBuf {
     dir
 }
 
+/// The handler `without`, whose machine monitor moves the packets itself.
+fn without_vhost(host: &Host) -> String {
+    let file = host.scratch("without.toml");
+    host.configure_at(&file, "[runtime]\n[hypervisor.qemu]\ndisable_vhost_net = true\n");
+    let options =
+        "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.without.options]\nConfigPath = ";
+    handler(Version::V1, "without", "io.containerd.kata.v2", &format!("{options}{file:?}\n"))
+}
+
 fn start<'a>(pod: &'a Pod<'a>, program: &Path, script: &str) -> Container<'a> {
     pod.container("main").mount_read_only(program, "/iperf").sh(script).start()
 }
@@ -49,11 +58,12 @@ fn main() {
         .nth(1)
         .and_then(|word| word.parse().ok())
         .expect("the argument is the number of runs");
-    let cri = Cri::new(Version::V1).expect("the variables of the tests are set");
+    let cri = Cri::with_handlers(Version::V1, without_vhost).expect("the variables of the tests are set");
     let program = program(&cri);
     let mut on_host = cri.containerd().beside("iperf3").args(["-s"]).stdout(Stdio::null()).spawn().unwrap();
     let mut figures: BTreeMap<&str, BTreeMap<&str, Vec<f64>>> = BTreeMap::new();
-    for handler in HANDLERS {
+    let vhost = std::fs::File::options().read(true).write(true).open("/dev/vhost-net").is_ok();
+    for handler in ["kata", "runc", "without"].into_iter().filter(|name| vhost || *name != "without") {
         let [client, server] =
             ["client", "server"].map(|name| cri.pod(&format!("{name}-{handler}")).handler(handler).run());
         let address = server.address();

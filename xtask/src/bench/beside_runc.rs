@@ -49,27 +49,41 @@ pub const NETWORK: Comparison = Comparison {
 struct Figures {
     kata: Vec<f64>,
     runc: Vec<f64>,
+    /// Ours without the host's vhost-net, where there is one.
+    #[serde(default)]
+    without: Vec<f64>,
 }
 
 impl Comparison {
     /// Its rows: of each kind the ratio, and the figure itself.
     pub fn measure(&self, bench: &Bench) -> Chores<Vec<Row>> {
+        self.measure_on(bench, None)
+    }
+
+    /// The same with pods of a driver, which then is named in the rows.
+    pub fn measure_on(&self, bench: &Bench, driver: Option<&str>) -> Chores<Vec<Row>> {
+        let on = driver.map_or_else(String::new, |driver| format!("{driver}: "));
         let mut figures: BTreeMap<String, Figures> =
-            bench.example(self.example, &[&bench.runs.to_string()])?;
+            bench.example_on(driver, self.example, &[&bench.runs.to_string()])?;
         let mut rows = Vec::new();
         for (kind, what) in self.kinds {
-            let Figures { kata, runc } = figures
+            let Figures { kata, runc, without } = figures
                 .remove(*kind)
                 .ok_or_else(|| ChoreError::Found(format!("{} measured no {kind:?}", self.example)))?;
-            let ratios = kata.iter().zip(&runc).map(|(kata, runc)| kata / runc).collect();
+            let beside = |ours: &[f64]| ours.iter().zip(&runc).map(|(ours, runc)| ours / runc).collect();
             let row = |what: String, unit, samples| Row {
                 what,
                 unit,
                 samples: Samples::new(samples),
                 budget: None,
             };
-            rows.push(row(format!("{what} {}", self.ratio), "", ratios));
-            rows.push(row((*what).to_owned(), self.unit, kata));
+            rows.push(row(format!("{on}{what} {}", self.ratio), "", beside(&kata)));
+            rows.push(row(format!("{on}{what}"), self.unit, kata));
+            if !without.is_empty() {
+                let what = format!("{on}{what}, without vhost-net");
+                rows.push(row(format!("{what} {}", self.ratio), "", beside(&without)));
+                rows.push(row(what, self.unit, without));
+            }
         }
         Ok(rows)
     }

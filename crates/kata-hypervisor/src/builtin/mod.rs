@@ -32,8 +32,8 @@ use client::{Client, Descriptors};
 use crate::life::{Life, kill};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm,
-    VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo,
+    Size, Vm, VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -67,6 +67,8 @@ struct State {
     started: bool,
     /// How large the machine can become.
     most: Option<Size>,
+    /// What disks that are added are held to.
+    disk_limits: DiskLimits,
     vmm: Option<Vmm>,
 }
 
@@ -227,6 +229,7 @@ impl Vm for BuiltinVm {
         if std::mem::replace(&mut self.state().started, true) {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
         }
+        self.state().disk_limits = spec.disk_limits;
         self.state().most = spec.growth.map(|_| {
             let Growth { vcpus, memory_mib, .. } = spec::most(&spec);
             Size { vcpus, memory_mib }
@@ -258,7 +261,7 @@ impl Vm for BuiltinVm {
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
         const OPERATION: &str = "adding a disk";
         self.vmm(OPERATION)?;
-        let (spec, descriptors) = spec::disk(&disk)?;
+        let (spec, descriptors) = spec::disk(&disk, self.state().disk_limits)?;
         self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors).await
     }
 

@@ -1,5 +1,6 @@
 //! The driver against a peer at its socket, and against programs that are no VMM.
 
+use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
 
 use kata_vmm_api::{Command, Failure, Reply, Request};
@@ -7,7 +8,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 
 use super::*;
 use crate::process::{Exit, Identity};
-use crate::vm::{Backing, Growth, Machine};
+use crate::vm::{Backing, Machine};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -45,6 +46,7 @@ impl Bench {
             vsock: at("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
         }
@@ -101,7 +103,12 @@ async fn running() -> (BuiltinVm, StdUnixStream, Bench) {
     let child = Spawn::new("sleep", "/bin/sleep").arg("600").spawn(&bench.record).unwrap();
     let vm = BuiltinVm::new();
     vm.life.adopt(&child);
-    *vm.state() = State { started: true, most: None, vmm: Some(Vmm { client, child }) };
+    *vm.state() = State {
+        started: true,
+        most: None,
+        disk_limits: DiskLimits::default(),
+        vmm: Some(Vmm { client, child }),
+    };
     (vm, peer, bench)
 }
 
@@ -113,16 +120,18 @@ async fn machine_is_described_by_descriptors_alone() {
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1400,
         queues: vec![null(), null()],
+        vhost: vec![null(), null()],
     };
-    let spec =
-        VmSpec { image: Some(bench.dir.path().join("image")), nics: vec![nic("eth0")], ..bench.spec() };
+    let limits = DiskLimits { bytes_per_second: NonZeroU64::new(1 << 20), requests_per_second: None };
+    let image = Some(bench.dir.path().join("image"));
+    let spec = VmSpec { image, nics: vec![nic("eth0")], disk_limits: limits, ..bench.spec() };
     let (machine, descriptors) = spec::machine(spec, null(), null()).unwrap();
     insta::assert_json_snapshot!(machine);
     let (client, peer) = pair();
     let server = tokio::task::spawn_blocking(move || serve(&peer, done));
     let command = Command::Create(Box::new(machine));
     client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
-    assert_eq!(server.await.unwrap(), (command, 7));
+    assert_eq!(server.await.unwrap(), (command, 9));
 }
 
 #[test]
@@ -178,12 +187,14 @@ async fn machine_grows_and_tells_what_came_of_it() {
 #[tokio::test]
 async fn device_is_found_by_the_number_of_its_slot() {
     let (vm, peer, bench) = running().await;
+    vm.state().disk_limits.requests_per_second = NonZeroU64::new(50);
     let slot = |id| format!("{{\"id\":{id},\"done\":{{\"slot\":17}}}}\n").into_bytes();
     let server = tokio::task::spawn_blocking(move || serve(&peer, slot));
     let disk = Disk { id: "data".to_owned(), path: bench.dir.path().join("image"), readonly: true };
     assert_eq!(vm.add_disk(disk).await.unwrap(), PciPath("11".to_owned()));
     let (command, descriptors) = server.await.unwrap();
-    assert!(matches!(command, Command::AddDisk(disk) if disk.readonly && disk.id == "data"));
+    assert!(matches!(command, Command::AddDisk(disk)
+        if disk.readonly && disk.id == "data" && disk.requests_per_second == Some(50)));
     assert_eq!(descriptors, 1);
     vm.stop().await.unwrap();
 }
