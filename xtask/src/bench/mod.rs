@@ -92,6 +92,7 @@ pub fn prepare(kernel: &str) -> Chores {
     let products = products::build(Profile::Release, kernel, false)?;
     demo::busybox_image()?;
     boot::prepare(&products)?;
+    beside_runc::prepare()?;
     shell::run(
         cargo()
             .args(["build", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])

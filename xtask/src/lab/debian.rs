@@ -31,7 +31,6 @@ const PACKAGES: &[&str] = &[
     "docker.io",
     "containernetworking-plugins",
     "iptables",
-    "iperf3",
     // Pods: what we run them with, and what to compare it with.
     "qemu-system-x86",
     "seabios",
