@@ -38,7 +38,8 @@ pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
     say("building the tests");
     let command = runner(all, filter)?;
     let lab = prepare()?;
-    let options = Options::with_timeout(if all { TIME_OF_ALL } else { TIME_OF_CHOICE });
+    let choice = !all && filter.is_empty();
+    let options = Options::with_timeout(if choice { TIME_OF_CHOICE } else { TIME_OF_ALL });
     let report = suite::report(PROFILE);
     if report.exists() {
         std::fs::remove_file(&report).map_err(at("remove", &report))?;
