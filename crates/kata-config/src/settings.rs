@@ -212,6 +212,14 @@ settings! {
     rx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
     /// Bandwidth of each interface out of the pod; 0 is without a bound. Only with `internetworking_model = "tcfilter"`.
     tx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
+    /// Has the machine monitor move the network's packets itself. Otherwise the host's kernel does, wherever it has
+    /// `/dev/vhost-net`.
+    disable_vhost_net: bool = false, { .annotated() };
+    /// Bandwidth of each disk of the machine, both directions together; 0 is without a bound. What a tenth of a second allows
+    /// may pass at once.
+    disk_rate_limiter_bw_max_rate: u64 = 0, { .range(0, 8_000_000_000_000_000).unit("bit/s") };
+    /// Operations on each disk of the machine; 0 is without a bound. What a tenth of a second allows may pass at once.
+    disk_rate_limiter_ops_max_rate: u64 = 0, { .range(0, 1_000_000_000_000_000).unit("1/s") };
     /// Verbose guest kernel and machine monitor; the console is in the owner's log at `debug`.
     enable_debug: bool = false;
     /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. The default is the strictest set that

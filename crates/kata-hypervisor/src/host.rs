@@ -57,6 +57,16 @@ impl From<DriverKind> for HypervisorChoice {
     }
 }
 
+impl DriverKind {
+    /// Whether the host's kernel can move the packets of its network interfaces, see [`Nic::vhost`](crate::Nic::vhost).
+    pub const fn takes_vhost(self) -> bool {
+        match self {
+            Self::Builtin | Self::Qemu => true,
+            Self::CloudHypervisor | Self::Firecracker => false,
+        }
+    }
+}
+
 /// What `/dev/kvm` is good for. Its `Display` completes the sentence "KVM …".
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "kebab-case")]

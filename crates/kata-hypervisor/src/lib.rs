@@ -38,8 +38,8 @@ pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
 pub use rest::ApiError;
 pub use vm::{
-    Accelerator, Backing, Capabilities, Disk, Growth, HypervisorError, Layout, Machine, Nic, PciPath,
-    ProcessInfo, SharedFs, Size, Vm, VmExit, VmSpec,
+    Accelerator, Backing, Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Machine, Nic,
+    PciPath, ProcessInfo, SharedFs, Size, Vm, VmExit, VmSpec,
 };
 pub use vsock::VsockError;
 

@@ -1,6 +1,7 @@
 //! What every driver takes, offers and reports.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -87,6 +88,9 @@ pub struct Nic {
     pub mtu: u16,
     /// The tap, one descriptor a queue pair.
     pub queues: Vec<OwnedFd>,
+    /// `/dev/vhost-net`, one descriptor a queue pair: the host's kernel moves the packets. Without any the VMM does. For drivers of
+    /// which [`DriverKind::takes_vhost`](crate::DriverKind::takes_vhost) says that they can.
+    pub vhost: Vec<OwnedFd>,
 }
 
 /// A raw disk: a block device, or a file that holds a file system.
@@ -98,6 +102,15 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest may not write to it. Enforced by the VMM, which gets a descriptor that cannot be written to either.
     pub readonly: bool,
+}
+
+/// What each disk of a machine may move, the disk that it boots from included: both directions together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Most bytes a second.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Most requests a second.
+    pub requests_per_second: Option<NonZeroU64>,
 }
 
 /// Where the guest finds a device: the slot on each bus from the root on, two hexadecimal digits each, as `10/01` for slot 1
@@ -143,6 +156,8 @@ pub struct VmSpec {
     pub shared_fs: Option<SharedFs>,
     /// Network interfaces that the machine starts with.
     pub nics: Vec<Nic>,
+    /// Bounds on each disk, those that are added later included.
+    pub disk_limits: DiskLimits,
     /// Who the VMM and the vsock back end run as. Anyone but root runs without capabilities.
     pub identity: Identity,
     /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
@@ -164,6 +179,15 @@ impl VmSpec {
             },
         };
         Err(HypervisorError::InvalidSpec { id: self.id.clone(), reason: reason.to_owned() })
+    }
+
+    /// What a `driver` that holds no disk to limits does not start.
+    pub(crate) fn check_unlimited(&self, driver: &str) -> Result<(), HypervisorError> {
+        if self.disk_limits == DiskLimits::default() {
+            return Ok(());
+        }
+        let next = "unset hypervisor.qemu.disk_rate_limiter_*, or set runtime.hypervisor_name to \"qemu\" or \"builtin\"";
+        Err(HypervisorError::unsupported("holding disks to limits", driver, next))
     }
 
     /// Like [`VmSpec::check`], for a `driver` that cannot emulate.
@@ -296,7 +320,11 @@ pub enum VmExit {
 impl Nic {
     /// Why this makes no network interface, if so.
     pub(crate) fn fault(&self) -> Option<&'static str> {
-        self.queues.is_empty().then_some("it is a network interface without a tap")
+        if self.queues.is_empty() {
+            return Some("it is a network interface without a tap");
+        }
+        let fits = self.vhost.is_empty() || self.vhost.len() == self.queues.len();
+        (!fits).then_some("it has not as many descriptors of /dev/vhost-net as queue pairs, nor none")
     }
 }
 

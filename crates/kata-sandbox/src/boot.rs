@@ -10,6 +10,7 @@
 use std::fmt;
 use std::io;
 use std::net::Shutdown;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use kata_api::agent::{CreateSandboxRequest, KernelModule, Storage};
 use kata_api::{Announcement, guest, ports};
 use kata_config::MachineType;
 use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
-use kata_hypervisor::{HypervisorError, Machine, Nic, VmExit, VmSpec};
+use kata_hypervisor::{DiskLimits, HypervisorError, Machine, Nic, VmExit, VmSpec};
 use kata_image::manifest::{Manifest, ManifestError};
 use rustix::fs::{Mode, OFlags};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -396,6 +397,7 @@ impl Guest {
             vsock: pod.hybrid.clone(),
             shared_fs,
             nics,
+            disk_limits: disk_limits(qemu),
             identity: pod.identity.clone(),
             seccomp_sandbox: qemu.seccomp_sandbox.clone(),
         }
@@ -423,6 +425,14 @@ impl Guest {
         }
         params.extend(qemu.kernel_params.iter().cloned());
         params
+    }
+}
+
+/// What the configuration holds each disk to. It counts bits; so that a bound never becomes none, bytes round up.
+fn disk_limits(config: &kata_config::Qemu) -> DiskLimits {
+    DiskLimits {
+        bytes_per_second: NonZeroU64::new(config.disk_rate_limiter_bw_max_rate.div_ceil(8)),
+        requests_per_second: NonZeroU64::new(config.disk_rate_limiter_ops_max_rate),
     }
 }
 
@@ -513,6 +523,22 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bound_of_a_disk_is_counted_in_bytes_and_never_becomes_none() {
+        let limits = |bits, operations| {
+            let config = kata_config::Qemu {
+                disk_rate_limiter_bw_max_rate: bits,
+                disk_rate_limiter_ops_max_rate: operations,
+                ..kata_config::Qemu::default()
+            };
+            let DiskLimits { bytes_per_second, requests_per_second } = disk_limits(&config);
+            (bytes_per_second.map_or(0, NonZeroU64::get), requests_per_second.map_or(0, NonZeroU64::get))
+        };
+        assert_eq!(limits(0, 0), (0, 0));
+        assert_eq!(limits(80_000_000, 100), (10_000_000, 100));
+        assert_eq!(limits(1, 1), (1, 1));
+    }
 
     #[test]
     fn excerpt_is_the_last_lines() {

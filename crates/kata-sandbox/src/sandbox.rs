@@ -329,7 +329,7 @@ fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener),
     timeline.add(Layer::Host, "share", start);
     let hybrid = run_dir.join("kata.hvsock");
     let created_at = SystemTime::now();
-    let network = network.map(|network| Network::new(network, Wiring::of(&config)));
+    let network = network.map(|network| Network::new(network, Wiring::of(&config, choice.driver)));
     let pod = Arc::new(Pod {
         hostname: hostname.unwrap_or_else(|| id.clone()),
         id,

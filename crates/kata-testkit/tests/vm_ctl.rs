@@ -354,7 +354,7 @@ fn check_tells_everything_about_the_host_and_can_be_strict() {
         "/dev/kvm",
         "nested",
         "tun",
-        "vhost",
+        "vhost-net",
         "cgroups",
         "hugepages",
         "IOMMU",

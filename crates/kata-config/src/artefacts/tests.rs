@@ -60,7 +60,10 @@ fn what_lies_beside_the_executable_comes_before_the_installation() {
     assert_eq!(found.virtiofsd, Some(places.dir.path().join("opt/libexec/kata-virtiofsd")));
     assert_eq!(found.guest_image, Some(installed));
     let image = places.image("exe/guest-image");
-    assert_eq!(places.search.artefacts(&Config::default(), HypervisorChoice::Qemu).unwrap().guest_image, Some(image));
+    assert_eq!(
+        places.search.artefacts(&Config::default(), HypervisorChoice::Qemu).unwrap().guest_image,
+        Some(image)
+    );
 }
 
 #[test]

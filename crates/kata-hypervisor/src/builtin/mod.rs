@@ -29,7 +29,8 @@ use crate::files::socket_pair;
 use crate::life::{SETTLE, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+    Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm,
+    VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -55,6 +56,8 @@ pub(crate) struct BuiltinVm {
     vmm: Vmm<Handle>,
     /// How large the machine can become, where it can grow.
     most: OnceLock<Size>,
+    /// What disks that are added are held to.
+    disk_limits: OnceLock<DiskLimits>,
 }
 
 /// A VMM that runs the guest.
@@ -66,7 +69,7 @@ struct Handle {
 
 impl BuiltinVm {
     pub(crate) fn new() -> Self {
-        Self { vmm: Vmm::default(), most: OnceLock::new() }
+        Self { vmm: Vmm::default(), most: OnceLock::new(), disk_limits: OnceLock::new() }
     }
 
     /// What it says of itself once it runs a machine that may grow.
@@ -199,6 +202,7 @@ impl Vm for BuiltinVm {
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
         spec.check_on_kvm(DRIVER)?;
         self.vmm.begin()?;
+        let _ = self.disk_limits.set(spec.disk_limits);
         if spec.growth.is_some() {
             let Growth { vcpus, memory_mib, .. } = spec::most(&spec);
             let _ = self.most.set(Size { vcpus, memory_mib });
@@ -225,7 +229,8 @@ impl Vm for BuiltinVm {
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
         const OPERATION: &str = "adding a disk";
         self.vmm.control(OPERATION)?;
-        let (spec, descriptors) = spec::disk(&disk)?;
+        let limits = self.disk_limits.get().copied().unwrap_or_default();
+        let (spec, descriptors) = spec::disk(&disk, limits)?;
         self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors).await
     }
 

@@ -1,13 +1,14 @@
 //! From a [`VmSpec`] to what the VMM is told: descriptors instead of paths.
 
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 
-use kata_vmm_api::{DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, VsockSpec};
+use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, VsockSpec};
 
 use super::client::Descriptors;
 use crate::files::{DiskFile, open_for};
 use crate::process::Identity;
-use crate::vm::{Disk, Growth, HypervisorError, Nic, VmSpec};
+use crate::vm::{Disk, DiskLimits, Growth, HypervisorError, Nic, VmSpec};
 
 /// Name of the root disk among the devices.
 const IMAGE: &str = "image";
@@ -32,7 +33,7 @@ pub(super) fn machine(
     let mut disks = Vec::new();
     if let Some(path) = spec.image {
         let file = DiskFile::open(&path, true)?.fd;
-        disks.push(disk_spec(IMAGE, descriptors.add(file), true));
+        disks.push(disk_spec(IMAGE, descriptors.add(file), true, spec.disk_limits));
     }
     let shared_fs = match spec.shared_fs {
         Some(shared) => {
@@ -85,10 +86,10 @@ pub(super) fn most(spec: &VmSpec) -> Growth {
 }
 
 /// A disk that is added, and its descriptor.
-pub(super) fn disk(disk: &Disk) -> Result<(DiskSpec, Descriptors), HypervisorError> {
+pub(super) fn disk(disk: &Disk, limits: DiskLimits) -> Result<(DiskSpec, Descriptors), HypervisorError> {
     let mut descriptors = Descriptors::default();
     let file = descriptors.add(DiskFile::open(&disk.path, disk.readonly)?.fd);
-    Ok((disk_spec(&disk.id, file, disk.readonly), descriptors))
+    Ok((disk_spec(&disk.id, file, disk.readonly, limits), descriptors))
 }
 
 /// A network interface that is added, and its descriptors.
@@ -104,13 +105,19 @@ pub(super) fn nic(nic: Nic) -> Result<(NicSpec, Descriptors), HypervisorError> {
     }
 }
 
-fn disk_spec(id: &str, file: kata_vmm_api::Descriptor, readonly: bool) -> DiskSpec {
-    DiskSpec { id: id.to_owned(), file, readonly, bytes_per_second: None, requests_per_second: None }
+fn disk_spec(id: &str, file: Descriptor, readonly: bool, limits: DiskLimits) -> DiskSpec {
+    DiskSpec {
+        id: id.to_owned(),
+        file,
+        readonly,
+        bytes_per_second: limits.bytes_per_second.map(NonZeroU64::get),
+        requests_per_second: limits.requests_per_second.map(NonZeroU64::get),
+    }
 }
 
-fn nic_spec(Nic { id, mac, mtu, queues }: Nic, descriptors: &mut Descriptors) -> NicSpec {
-    let queues = queues.into_iter().map(|queue| descriptors.add(queue)).collect();
-    NicSpec { id, mac, mtu, queues, vhost: Vec::new() }
+fn nic_spec(Nic { id, mac, mtu, queues, vhost }: Nic, descriptors: &mut Descriptors) -> NicSpec {
+    let mut add = |files: Vec<OwnedFd>| files.into_iter().map(|file| descriptors.add(file)).collect();
+    NicSpec { id, mac, mtu, queues: add(queues), vhost: add(vhost) }
 }
 
 /// The spec's parameters, and how the machine is reset: there is no keyboard controller, and looking for one takes a kernel more

@@ -1,6 +1,7 @@
 //! The driver against a peer at its socket, and against programs that are no VMM.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 
@@ -48,6 +49,7 @@ impl Bench {
             vsock: at("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
         }
@@ -116,16 +118,18 @@ async fn machine_is_described_by_descriptors_alone() {
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1400,
         queues: vec![null(), null()],
+        vhost: vec![null(), null()],
     };
-    let spec =
-        VmSpec { image: Some(bench.dir.path().join("image")), nics: vec![nic("eth0")], ..bench.spec() };
+    let limits = DiskLimits { bytes_per_second: NonZeroU64::new(1 << 20), requests_per_second: None };
+    let image = Some(bench.dir.path().join("image"));
+    let spec = VmSpec { image, nics: vec![nic("eth0")], disk_limits: limits, ..bench.spec() };
     let (machine, descriptors) = spec::machine(spec, null(), null()).unwrap();
     insta::assert_json_snapshot!(machine);
     let (client, peer) = pair();
     let server = tokio::task::spawn_blocking(move || serve(&peer, done));
     let command = Command::Create(Box::new(machine));
     client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
-    assert_eq!(server.await.unwrap(), (command, 7));
+    assert_eq!(server.await.unwrap(), (command, 9));
 }
 
 #[test]
@@ -202,12 +206,15 @@ async fn machine_grows_and_tells_what_came_of_it() {
 #[tokio::test]
 async fn device_is_found_by_the_number_of_its_slot() {
     let (vm, peer, bench) = running().await;
+    let limits = DiskLimits { bytes_per_second: None, requests_per_second: NonZeroU64::new(50) };
+    vm.disk_limits.set(limits).unwrap();
     let slot = |id| format!("{{\"id\":{id},\"done\":{{\"slot\":17}}}}\n").into_bytes();
     let server = tokio::task::spawn_blocking(move || serve(&peer, slot));
     let disk = Disk { id: "data".to_owned(), path: bench.dir.path().join("image"), readonly: true };
     assert_eq!(vm.add_disk(disk).await.unwrap(), PciPath("11".to_owned()));
     let (command, descriptors) = server.await.unwrap();
-    assert!(matches!(command, Command::AddDisk(disk) if disk.readonly && disk.id == "data"));
+    assert!(matches!(command, Command::AddDisk(disk)
+        if disk.readonly && disk.id == "data" && disk.requests_per_second == Some(50)));
     assert_eq!(descriptors, 1);
     vm.stop().await.unwrap();
 }

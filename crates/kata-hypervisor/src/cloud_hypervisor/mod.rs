@@ -283,6 +283,7 @@ impl Vm for CloudHypervisorVm {
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
         spec.check_on_kvm(DRIVER)?;
+        spec.check_unlimited(DRIVER)?;
         self.vmm.begin()?;
         if let Some(growth) = spec.growth {
             let base = Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib };

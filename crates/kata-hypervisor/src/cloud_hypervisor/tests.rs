@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::fs;
 use std::io::Write;
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Mutex;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::rest::fake::{Bench, Interface, Seen, Server, descriptor, listener, pid_of, signal};
-use crate::vm::{Backing, SharedFs};
+use crate::vm::{Backing, DiskLimits, SharedFs};
 
 /// Numbers of the VMM's descriptors.
 const API: i32 = 3;
@@ -129,6 +130,7 @@ async fn machine_is_asked_for_in_published_terms_and_files_go_as_descriptors() {
             mac: [2, 0, 0, 0, 0, 10],
             mtu: 1400,
             queues: vec![tap(), tap()],
+            vhost: Vec::new(),
         }],
         ..bench.spec()
     };
@@ -204,7 +206,7 @@ async fn devices_are_added_found_and_removed_once_the_guest_has_let_go() {
     assert!(matches!(vm.add_disk(disk.clone()).await, Err(HypervisorError::DeviceExists { .. })));
 
     let tap = OwnedFd::from(fs::File::open("/dev/null").unwrap());
-    let nic = Nic { id: "eth1".to_owned(), mac: [2; 6], mtu: 1500, queues: vec![tap] };
+    let nic = Nic { id: "eth1".to_owned(), mac: [2; 6], mtu: 1500, queues: vec![tap], vhost: Vec::new() };
     assert_eq!(vm.add_nic(nic).await.unwrap(), PciPath("07".to_owned()));
     assert_eq!(server.seen().pop().unwrap().fds, 1);
 
@@ -374,6 +376,9 @@ async fn what_it_cannot_do_is_refused_before_anything_is_started() {
         error.to_string(),
         "emulation (TCG) is not supported by Cloud Hypervisor; set runtime.hypervisor_name to \"qemu\""
     );
+    let limits = DiskLimits { bytes_per_second: NonZeroU64::new(1), requests_per_second: None };
+    let error = vm.boot(VmSpec { disk_limits: limits, ..bench.spec() }, &bench.record).await.unwrap_err();
+    assert!(error.to_string().contains("disk_rate_limiter"), "{error}");
     assert!(matches!(vm.pause().await, Err(HypervisorError::WrongState { state: "is not started", .. })));
     let error =
         vm.boot(VmSpec { program: "/no/such/vmm".into(), ..bench.spec() }, &bench.record).await.unwrap_err();

@@ -191,6 +191,7 @@ fn machine_name(id: &str) -> String {
 /// What the machine wants and Firecracker has not.
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     spec.check_on_kvm(DRIVER)?;
+    spec.check_unlimited(DRIVER)?;
     let refused = match spec {
         VmSpec { shared_fs: Some(_), .. } => ("sharing files of the host", OTHERS),
         VmSpec { growth: Some(_), .. } => (

@@ -90,7 +90,7 @@ async fn machine_is_asked_for_in_published_terms_pauses_and_goes_on() {
 async fn what_it_has_not_is_refused_by_name_before_anything_is_started() {
     let Some(bench) = Bench::new() else { return };
     let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
-    let nic = Nic { id: "eth0".to_owned(), mac: [2; 6], mtu: 1500, queues: vec![null()] };
+    let nic = Nic { id: "eth0".to_owned(), mac: [2; 6], mtu: 1500, queues: vec![null()], vhost: Vec::new() };
     let share = SharedFs { tag: "share".to_owned(), socket: null() };
     let growth = Growth { vcpus: 2, memory_mib: 512, slots: 1 };
     let backing = Backing { prealloc: true, ..Backing::default() };

@@ -15,6 +15,7 @@ mod hotplug;
 pub(crate) mod qmp;
 mod resize;
 mod supervisor;
+mod throttle;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -227,6 +228,7 @@ impl Vm for QemuVm {
         let resizer = Resizer::new(&spec);
         self.0.state().grows = resizer.grows();
         *self.0.resizer.lock().await = resizer;
+        *self.0.plugged.lock().await = Plugged::new(spec.disk_limits);
         let outcome = match self.start(spec, record).await {
             Ok(started) => self.greet(&program, started).await,
             Err(error) => Err(error),
@@ -327,10 +329,11 @@ fn spawn_qemu(
     let nics: Vec<NicPlan> = spec
         .nics
         .into_iter()
-        .map(|Nic { mac, mtu, queues, .. }| NicPlan {
+        .map(|Nic { mac, mtu, queues, vhost, .. }| NicPlan {
             mac,
             mtu,
             fds: queues.into_iter().map(&mut give).collect(),
+            vhost: vhost.into_iter().map(&mut give).collect(),
         })
         .collect();
     let args = command_line(&Plan {
@@ -344,6 +347,7 @@ fn spawn_qemu(
         kernel_params: &spec.kernel_params,
         shared_fs_tag: shared_fs_tag.as_deref(),
         nics: &nics,
+        disk_limits: spec.disk_limits,
         seccomp_sandbox: &spec.seccomp_sandbox,
         tsc_khz,
         fds,
