@@ -143,13 +143,13 @@ fn the_chosen_drivers_program_comes_from_its_section_or_the_search_path_and_neve
     let mut config = Config::default();
     config.hypervisor.qemu.path = Some("/opt/qemu".into());
     config.runtime.hypervisor_name = HypervisorChoice::Builtin;
-    assert_eq!(places.search.vmm(&config).unwrap(), own);
+    assert_eq!(places.search.vmm(&config, config.runtime.hypervisor_name).unwrap(), own);
     config.runtime.hypervisor_name = HypervisorChoice::Clh;
-    assert_eq!(places.search.vmm(&config).unwrap(), found);
+    assert_eq!(places.search.vmm(&config, config.runtime.hypervisor_name).unwrap(), found);
     config.hypervisor.cloud_hypervisor.path = Some("/opt/clh".into());
-    let error = places.search.vmm(&config).unwrap_err().to_string();
+    let error = places.search.vmm(&config, config.runtime.hypervisor_name).unwrap_err().to_string();
     assert!(error.ends_with("/opt/clh (not there; named by hypervisor.cloud-hypervisor.path)"), "{error}");
     config.runtime.hypervisor_name = HypervisorChoice::Firecracker;
-    let error = places.search.vmm(&config).unwrap_err().to_string();
+    let error = places.search.vmm(&config, config.runtime.hypervisor_name).unwrap_err().to_string();
     assert!(error.starts_with("firecracker not found"), "{error}");
 }
