@@ -3,7 +3,9 @@
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 
-use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, VsockSpec};
+use kata_vmm_api::{
+    Descriptor, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, Start, VsockSpec,
+};
 
 use super::client::Descriptors;
 use crate::files::{DiskFile, open_for};
@@ -54,12 +56,14 @@ pub(super) fn machine(
             hugepages: spec.backing.hugepages,
             reporting: spec.backing.reporting,
         },
-        kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
-        initrd: match &spec.initrd {
-            Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
-            None => None,
-        },
-        command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+        start: Start::Kernel(KernelSpec {
+            kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
+            initrd: match &spec.initrd {
+                Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
+                None => None,
+            },
+            command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+        }),
         console: Some(descriptors.add(console)),
         vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
         shared_fs,

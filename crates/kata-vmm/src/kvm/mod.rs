@@ -9,6 +9,7 @@
 mod cpu;
 mod cpuid;
 mod router;
+mod state;
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub use cpu::{Buses, Cpu, CpuThread, End, Ending, State};
 pub use router::Router;
+pub use state::{ControllerState, CpuState, Processor};
 
 /// Three pages that KVM wants on Intel's processors for real mode, and one for its tables: in the hole, above the APICs.
 const TASK_STATE: usize = 0xfffb_d000;
@@ -69,6 +71,27 @@ pub enum KvmError {
         #[source]
         source: io::Error,
     },
+    /// A register that a snapshot needs.
+    #[error(
+        "this host's KVM does not set register {number:#x} of the processor's model to {value:#x}, as the snapshot has it"
+    )]
+    Register {
+        /// Which one.
+        number: u32,
+        /// What it was to be.
+        value: u64,
+    },
+    /// Time would go faster or slower.
+    #[error("time stamps count {here} kHz here, and {there} kHz where the snapshot was taken")]
+    Rate {
+        /// Here.
+        here: u32,
+        /// There.
+        there: u32,
+    },
+    /// The guest is a host.
+    #[error("the guest runs virtual machines of its own, which no snapshot keeps")]
+    Nested,
     /// A thread could not be started.
     #[error("the thread of virtual CPU {index} cannot be started")]
     Thread {
@@ -85,6 +108,20 @@ fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |e| KvmError::Refused { action, source: io::Error::from_raw_os_error(e.errno()) }
 }
 
+/// A KVM that is one, and has what is needed.
+fn checked(kvm: OwnedFd) -> Result<Kvm, KvmError> {
+    // SAFETY: the descriptor is open and from here on belongs to `kvm` alone. Should it be none of KVM's, its ioctls fail.
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(KVM_API_VERSION) {
+        return Err(KvmError::Version(version));
+    }
+    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, what)) => Err(KvmError::Lacks { what }),
+        None => Ok(kvm),
+    }
+}
+
 /// A machine in the kernel, without CPUs yet.
 pub struct Hypervisor {
     kvm: Kvm,
@@ -98,17 +135,14 @@ impl Hypervisor {
         Ok(file.into())
     }
 
+    /// What processor the CPUs of a machine are that is made with an open `/dev/kvm`.
+    pub fn processor_of(kvm: OwnedFd) -> Result<Processor, KvmError> {
+        Processor::of(&checked(kvm)?)
+    }
+
     /// A machine with this memory, made with an open `/dev/kvm`.
     pub fn new(kvm: OwnedFd, memory: &GuestMemoryMmap) -> Result<Hypervisor, KvmError> {
-        // SAFETY: the descriptor is open and from here on belongs to `kvm` alone. Should it be none of KVM's, its ioctls fail.
-        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
-        let version = kvm.get_api_version();
-        if u32::try_from(version) != Ok(KVM_API_VERSION) {
-            return Err(KvmError::Version(version));
-        }
-        if let Some((_, what)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-            return Err(KvmError::Lacks { what });
-        }
+        let kvm = checked(kvm)?;
         let machine = kvm.create_vm().map_err(refused("make a machine"))?;
         machine.set_tss_address(TASK_STATE).map_err(refused("place its task state"))?;
         machine.create_irq_chip().map_err(refused("make interrupt controllers"))?;
@@ -131,6 +165,29 @@ impl Hypervisor {
     /// Interrupts and doorbells of this machine.
     pub fn router(&self) -> Arc<Router> {
         Arc::new(Router::new(Arc::clone(&self.machine)))
+    }
+
+    /// What processor its CPUs are.
+    pub fn processor(&self) -> Result<Processor, KvmError> {
+        Processor::of(&self.kvm)
+    }
+
+    /// Its interrupt controllers and clock, for a snapshot; all CPUs stand still.
+    pub fn save(&self) -> Result<ControllerState, KvmError> {
+        ControllerState::of(&self.machine)
+    }
+
+    /// From a snapshot: the CPUs that [`Hypervisor::cpus`] made, in their order, and all else. Nothing runs yet.
+    pub fn restore(
+        &self,
+        cpus: &[Cpu],
+        states: &[CpuState],
+        controllers: &ControllerState,
+    ) -> Result<(), KvmError> {
+        if let Some(first) = states.first() {
+            cpus.iter().zip(states).try_for_each(|(cpu, state)| cpu.put(state, first))?;
+        }
+        controllers.put(&self.machine)
     }
 
     /// CPUs of these numbers, of a machine that can have `most`; they stand still. A number is given once, even if that fails.

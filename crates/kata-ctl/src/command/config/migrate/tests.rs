@@ -48,7 +48,10 @@ fn a_driver_that_is_not_there_goes_with_its_section() {
     assert_eq!(result, "");
     assert_eq!(
         fates,
-        [(Fate::Dropped, "hypervisor.dragonball".to_owned()), (Fate::Lost, "runtime.hypervisor_name".to_owned()),]
+        [
+            (Fate::Dropped, "hypervisor.dragonball".to_owned()),
+            (Fate::Lost, "runtime.hypervisor_name".to_owned()),
+        ]
     );
 }
 
