@@ -44,7 +44,7 @@ struct Cli {
     /// Let the guest keep writes back; only safe if nothing else writes the directory.
     #[arg(long)]
     writeback: bool,
-    /// Files and directories that the guest may keep in mind without using them. Each takes a descriptor and about 1.5 KiB
+    /// Files and directories that the guest may keep in mind without using them. Each takes a descriptor and about 2 KiB
     /// of the host's memory.
     #[arg(long, value_name = "COUNT", default_value_t = 32_768)]
     known_files: usize,

@@ -123,7 +123,11 @@ fn names_with_time_are_never_more_than_the_bound_whatever_the_guest_says() {
         match random() % 4 {
             0 | 1 => {
                 *told.entry(inode).or_default() += 1;
-                if look(&fs, inode) == TRUST { trusted.insert(inode) } else { trusted.remove(&inode) };
+                if look(&fs, inode) == TRUST {
+                    trusted.insert(inode)
+                } else {
+                    trusted.remove(&inode)
+                };
             }
             2 => {
                 let count = told.remove(&inode).unwrap_or_default();
