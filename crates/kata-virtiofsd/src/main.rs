@@ -44,9 +44,9 @@ struct Cli {
     /// Let the guest keep writes back; only safe if nothing else writes the directory.
     #[arg(long)]
     writeback: bool,
-    /// Files and directories that the guest may keep in mind without using them. Each takes a descriptor and about 2 KiB
+    /// Files and directories that the guest may keep in mind without using them. Each takes a descriptor and 2 to 2.5 KiB
     /// of the host's memory.
-    #[arg(long, value_name = "COUNT", default_value_t = 32_768)]
+    #[arg(long, value_name = "COUNT", default_value_t = 16_384)]
     known_files: usize,
     /// What to do when the sandbox cannot be made.
     #[arg(long, value_enum, default_value_t = SandboxMode::Namespaces)]
