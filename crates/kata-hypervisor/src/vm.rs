@@ -1,6 +1,7 @@
 //! What every driver takes, offers and reports.
 
 use std::fmt;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -90,6 +91,26 @@ pub struct Disk {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciPath(pub String);
 
+/// The files of a machine that stands still: empty ones for [`Vm::snapshot`] to fill, or filled ones to start from.
+#[derive(Debug)]
+pub struct Template {
+    /// What its processors and devices hold.
+    pub state: File,
+    /// Its memory. A machine that starts from it never writes to it.
+    pub memory: File,
+}
+
+/// How a machine came to run its guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It booted the kernel.
+    Kernel,
+    /// It goes on where the template stood.
+    Template,
+    /// It booted the kernel, for the template is of no use to it: why.
+    Instead(String),
+}
+
 /// One virtual machine, as it is to be started.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -132,6 +153,9 @@ pub struct VmSpec {
     pub identity: Identity,
     /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
     pub seccomp_sandbox: String,
+    /// What to start from instead of the kernel, if it is of use: made by [`Vm::snapshot`] of a machine of the same specification,
+    /// but for names and sockets. Needs [`Capabilities::snapshot`].
+    pub template: Option<Template>,
 }
 
 /// How far a machine can grow after its start.
@@ -470,9 +494,9 @@ pub trait Vm: Send + Sync {
     /// What this driver can do. Depends on the machine type, so it is complete only after [`Vm::boot`] was called.
     fn capabilities(&self) -> Capabilities;
 
-    /// Starts the machine and comes back once the VMM runs the guest. On an error nothing is left running. A future dropped
-    /// half way leaves what `record` names; [`Vm::stop`] ends it.
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError>;
+    /// Starts the machine and comes back once the VMM runs the guest, with how it came to. A template that cannot be used is no
+    /// error. On an error nothing is left running. A future dropped half way leaves what `record` names; [`Vm::stop`] ends it.
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError>;
 
     /// Resolves when the VMM has ended and says why. Never resolves for a machine that was not started.
     async fn exited(&self) -> VmExit;
@@ -482,6 +506,13 @@ pub trait Vm: Send + Sync {
 
     /// Lets a paused guest go on.
     async fn resume(&self) -> Result<(), HypervisorError>;
+
+    /// Writes a paused machine into two empty files. It stays paused.
+    async fn snapshot(&self, into: Template) -> Result<(), HypervisorError> {
+        drop(into);
+        let driver = "this virtual machine monitor; set runtime.hypervisor_name to \"builtin\"".to_owned();
+        Err(HypervisorError::Unsupported { operation: "writing a machine to files", driver })
+    }
 
     /// Adds a disk to the running machine, and answers where the guest finds it. The guest may take a moment to notice.
     /// On an error the machine is as it was; a future dropped half way leaves a device that [`Vm::remove_device`] takes away.

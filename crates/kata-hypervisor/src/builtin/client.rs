@@ -66,6 +66,11 @@ impl Descriptors {
         Descriptor(self.0.len() - 1)
     }
 
+    /// The same again, for another command.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        self.0.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>().map(Self)
+    }
+
     /// Whether the interface takes so many.
     pub(super) fn fit(&self) -> bool {
         self.0.len() <= MAX_DESCRIPTORS

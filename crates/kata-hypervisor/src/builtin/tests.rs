@@ -47,6 +47,7 @@ impl Bench {
             nics: Vec::new(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
+            template: None,
         }
     }
 }

@@ -37,6 +37,7 @@ impl Place {
             nics: Vec::new(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
+            template: None,
         }
     }
 

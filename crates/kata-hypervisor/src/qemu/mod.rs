@@ -38,8 +38,8 @@ use self::supervisor::{LastWords, explain, listen, supervise};
 use crate::files::{open_for, with_kvm};
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, Tail, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, PciPath, ProcessInfo, Size, Vm,
-    VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo,
+    Size, Vm, VmExit, VmSpec,
 };
 use crate::vsock::Sockets;
 
@@ -243,7 +243,7 @@ impl Vm for QemuVm {
         }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         check(&spec)?;
         if self.0.state().machine.replace(spec.machine).is_some() {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
@@ -259,7 +259,7 @@ impl Vm for QemuVm {
         if outcome.is_err() {
             self.abandon().await;
         }
-        outcome
+        outcome.map(|()| Origin::Kernel)
     }
 
     async fn exited(&self) -> VmExit {
@@ -326,6 +326,12 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
                 driver: "QEMU's machine microvm; set hypervisor.qemu.machine_type to \"q35\", or \
                          runtime.static_sandbox_resource_mgmt to true"
                     .to_owned(),
+            });
+        }
+        VmSpec { template: Some(_), .. } => {
+            return Err(HypervisorError::Unsupported {
+                operation: "starting from a template",
+                driver: "QEMU's driver; set runtime.hypervisor_name to \"builtin\"".to_owned(),
             });
         }
         VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
