@@ -40,7 +40,7 @@ pub struct Request {
 pub enum Command {
     /// Makes the machine, once.
     Create(Box<MachineSpec>),
-    /// Lets the guest run that was made.
+    /// Lets the guest run that was made, or go on where the snapshot stood.
     Boot,
     /// Stops all CPUs and devices.
     Pause,
@@ -50,6 +50,9 @@ pub enum Command {
     AddDisk(DiskSpec),
     /// Adds a network interface.
     AddNic(NicSpec),
+    /// Writes the paused machine into two empty files, and leaves it paused. Not for a machine that has memory, processors or
+    /// devices which came while it ran.
+    Snapshot(SnapshotSpec),
     /// Takes a device away; answered when the guest has let go of it.
     RemoveDevice {
         /// Which one.
@@ -75,13 +78,8 @@ pub struct MachineSpec {
     pub max_cpus: u32,
     /// Memory.
     pub memory: MemorySpec,
-    /// Uncompressed ELF with a PVH note, or bzImage.
-    pub kernel: Descriptor,
-    /// Initial RAM disk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<Descriptor>,
-    /// The kernel's command line.
-    pub command_line: String,
+    /// What its guest begins with.
+    pub start: Start,
     /// Where the serial console's output goes; without it there is no serial port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<Descriptor>,
@@ -97,6 +95,45 @@ pub struct MachineSpec {
     /// Network interfaces that it starts with, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<NicSpec>,
+}
+
+/// What a guest begins with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Start {
+    /// A kernel's first instruction.
+    Kernel(KernelSpec),
+    /// Where another machine stood. All else in [`MachineSpec`] is as it was for that one, but for the descriptors, the content of
+    /// disks and the vsock device's context id; what differs is [`FailureKind::Stale`].
+    Snapshot(SnapshotSpec),
+}
+
+/// A kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct KernelSpec {
+    /// Uncompressed ELF with a PVH note, or bzImage.
+    pub kernel: Descriptor,
+    /// Initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<Descriptor>,
+    /// The kernel's command line.
+    pub command_line: String,
+}
+
+/// The two files that a machine is written to and started from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SnapshotSpec {
+    /// Processors and devices. To write: a regular file without content, open for writing. To start from: open for reading.
+    pub state: Descriptor,
+    /// Memory, with holes where it is zero. To write: as `state`, open for reading, too, where `verify` is set. To start from: open
+    /// for reading; nobody may change the file as long as a machine lives that started from it.
+    pub memory: Descriptor,
+    /// All of the memory file is read, and its checksum compared: before a machine starts from it, or after it was written.
+    /// Otherwise only its size is looked at.
+    #[serde(default)]
+    pub verify: bool,
 }
 
 /// Guest memory.
@@ -284,6 +321,8 @@ pub enum FailureKind {
     Full,
     /// The guest did not let go of a device in time.
     Held,
+    /// No machine can start from this snapshot here: it is damaged, or of another build, another processor or another machine.
+    Stale,
     /// The host refused something.
     Host,
 }

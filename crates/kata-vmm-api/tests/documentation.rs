@@ -37,6 +37,7 @@ fn every_line_of_the_documentation_is_read_as_it_is_written() {
         "resize",
         "resume",
         "shutdown",
+        "snapshot",
     ];
     assert_eq!(commands, all.map(str::to_owned).into());
 }

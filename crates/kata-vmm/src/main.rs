@@ -17,7 +17,7 @@ use kata_vmm::seccomp;
 use kata_vmm::server::{self, Served};
 use kata_vmm::vhost_user;
 use kata_vmm::vsock::{Vsock, VsockConfig};
-use kata_vmm_api::{Descriptor, EndReason, MachineSpec, MemorySpec};
+use kata_vmm_api::{Descriptor, EndReason, KernelSpec, MachineSpec, MemorySpec, Start};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
@@ -213,9 +213,7 @@ fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
         cpus: args.cpus,
         max_cpus: args.cpus,
         memory: MemorySpec { size_mib, max_mib, prealloc: false, hugepages: false, reporting: false },
-        kernel: Descriptor(0),
-        initrd,
-        command_line: args.append.clone(),
+        start: Start::Kernel(KernelSpec { kernel: Descriptor(0), initrd, command_line: args.append.clone() }),
         console,
         vsock: None,
         shared_fs: None,

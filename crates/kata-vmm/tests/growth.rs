@@ -12,7 +12,7 @@ use std::path::Path;
 use initrd::{initrd, kernel_and_busybox};
 use kata_vmm::kvm::End;
 use kata_vmm::machine::{Descriptors, Machine, MachineError, Place};
-use kata_vmm_api::{Descriptor, EndReason, MachineSpec, MemorySpec, Size};
+use kata_vmm_api::{Descriptor, EndReason, KernelSpec, MachineSpec, MemorySpec, Size, Start};
 
 const SCRIPT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
@@ -56,9 +56,11 @@ fn cpus_come_and_memory_comes_and_goes_while_the_guest_runs() {
             hugepages: false,
             reporting: false,
         },
-        kernel: Descriptor(0),
-        initrd: Some(Descriptor(1)),
-        command_line: "console=ttyS0 reboot=t panic=-1".to_owned(),
+        start: Start::Kernel(KernelSpec {
+            kernel: Descriptor(0),
+            initrd: Some(Descriptor(1)),
+            command_line: "console=ttyS0 reboot=t panic=-1".to_owned(),
+        }),
         console: Some(Descriptor(2)),
         vsock: None,
         shared_fs: None,

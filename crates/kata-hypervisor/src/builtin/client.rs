@@ -208,5 +208,6 @@ fn name(command: &Command) -> &'static str {
         Command::Info => "info",
         Command::Metrics => "metrics",
         Command::Shutdown => "shutdown",
+        Command::Snapshot(_) => "snapshot",
     }
 }

@@ -396,9 +396,11 @@ fn of_device(id: String) -> impl FnOnce(HypervisorError) -> HypervisorError {
             FailureKind::NotFound => HypervisorError::UnknownDevice { id },
             FailureKind::Held => HypervisorError::DeviceHeld { id, bound: COMMAND_BOUND },
             FailureKind::Full => HypervisorError::NoFreeSlot { id, slots: SLOTS },
-            FailureKind::Invalid | FailureKind::WrongState | FailureKind::Unsupported | FailureKind::Host => {
-                error
-            }
+            FailureKind::Invalid
+            | FailureKind::WrongState
+            | FailureKind::Unsupported
+            | FailureKind::Stale
+            | FailureKind::Host => error,
         },
         _ => error,
     }

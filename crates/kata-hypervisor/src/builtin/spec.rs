@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use kata_vmm_api::{DiskSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, VsockSpec};
+use kata_vmm_api::{DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, Start, VsockSpec};
 
 use super::client::Descriptors;
 use crate::files::DiskFile;
@@ -45,12 +45,14 @@ pub(super) fn machine(
             hugepages: spec.backing.hugepages,
             reporting: spec.backing.reporting,
         },
-        kernel: descriptors.add(file("guest kernel", &spec.kernel)?),
-        initrd: match &spec.initrd {
-            Some(path) => Some(descriptors.add(file("initrd", path)?)),
-            None => None,
-        },
-        command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+        start: Start::Kernel(KernelSpec {
+            kernel: descriptors.add(file("guest kernel", &spec.kernel)?),
+            initrd: match &spec.initrd {
+                Some(path) => Some(descriptors.add(file("initrd", path)?)),
+                None => None,
+            },
+            command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+        }),
         console: Some(descriptors.add(console)),
         vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
         shared_fs: spec

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use kata_vmm_api::{Command, Failure, Reply, Request};
+use kata_vmm_api::{Command, Failure, Reply, Request, Start};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::*;
@@ -133,7 +133,8 @@ fn machine_that_grows_is_made_for_the_most_and_its_kernel_brings_memory_to_use()
     let (machine, _) = spec::machine(VmSpec { growth, ..bench.spec() }, null(), null()).unwrap();
     assert_eq!((machine.cpus, machine.max_cpus), (2, 254));
     assert_eq!((machine.memory.size_mib, machine.memory.max_mib), (256, 512));
-    assert!(machine.command_line.ends_with(" memhp_default_state=online"), "{}", machine.command_line);
+    let Start::Kernel(kernel) = machine.start else { panic!("{:?}", machine.start) };
+    assert!(kernel.command_line.ends_with(" memhp_default_state=online"), "{}", kernel.command_line);
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec, Size};
+use kata_vmm_api::{Descriptor, DiskSpec, KernelSpec, MachineSpec, NicSpec, Size, Start};
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -197,6 +197,9 @@ impl Machine {
     /// Makes a machine, whose CPUs stand still.
     pub fn new(spec: &MachineSpec, mut files: Descriptors, place: Place) -> Result<Machine, MachineError> {
         check(spec)?;
+        let Start::Kernel(kernel) = &spec.start else {
+            return Err(MachineError::Unsupported { what: "starting from a snapshot" });
+        };
         let kvm = place.kvm.map_or_else(Hypervisor::open, Ok)?;
         let backing = Backing { prealloc: spec.memory.prealloc, hugepages: spec.memory.hugepages };
         let later = (spec.memory.max_mib - spec.memory.size_mib) << 20;
@@ -217,7 +220,7 @@ impl Machine {
             let port = SerialPort::new(output, router.pin(serial::PIN)?).map_err(host("use its console"))?;
             buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), Arc::new(port))?;
         }
-        let entry = load_kernel(spec, &mut files, &memory)?;
+        let entry = load_kernel(kernel, &mut files, &memory)?;
         let ready = devices::all(spec, &mut files, place.sockets.as_deref(), &ending)?;
         files.finish()?;
         let (growth, grows) = match memory::growth(&memory.memory()) {
@@ -433,7 +436,7 @@ fn ports(bus: &Bus, root: &Arc<pci::Root>, ending: &Arc<Ending>) -> Result<(), B
 }
 
 fn load_kernel(
-    spec: &MachineSpec,
+    spec: &KernelSpec,
     files: &mut Descriptors,
     memory: &Memory,
 ) -> Result<boot::Entry, MachineError> {

@@ -75,7 +75,10 @@ impl Monitor for Vmm {
         let slot = |Slot(slot)| Answer::Slot(slot);
         let running = &[State::Running];
         let live = &[State::Created, State::Running, State::Paused];
-        if !matches!(command, Command::Create(_) | Command::AddDisk(_) | Command::AddNic(_)) {
+        if !matches!(
+            command,
+            Command::Create(_) | Command::AddDisk(_) | Command::AddNic(_) | Command::Snapshot(_)
+        ) {
             files.finish().map_err(|e| failure(&e))?;
         }
         match command {
@@ -83,6 +86,10 @@ impl Monitor for Vmm {
             Command::Boot => self.change("boot", State::Created, State::Running),
             Command::Pause => self.change("pause", State::Running, State::Paused),
             Command::Resume => self.change("resume", State::Paused, State::Running),
+            Command::Snapshot(_) => {
+                self.machine("snapshot", &[State::Paused])?;
+                Err(failure(&MachineError::Unsupported { what: "a snapshot" }))
+            }
             Command::AddDisk(spec) => {
                 self.machine("add-disk", running)?.add_disk(&spec, files).map(slot).map_err(|e| failure(&e))
             }

@@ -1,4 +1,4 @@
-use kata_vmm_api::{Command, FailureKind, MemorySpec};
+use kata_vmm_api::{Command, FailureKind, KernelSpec, MemorySpec};
 
 use super::*;
 use crate::server::Monitor;
@@ -8,9 +8,7 @@ fn spec() -> MachineSpec {
         cpus: 1,
         max_cpus: 1,
         memory: MemorySpec { size_mib: 64, max_mib: 64, prealloc: false, hugepages: false, reporting: false },
-        kernel: Descriptor(0),
-        initrd: None,
-        command_line: String::new(),
+        start: Start::Kernel(KernelSpec { kernel: Descriptor(0), initrd: None, command_line: String::new() }),
         console: None,
         vsock: None,
         shared_fs: None,
