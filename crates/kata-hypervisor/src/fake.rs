@@ -330,7 +330,8 @@ impl Vm for FakeVm {
             return Err(HypervisorError::WrongState { operation: OPERATION, state: "is not paused" });
         }
         let Template { mut state, mut memory } = into;
-        let written = state.write_all(SNAPSHOT.as_bytes()).and_then(|()| memory.write_all(SNAPSHOT.as_bytes()));
+        let written =
+            state.write_all(SNAPSHOT.as_bytes()).and_then(|()| memory.write_all(SNAPSHOT.as_bytes()));
         written.map_err(|source| HypervisorError::File { what: "snapshot", path: PathBuf::new(), source })
     }
 

@@ -29,8 +29,8 @@ pub use builtin::BuiltinError;
 pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
 pub use vm::{
-    Accelerator, Backing, Capabilities, Disk, Growth, HypervisorError, Layout, Machine, Nic, Origin,
-    PciPath, ProcessInfo, SharedFs, Size, Template, Vm, VmExit, VmSpec,
+    Accelerator, Backing, Capabilities, Disk, Growth, HypervisorError, Layout, Machine, Nic, Origin, PciPath,
+    ProcessInfo, SharedFs, Size, Template, Vm, VmExit, VmSpec,
 };
 pub use vsock::VsockError;
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   boot: bind the guest's socket, open files and /dev/kvm ─▶ kata-vmm run, jailed ─▶ create ─▶ boot ─▶ guest runs
+//!                                                                    └ from the template; refused: from the kernel
 //!                                                                   │
 //!                                                supervisor: its end ─▶ VmExit
 //! ```
@@ -22,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kata_vmm_api::{Answer, Command, FailureKind, Info};
+use kata_vmm_api::{Answer, Command, FailureKind, Info, MachineSpec, Start};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
@@ -32,8 +33,8 @@ use client::{Client, Descriptors};
 use crate::life::{Life, kill};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm,
-    VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo,
+    Size, Template, Vm, VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -45,6 +46,8 @@ const DRIVER: &str = "the built-in virtual machine monitor";
 const KVM: &str = "/dev/kvm";
 /// For the machine to be made: the kernel is read then, and all of the memory where it is taken in advance.
 const CREATE_BOUND: Duration = Duration::from_secs(60);
+/// For all of the memory that the guest has used to be written to a disk.
+const SNAPSHOT_BOUND: Duration = Duration::from_secs(300);
 /// For one command.
 const COMMAND_BOUND: Duration = Duration::from_secs(10);
 /// For the guest to let go of a device: the VMM's own bound, and some more.
@@ -77,6 +80,33 @@ struct Vmm {
     child: Child,
 }
 
+impl Vmm {
+    /// Makes the machine: from the template if there is one that it takes. What it refused has changed nothing.
+    async fn create(
+        &self,
+        machine: MachineSpec,
+        descriptors: Descriptors,
+        template: Option<Template>,
+    ) -> Result<Origin, BuiltinError> {
+        let create = async |machine, descriptors| {
+            self.client.execute(Command::Create(Box::new(machine)), descriptors, CREATE_BOUND).await
+        };
+        let Some(template) = template else {
+            return create(machine, descriptors).await.map(|_| Origin::Kernel);
+        };
+        let mut too =
+            descriptors.try_clone().map_err(|source| BuiltinError::Socket { command: "create", source })?;
+        let start = Start::Snapshot(spec::snapshot(template, &mut too));
+        match create(MachineSpec { start, ..machine.clone() }, too).await {
+            Ok(_) => Ok(Origin::Template),
+            Err(BuiltinError::Refused(failure)) => {
+                create(machine, descriptors).await.map(|_| Origin::Instead(failure.message))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
 impl BuiltinVm {
     pub(crate) fn new() -> Self {
         Self { life: Arc::default(), state: Mutex::default() }
@@ -87,7 +117,7 @@ impl BuiltinVm {
     }
 
     /// Starts the process and has it run the guest. What runs when it fails is in `life`.
-    async fn start(&self, spec: VmSpec, record: &Record) -> Result<Vmm, HypervisorError> {
+    async fn start(&self, mut spec: VmSpec, record: &Record) -> Result<(Vmm, Origin), HypervisorError> {
         let kvm = open_kvm(Path::new(KVM))?;
         let listener = vsock::bind(&spec.vsock, record)?;
         let (api, api_end) = socket_pair(&spec)?;
@@ -99,15 +129,17 @@ impl BuiltinVm {
         tokio::spawn(supervise(Arc::clone(&self.life), child.clone(), console));
 
         let vmm = Vmm { client: Client::new(api), child };
+        let template = spec.template.take();
         let (machine, descriptors) = spec::machine(spec, console_end, listener.into())?;
-        let create = Command::Create(Box::new(machine));
-        let made = vmm.client.execute(create, descriptors, CREATE_BOUND).await;
-        let booted = match made {
-            Ok(_) => vmm.client.execute(Command::Boot, Descriptors::default(), COMMAND_BOUND).await,
+        let booted = match vmm.create(machine, descriptors, template).await {
+            Ok(origin) => {
+                let boot = Command::Boot;
+                vmm.client.execute(boot, Descriptors::default(), COMMAND_BOUND).await.map(|_| origin)
+            }
             Err(error) => Err(error),
         };
         match booted {
-            Ok(_) => Ok(vmm),
+            Ok(origin) => Ok((vmm, origin)),
             Err(error) => Err(self.explain(error, program, &vmm.child).await),
         }
     }
@@ -218,11 +250,11 @@ impl Vm for BuiltinVm {
             pause: true,
             hotplug_block: true,
             hotplug_network: true,
-            ..Capabilities::default()
+            snapshot: true,
         }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         check(&spec)?;
         if std::mem::replace(&mut self.state().started, true) {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
@@ -232,9 +264,9 @@ impl Vm for BuiltinVm {
             Size { vcpus, memory_mib }
         });
         match self.start(spec, record).await {
-            Ok(vmm) => {
+            Ok((vmm, origin)) => {
                 self.state().vmm = Some(vmm);
-                Ok(())
+                Ok(origin)
             }
             Err(error) => {
                 self.life.abandon().await;
@@ -253,6 +285,12 @@ impl Vm for BuiltinVm {
 
     async fn resume(&self) -> Result<(), HypervisorError> {
         self.command("resume", Command::Resume, Descriptors::default(), COMMAND_BOUND).await.map(drop)
+    }
+
+    async fn snapshot(&self, into: Template) -> Result<(), HypervisorError> {
+        let mut descriptors = Descriptors::default();
+        let command = Command::Snapshot(spec::snapshot(into, &mut descriptors));
+        self.command("a snapshot", command, descriptors, SNAPSHOT_BOUND).await.map(drop)
     }
 
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {

@@ -4,11 +4,13 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use kata_vmm_api::{DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, Start, VsockSpec};
+use kata_vmm_api::{
+    DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, SnapshotSpec, Start, VsockSpec,
+};
 
 use super::client::Descriptors;
 use crate::files::DiskFile;
-use crate::vm::{Disk, Growth, HypervisorError, Nic, VmSpec};
+use crate::vm::{Disk, Growth, HypervisorError, Nic, Template, VmSpec};
 
 /// Name of the root disk among the devices.
 const IMAGE: &str = "image";
@@ -78,6 +80,11 @@ pub(super) fn most(spec: &VmSpec) -> Growth {
     let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or(none);
     let vcpus = vcpus.min(MOST_CPUS).max(spec.vcpus);
     Growth { vcpus, memory_mib: memory_mib.max(spec.memory_mib), slots }
+}
+
+/// Where a machine is written to, or starts from. The memory's checksum is not looked at: who keeps the files does.
+pub(super) fn snapshot(Template { state, memory }: Template, descriptors: &mut Descriptors) -> SnapshotSpec {
+    SnapshotSpec { state: descriptors.add(state), memory: descriptors.add(memory), verify: false }
 }
 
 /// A disk that is added, and its descriptor.
