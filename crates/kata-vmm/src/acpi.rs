@@ -4,7 +4,7 @@
 //!   root pointer ─▶ XSDT ─┬─▶ FADT   hardware-reduced: registers to sleep and reset by, and nothing older ─▶ DSDT
 //!                         └─▶ MADT   local APICs, the I/O APIC
 //!   DSDT: \_SB.PCI0 (pci::Root::aml) · \_SB.CPUS, if more can come (cpus) · \_SB.GED0, which calls the scans of both on an event ·
-//!         \_SB.COM1, if there is one · \_S5
+//!         \_SB.VGEN, the generation identifier · \_SB.COM1, if there is one · \_S5
 //! ```
 
 use acpi_tables::Aml;
@@ -22,6 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::boot::{ACPI, ACPI_END};
 use crate::cpus;
+use crate::generation;
 use crate::memory::{IO_APIC, LOCAL_APIC};
 use crate::power;
 use crate::serial;
@@ -158,6 +159,8 @@ fn dsdt(facts: &Facts<'_>) -> Result<Sdt, AcpiError> {
         body.extend(cpus::aml(count(facts.cpus)?, count(facts.most_cpus)?));
         scans.push(cpus::SCAN_METHOD);
     }
+    body.extend(generation::aml());
+    scans.push(generation::SCAN_METHOD);
     body.extend(events(&scans));
     if facts.serial {
         body.extend(serial_port());

@@ -55,6 +55,18 @@ impl Present {
     }
 }
 
+impl Present {
+    /// How many the guest knows of, for a snapshot.
+    pub fn told(&self) -> u32 {
+        self.told.load(Ordering::SeqCst)
+    }
+
+    /// As [`Present::told`] said.
+    pub fn restore(&self, told: u32) {
+        self.told.store(told, Ordering::SeqCst);
+    }
+}
+
 impl bus::Device for Present {
     fn read(&self, offset: u64, into: &mut [u8]) {
         let Ok(into) = <&mut [u8; 4]>::try_from(into) else { return };

@@ -3,8 +3,9 @@
 //! ```text
 //!   client ─▶ server ─▶ machine ─┬─ memory, boot, acpi    what the guest finds
 //!                                ├─ kvm                   CPUs, interrupts, doorbells
+//!                                ├─ snapshot              the machine in files
 //!                                ├─ bus ─▶ pci ─▶ virtio  what the guest reaches, and the threads that serve it
-//!                                └─ power, serial         the rest of a PC that is left
+//!                                └─ power, serial, generation   the rest of a PC that is left
 //!   around all of it: jail, seccomp
 //! ```
 
@@ -13,6 +14,7 @@ pub mod boot;
 pub mod bus;
 pub mod cpus;
 pub mod events;
+pub mod generation;
 pub mod jail;
 pub mod kvm;
 pub mod machine;
@@ -22,6 +24,7 @@ pub mod power;
 pub mod seccomp;
 pub mod serial;
 pub mod server;
+pub mod snapshot;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;

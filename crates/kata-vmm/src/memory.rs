@@ -9,7 +9,9 @@
 //!   the next 2 GiB boundary behind, from 6 GiB on: what a virtio-mem device may give the guest later
 //! ```
 //!
-//! All RAM is one file in memory, shared: other processes that work on it (vhost-user) map the same file.
+//! All RAM is one file in memory, shared: other processes that work on it (vhost-user) map the same file. A machine that starts from
+//! a snapshot and has no such processes has the snapshot's file instead, mapped privately: what it only reads, it shares with every
+//! other machine that started there; what it writes is its own.
 
 use std::fs::File;
 use std::io;
@@ -103,44 +105,90 @@ fn growth_base(size: u64) -> u64 {
 
 /// Memory for a guest, all zero: `size` bytes of RAM, and addresses with nothing behind them yet for `growth` bytes more.
 pub fn allocate(size: u64, growth: u64, backing: Backing) -> Result<Memory, MemoryError> {
-    if !(LEAST..=MOST).contains(&size) || !size.is_multiple_of(1 << 20) {
-        return Err(MemoryError::Size { size });
-    }
-    let whole = size.checked_add(growth).filter(|whole| *whole <= MOST && growth.is_multiple_of(1 << 20));
-    let whole = whole.ok_or_else(|| MemoryError::Size { size: size.saturating_add(growth) })?;
-    let host = |step| move |e: rustix::io::Errno| MemoryError::Host { size, step, source: e.into() };
-    let flags =
-        if backing.hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
-    let file = memfd_create("guest-ram", flags).map_err(host("a file in memory"))?;
-    ftruncate(&file, whole).map_err(host("its size; are enough huge pages set aside?"))?;
-    let file = File::from(file);
-    let mut offset = 0;
+    let whole = check(size, growth)?;
+    let file = in_memory(whole, backing.hugepages)?;
     let mut regions = Vec::with_capacity(3);
-    let later = (growth > 0).then_some((growth_base(size), growth));
-    for (base, length) in ranges(size).into_iter().chain(later) {
-        let copy =
-            file.try_clone().map_err(|source| MemoryError::Host { size, step: "a descriptor", source })?;
-        let bytes = usize::try_from(length).map_err(|_| MemoryError::Size { size })?;
-        let mapping = MmapRegion::from_file(FileOffset::new(copy, offset), bytes)
-            .map_err(|source| MemoryError::Map { size, source })?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Size { size })?;
+    let mut offset = 0;
+    for (base, length) in ranges(size).into_iter().chain(later(size, growth)) {
+        let region = map(&file, offset, base, length, libc::MAP_SHARED)?;
         if backing.prealloc && is_ram(&region) {
-            populate(&region, bytes).map_err(host("all of it at once; is so much free?"))?;
+            let step = "all of it at once; is so much free?";
+            populate(&region).map_err(|e| MemoryError::Host { size, step, source: e.into() })?;
         }
         regions.push(region);
         offset += length;
     }
-    let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?;
-    Ok(Memory::new(memory))
+    whole_of(regions)
 }
 
-fn populate(region: &GuestRegionMmap, bytes: usize) -> rustix::io::Result<()> {
+/// Memory for a guest whose RAM is what `file` holds, in the order of its addresses. The file is only read: a page that the guest
+/// writes becomes its own. It must stay as it is, and as long as it is, while the memory is there.
+pub fn mapped(file: &File, size: u64, growth: u64) -> Result<Memory, MemoryError> {
+    check(size, growth)?;
+    let mut regions = Vec::with_capacity(3);
+    let mut offset = 0;
+    for (base, length) in ranges(size) {
+        regions.push(map(file, offset, base, length, libc::MAP_PRIVATE)?);
+        offset += length;
+    }
+    if let Some((base, length)) = later(size, growth) {
+        regions.push(map(&in_memory(length, false)?, 0, base, length, libc::MAP_SHARED)?);
+    }
+    whole_of(regions)
+}
+
+/// Sizes that a guest can have; answers their sum.
+fn check(size: u64, growth: u64) -> Result<u64, MemoryError> {
+    if !(LEAST..=MOST).contains(&size) || !size.is_multiple_of(1 << 20) {
+        return Err(MemoryError::Size { size });
+    }
+    let whole = size.checked_add(growth).filter(|whole| *whole <= MOST && growth.is_multiple_of(1 << 20));
+    whole.ok_or_else(|| MemoryError::Size { size: size.saturating_add(growth) })
+}
+
+fn in_memory(size: u64, hugepages: bool) -> Result<File, MemoryError> {
+    let host = |step| move |e: rustix::io::Errno| MemoryError::Host { size, step, source: e.into() };
+    let flags = if hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
+    let file = memfd_create("guest-ram", flags).map_err(host("a file in memory"))?;
+    ftruncate(&file, size).map_err(host("its size; are enough huge pages set aside?"))?;
+    Ok(File::from(file))
+}
+
+/// Where later memory is, if there is to be any.
+fn later(size: u64, growth: u64) -> Option<(u64, u64)> {
+    (growth > 0).then_some((growth_base(size), growth))
+}
+
+/// Maps a part of a file, shared or private, as the guest's memory from `base` on.
+fn map(
+    file: &File,
+    offset: u64,
+    base: u64,
+    length: u64,
+    kind: libc::c_int,
+) -> Result<GuestRegionMmap, MemoryError> {
+    let size = length;
+    let copy = file.try_clone().map_err(|source| MemoryError::Host { size, step: "a descriptor", source })?;
+    let bytes = usize::try_from(length).map_err(|_| MemoryError::Size { size })?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let (file, flags) = (FileOffset::new(copy, offset), kind | libc::MAP_NORESERVE);
+    let mapping = MmapRegion::build(Some(file), bytes, protection, flags)
+        .map_err(|source| MemoryError::Map { size, source })?;
+    GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Size { size })
+}
+
+fn whole_of(regions: Vec<GuestRegionMmap>) -> Result<Memory, MemoryError> {
+    Ok(Memory::new(GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?))
+}
+
+fn populate(region: &GuestRegionMmap) -> rustix::io::Result<()> {
+    let bytes = usize::try_from(region.len()).unwrap_or(0);
     // SAFETY: the range is one whole mapping, which `region` keeps alive; populating changes nothing that is in it.
     unsafe { madvise(region.as_ptr().cast(), bytes, Advice::LinuxPopulateWrite) }
 }
 
 /// Whether it is RAM from the start.
-fn is_ram(region: &GuestRegionMmap) -> bool {
+pub fn is_ram(region: &GuestRegionMmap) -> bool {
     matches!(region.start_addr().0, 0 | HIGH_BEGIN)
 }
 
@@ -204,6 +252,25 @@ mod tests {
             let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
             assert!(blocks * 512 <= LEAST);
         }
+    }
+
+    #[test]
+    fn mapped_file_is_the_guest_s_memory_and_is_never_written() {
+        let file = tempfile::tempfile().unwrap();
+        let size = LOW_END + (64 << 20);
+        file.set_len(size).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"low", 0x1000).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"high", LOW_END + 0x1000).unwrap();
+        let [first, second] = [(); 2].map(|()| mapped(&file, size, 2 << 20).unwrap().memory().clone());
+        let read = |memory: &GuestMemoryMmap, at: u64| memory.read_obj::<[u8; 4]>(GuestAddress(at)).unwrap();
+        assert_eq!([read(&first, 0x1000), read(&first, HIGH_BEGIN + 0x1000)], [*b"low\0", *b"high"]);
+        first.write_slice(b"mine", GuestAddress(0x1000)).unwrap();
+        assert_eq!([read(&first, 0x1000), read(&second, 0x1000)], [*b"mine", *b"low\0"]);
+        let (base, length) = growth(&first).unwrap();
+        assert_eq!((super::size(&first), length), (size, 2 << 20));
+        first.write_slice(b"more", GuestAddress(base)).unwrap();
+        assert_eq!(read(&second, base), [0; 4]);
+        assert!(mapped(&file, size + (1 << 20), 0).is_err(), "the file ends before");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -58,6 +58,48 @@ impl SerialPort {
     }
 }
 
+/// The port's registers in a snapshot, in the order of [`SerialState`]'s fields.
+pub type Registers = [u8; 9];
+
+impl SerialPort {
+    /// A port that goes on with these registers.
+    pub fn restored(output: OwnedFd, interrupt: EventFd, registers: Registers) -> io::Result<SerialPort> {
+        rustix::io::ioctl_fionbio(&output, true)?;
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] = registers;
+        let state = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: Vec::new(),
+        };
+        let output = Output(File::from(output));
+        let port = Serial::from_state(&state, Raise(interrupt), NoEvents, output);
+        Ok(SerialPort(Mutex::new(port.map_err(|e| io::Error::other(format!("{e:?}")))?)))
+    }
+
+    /// Its registers, for a snapshot. Nobody writes to the guest, so there is no input to keep.
+    pub fn registers(&self) -> Registers {
+        let state = self.0.lock().unwrap_or_else(PoisonError::into_inner).state();
+        [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ]
+    }
+}
+
 impl Device for SerialPort {
     fn read(&self, offset: u64, into: &mut [u8]) {
         if let ([byte], Ok(offset)) = (into, u8::try_from(offset)) {
@@ -104,5 +146,26 @@ mod tests {
         port.read(0, &mut word);
         assert_eq!(word, [0xff; 2]);
         port.write(0, &word);
+    }
+
+    #[test]
+    fn registers_are_the_same_after_a_snapshot() {
+        let port = |registers: Option<Registers>| {
+            let (_, writer) = io::pipe().unwrap();
+            let event = EventFd::new(0).unwrap();
+            match registers {
+                Some(registers) => SerialPort::restored(writer.into(), event, registers).unwrap(),
+                None => SerialPort::new(writer.into(), event).unwrap(),
+            }
+        };
+        let first = port(None);
+        for (offset, value) in [(1, 1), (3, 0x83), (0, 0x0c), (3, 3), (4, 8), (7, 0x5a)] {
+            first.write(offset, &[value]);
+        }
+        let second = port(Some(first.registers()));
+        assert_eq!(second.registers(), first.registers());
+        let mut scratch = [0];
+        second.read(7, &mut scratch);
+        assert_eq!(scratch, [0x5a]);
     }
 }

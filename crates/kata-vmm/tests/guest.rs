@@ -9,19 +9,19 @@
 )]
 
 mod initrd;
+mod monitor;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::mem::MaybeUninit;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use initrd::{initrd, kernel_and_busybox};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use monitor::{monitor, request};
 
 const SCRIPT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
@@ -46,8 +46,8 @@ reboot -f
 
 /// A machine with all devices, of the descriptors that the test sends along.
 const CREATE: &str = r#"{"id":1,"command":{"create":{"cpus":1,"max-cpus":1,
-"memory":{"size-mib":192,"max-mib":192},"kernel":0,"initrd":1,"console":2,
-"command-line":"console=ttyS0 rdinit=/init reboot=t panic=-1",
+"memory":{"size-mib":192,"max-mib":192},"console":2,
+"start":{"kernel":{"kernel":0,"initrd":1,"command-line":"console=ttyS0 rdinit=/init reboot=t panic=-1"}},
 "shared-fs":{"tag":"kataShared","socket":3},
 "disks":[{"id":"scratch","file":4,"readonly":false},{"id":"data","file":5,"readonly":true}],
 "nics":[{"id":"eth0","mac":[2,0,0,0,0,1],"mtu":1500,"queues":[6]}]}}}"#;
@@ -85,33 +85,6 @@ fn file_server(program: &Path, directory: &Path) -> (Child, UnixStream) {
         .spawn()
         .unwrap();
     (server, UnixStream::connect(&path).unwrap())
-}
-
-/// Sends a line with descriptors.
-fn request(api: &UnixStream, line: &str, files: &[BorrowedFd<'_>]) {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() {
-        assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)));
-    }
-    let line = format!("{line}\n");
-    let sent =
-        sendmsg(api, &[std::io::IoSlice::new(line.as_bytes())], &mut ancillary, SendFlags::empty()).unwrap();
-    assert_eq!(sent, line.len());
-}
-
-/// A jailed monitor that waits for its first command, and the socket for that.
-fn monitor(kvm: &File) -> (Child, UnixStream) {
-    let (api, theirs) = UnixStream::pair().unwrap();
-    for fd in [theirs.as_fd(), kvm.as_fd()] {
-        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
-    }
-    let monitor = Command::new("unshare")
-        .args(["--fork", "--pid", "--kill-child", env!("CARGO_BIN_EXE_kata-vmm"), "run"])
-        .args(["--api-fd", &theirs.as_raw_fd().to_string(), "--kvm-fd", &kvm.as_raw_fd().to_string()])
-        .spawn()
-        .unwrap();
-    (monitor, api)
 }
 
 /// Counts what one connection says, and takes a sum of it.
@@ -155,7 +128,7 @@ fn drivers_of_a_guest_work_with_all_devices_of_a_jailed_monitor() {
     std::thread::spawn(move || gives.accept().unwrap().0.write_all(&given));
     let (mut share, share_socket) = file_server(&server, directory.path());
 
-    let (mut monitor, api) = monitor(&kvm);
+    let (mut monitor, api) = monitor(&kvm, &[]);
     let (console, output) = rustix::pipe::pipe().unwrap();
     let kernel = File::open(kernel).unwrap();
     let initrd = initrd(&busybox, SCRIPT, &at("initrd"));

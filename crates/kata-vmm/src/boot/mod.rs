@@ -7,6 +7,7 @@
 //!   0x9000     page tables, the first GiB       the same
 //!   0x20000    command line                     both
 //!   0xe0000    ACPI tables                      both
+//!   0xff000    generation identifier            both
 //!   1 MiB      kernel                           where it wants to be
 //!   end of the low RAM, downwards: initial RAM disk
 //! ```
@@ -43,7 +44,9 @@ pub const COMMAND_LINE_SIZE: usize = 2048;
 /// Address of the ACPI tables; the first is the one that leads to the others.
 pub const ACPI: u64 = 0xe_0000;
 /// End of the room for them.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = GENERATION;
+/// Address of the machine's generation identifier, which is new where a machine starts from a snapshot.
+pub const GENERATION: u64 = 0xf_f000;
 /// End of the RAM that is free below the first MiB.
 const BASE_END: u64 = 0x9_fc00;
 /// Where memory proper begins.
@@ -234,7 +237,7 @@ fn stretches(memory: &GuestMemoryMmap) -> Vec<Stretch> {
     let low = low_end(memory);
     let mut all = vec![
         Stretch { base: 0, length: BASE_END, kind: RAM },
-        Stretch { base: ACPI, length: ACPI_END - ACPI, kind: RESERVED },
+        Stretch { base: ACPI, length: HIGH_MEMORY - ACPI, kind: RESERVED },
         Stretch { base: HIGH_MEMORY, length: low.saturating_sub(HIGH_MEMORY), kind: RAM },
     ];
     let high =

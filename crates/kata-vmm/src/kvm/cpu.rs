@@ -20,7 +20,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs}
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{KvmError, cpuid, refused};
+use super::{CpuState, KvmError, cpuid, refused};
 use crate::boot::{Entry, GDT, PAGE_TABLES, START_INFO, ZERO_PAGE};
 use crate::bus::Bus;
 
@@ -169,6 +169,11 @@ impl Cpu {
         self.cpu.set_regs(&general).map_err(refused("set a CPU's registers"))
     }
 
+    /// Puts it where another of its number stood.
+    pub(super) fn put(&self, state: &CpuState, first: &CpuState) -> Result<(), KvmError> {
+        state.put(&self.cpu, first)
+    }
+
     /// Gives the CPU its thread, in which it stands still. `confine` is called there first.
     pub fn start(
         self,
@@ -176,13 +181,15 @@ impl Cpu {
         ending: Arc<Ending>,
         confine: impl FnOnce() -> Result<(), String> + Send + 'static,
     ) -> Result<CpuThread, KvmError> {
-        let Cpu { index, mut cpu } = self;
+        let Cpu { index, cpu } = self;
+        let cpu = Arc::new(Mutex::new(cpu));
+        let its_cpu = Arc::clone(&cpu);
         let control = Arc::new(Control::default());
         let its_control = Arc::clone(&control);
         let body = move || {
             its_control.set_thread(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs());
             match confine() {
-                Ok(()) => work(&mut cpu, index, &buses, &ending, &its_control),
+                Ok(()) => work(&its_cpu, index, &buses, &ending, &its_control),
                 Err(reason) => {
                     ending.end(
                         EndReason::CpuFault,
@@ -195,7 +202,7 @@ impl Cpu {
         install_kick();
         let thread = Builder::new().name(format!("vcpu{index}")).stack_size(STACK).spawn(body);
         let thread = thread.map_err(|source| KvmError::Thread { index, source })?;
-        Ok(CpuThread { control, thread: Some(thread) })
+        Ok(CpuThread { control, cpu, thread: Some(thread) })
     }
 }
 
@@ -288,6 +295,8 @@ impl Control {
 /// A CPU's thread.
 pub struct CpuThread {
     control: Arc<Control>,
+    /// The thread has it while it runs the guest.
+    cpu: Arc<Mutex<VcpuFd>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -304,6 +313,11 @@ impl CpuThread {
     /// Makes it stand still, and comes back when it does.
     pub fn pause(&self) {
         self.bring(Wanted::Stand, |state| state != State::Runs);
+    }
+
+    /// Where it stands, with these registers of the model, for a snapshot; waits until it stands still.
+    pub fn save(&self, registers: &[u32]) -> Result<CpuState, KvmError> {
+        CpuState::of(&lock(&self.cpu), registers)
     }
 
     /// Its thread's number, where this process runs; waits until there is one.
@@ -373,12 +387,13 @@ fn install_kick() {
 }
 
 /// Runs the guest until the CPU is to end, or the machine has.
-fn work(cpu: &mut VcpuFd, index: u32, buses: &Buses, ending: &Ending, control: &Control) {
+fn work(cpu: &Mutex<VcpuFd>, index: u32, buses: &Buses, ending: &Ending, control: &Control) {
     while control.may_run() {
+        let mut cpu = lock(cpu);
         // A guest that stood still shall not take its own CPUs for stuck. One that has no such clock needs nothing.
         let _ = cpu.kvmclock_ctrl();
         loop {
-            match step(cpu, index, buses, &control.exits) {
+            match step(&mut cpu, index, buses, &control.exits) {
                 Next::Enter => {}
                 Next::Look => break,
                 Next::End(end) => {
@@ -388,6 +403,11 @@ fn work(cpu: &mut VcpuFd, index: u32, buses: &Buses, ending: &Ending, control: &
             }
         }
     }
+}
+
+/// Nothing in it is half done when somebody who holds it ends.
+fn lock(cpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    cpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What follows an exit.

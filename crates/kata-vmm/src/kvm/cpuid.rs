@@ -17,6 +17,9 @@ const SIZES: u32 = 0x8000_0008;
 /// Number of the core (AMD).
 const CORE: u32 = 0x8000_001e;
 
+/// Levels of the topology (AMD).
+const EXTENDED_TOPOLOGY: u32 = 0x8000_0026;
+
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 const MULTI_THREADED: u32 = 1 << 28;
@@ -27,6 +30,17 @@ const CORE_LEVEL: u32 = 2 << 8;
 /// What KVM can pass on.
 pub fn supported(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("say what CPUs it can offer"))
+}
+
+/// Of a leaf, which bits of EBX are the same whichever CPU is asked; `None` where nothing of it is to be relied on, for it tells which
+/// CPU that was, or is set for each CPU by [`of`].
+pub fn common(leaf: u32) -> Option<u32> {
+    match leaf {
+        FEATURES => Some(0xffff),
+        CORE | EXTENDED_TOPOLOGY => None,
+        leaf if TOPOLOGY.contains(&leaf) => None,
+        _ => Some(u32::MAX),
+    }
 }
 
 /// What CPU `index` of `count` says.

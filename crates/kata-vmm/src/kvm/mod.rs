@@ -9,6 +9,7 @@
 mod cpu;
 mod cpuid;
 mod router;
+mod state;
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub use cpu::{Buses, Cpu, CpuThread, End, Ending, State};
 pub use router::Router;
+pub use state::{ControllerState, CpuState, Processor};
 
 /// Three pages that KVM wants on Intel's processors for real mode, and one for its tables: in the hole, above the APICs.
 const TASK_STATE: usize = 0xfffb_d000;
@@ -69,6 +71,27 @@ pub enum KvmError {
         #[source]
         source: io::Error,
     },
+    /// A register that a snapshot needs.
+    #[error(
+        "this host's KVM does not set register {number:#x} of the processor's model to {value:#x}, as the snapshot has it"
+    )]
+    Register {
+        /// Which one.
+        number: u32,
+        /// What it was to be.
+        value: u64,
+    },
+    /// Time would go faster or slower.
+    #[error("time stamps count {here} kHz here, and {there} kHz where the snapshot was taken")]
+    Rate {
+        /// Here.
+        here: u32,
+        /// There.
+        there: u32,
+    },
+    /// The guest is a host.
+    #[error("the guest runs virtual machines of its own, which no snapshot keeps")]
+    Nested,
     /// A thread could not be started.
     #[error("the thread of virtual CPU {index} cannot be started")]
     Thread {
@@ -131,6 +154,29 @@ impl Hypervisor {
     /// Interrupts and doorbells of this machine.
     pub fn router(&self) -> Arc<Router> {
         Arc::new(Router::new(Arc::clone(&self.machine)))
+    }
+
+    /// What processor its CPUs are.
+    pub fn processor(&self) -> Result<Processor, KvmError> {
+        Processor::of(&self.kvm)
+    }
+
+    /// Its interrupt controllers and clock, for a snapshot; all CPUs stand still.
+    pub fn save(&self) -> Result<ControllerState, KvmError> {
+        ControllerState::of(&self.machine)
+    }
+
+    /// From a snapshot: the CPUs that [`Hypervisor::cpus`] made, in their order, and all else. Nothing runs yet.
+    pub fn restore(
+        &self,
+        cpus: &[Cpu],
+        states: &[CpuState],
+        controllers: &ControllerState,
+    ) -> Result<(), KvmError> {
+        if let Some(first) = states.first() {
+            cpus.iter().zip(states).try_for_each(|(cpu, state)| cpu.put(state, first))?;
+        }
+        controllers.put(&self.machine)
     }
 
     /// CPUs of these numbers, of a machine that can have `most`; they stand still. A number is given once, even if that fails.

@@ -1,17 +1,18 @@
 //! The machine: from what it is to be made of to its end.
 //!
 //! ```text
-//!   MachineSpec, descriptors ─▶ memory ─▶ KVM ─▶ PCI bus, devices ─▶ kernel, ACPI ─▶ CPUs, which stand still
+//!   MachineSpec, descriptors ─▶ memory ─▶ KVM ─▶ PCI bus, devices ─▶ CPUs ─▶ kernel, ACPI, or a snapshot's state ─▶ they stand still
 //!        boot ─▶ they run ◀─ pause / resume ─▶ they stand still, and so do the devices
 //!                   │ add and remove devices, add CPUs: the bus or a register changes, the event tells the guest
+//!                   │                                   └ snapshot: written to files
 //!                   └ power, reset, a CPU's fault, a lost device ─▶ Ending
 //! ```
 
 mod devices;
 mod monitor;
+mod snapshot;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -19,28 +20,31 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kata_vmm_api::{Descriptor, DiskSpec, KernelSpec, MachineSpec, NicSpec, Size, Start};
+use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec, Size, Start};
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::{self, AcpiError, EVENT_PIN};
-use crate::boot::{self, BootError};
+use crate::acpi::{AcpiError, EVENT_PIN};
+use crate::boot::BootError;
 use crate::bus::{Bus, BusError, Device};
 use crate::chain;
 use crate::cpus::{self, Present};
 use crate::events::EventError;
+use crate::generation::{self, Generation};
 use crate::kvm::{Buses, Cpu, CpuThread, Ending, Hypervisor, KvmError};
 use crate::memory::{self, Backing, MemoryError, PCI_WINDOW};
 use crate::pci::{self, PciError, Slot};
 use crate::power::{self, Power};
 use crate::seccomp;
 use crate::serial::{self, SerialPort};
+use crate::snapshot::{Shape, SnapshotError};
 use crate::virtio::mem::Growth;
 use crate::virtio::{self, Memory};
 
 use devices::DeviceError;
 pub use monitor::Vmm;
+use snapshot::Origin;
 
 /// How long the guest may take to let go of a device.
 const REMOVAL_BOUND: Duration = Duration::from_secs(10);
@@ -122,6 +126,9 @@ pub enum MachineError {
         /// Which one.
         id: String,
     },
+    /// A snapshot that cannot be written or started from.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The host refused something small.
     #[error("the machine cannot {action}")]
     Host {
@@ -175,8 +182,11 @@ pub struct Machine {
     /// The machine in the kernel goes before the memory that it reaches.
     hypervisor: Hypervisor,
     buses: Buses,
-    /// How many CPUs the guest is told that there are, and how many there can be.
-    present: (Arc<Present>, u32),
+    /// What it was made of.
+    shape: Shape,
+    /// How many CPUs the guest is told that there are.
+    present: Arc<Present>,
+    serial: Option<Arc<SerialPort>>,
     /// Memory that it can have later.
     growth: Option<Growth>,
     memory: Memory,
@@ -194,19 +204,20 @@ impl Drop for Devices {
 }
 
 impl Machine {
-    /// Makes a machine, whose CPUs stand still.
+    /// Makes a machine, whose CPUs stand still: at a kernel's first instruction, or where a snapshot's stood.
     pub fn new(spec: &MachineSpec, mut files: Descriptors, place: Place) -> Result<Machine, MachineError> {
         check(spec)?;
-        let Start::Kernel(kernel) = &spec.start else {
-            return Err(MachineError::Unsupported { what: "starting from a snapshot" });
+        let shape = snapshot::shape(spec);
+        let mut origin = match &spec.start {
+            Start::Kernel(kernel) => Origin::kernel(kernel, &mut files)?,
+            Start::Snapshot(from) => Origin::snapshot(from, &shape, &mut files)?,
         };
         let kvm = place.kvm.map_or_else(Hypervisor::open, Ok)?;
         let backing = Backing { prealloc: spec.memory.prealloc, hugepages: spec.memory.hugepages };
-        let later = (spec.memory.max_mib - spec.memory.size_mib) << 20;
-        let memory = memory::allocate(spec.memory.size_mib << 20, later, backing)?;
+        let memory = origin.memory(&shape, backing, spec.shared_fs.is_some())?;
         let hypervisor = Hypervisor::new(kvm, &memory.memory())?;
+        origin.check(&hypervisor)?;
         let router = hypervisor.router();
-        let host = |action| move |source| MachineError::Host { action, source };
         let ending = Arc::new(Ending::new().map_err(host("have a descriptor for its end"))?);
         let event = router.pin(EVENT_PIN)?;
         let buses = Buses::default();
@@ -214,13 +225,13 @@ impl Machine {
         // From here on every way out stops the devices.
         let bus = Devices(root);
         ports(&buses.ports, &bus.0, &ending)?;
-        let has_console = spec.console.is_some();
-        if let Some(console) = spec.console {
-            let output = files.take(console)?;
-            let port = SerialPort::new(output, router.pin(serial::PIN)?).map_err(host("use its console"))?;
-            buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), Arc::new(port))?;
+        let serial = match spec.console {
+            Some(console) => Some(origin.serial(files.take(console)?, router.pin(serial::PIN)?)?),
+            None => None,
+        };
+        if let Some(port) = &serial {
+            buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), port.clone())?;
         }
-        let entry = load_kernel(kernel, &mut files, &memory)?;
         let ready = devices::all(spec, &mut files, place.sockets.as_deref(), &ending)?;
         files.finish()?;
         let (growth, grows) = match memory::growth(&memory.memory()) {
@@ -233,20 +244,24 @@ impl Machine {
         }
         let present = Arc::new(Present::new(spec.cpus));
         buses.ports.insert(cpus::PORT.into(), cpus::PORTS.into(), present.clone())?;
-        let facts = acpi::Facts {
-            cpus: spec.cpus,
-            most_cpus: spec.max_cpus,
-            pci: &bus.0.aml(),
-            scan: pci::SCAN_METHOD,
-            serial: has_console,
-        };
-        acpi::write(&memory.memory(), &facts)?;
+        let generation = Arc::new(Generation::default());
+        buses.ports.insert(generation::PORT.into(), generation::PORTS.into(), generation.clone())?;
+
         let ready = hypervisor.cpus(0..spec.cpus, spec.max_cpus)?;
-        if let Some(first) = ready.first() {
-            first.enter(entry)?;
-        }
-        let (cpus, present) = (Vec::new(), (present, spec.max_cpus));
-        let mut machine = Machine { cpus, bus, hypervisor, buses, present, growth, memory, event, ending };
+        let mut machine = Machine {
+            cpus: Vec::new(),
+            bus,
+            hypervisor,
+            buses,
+            shape,
+            present,
+            serial,
+            growth,
+            memory,
+            event,
+            ending,
+        };
+        origin.put(&machine, &ready, &generation)?;
         machine.start(ready)?;
         Ok(machine)
     }
@@ -266,7 +281,7 @@ impl Machine {
     pub fn resize(&mut self, size: Size) -> Result<(), MachineError> {
         let fault = |field, reason| MachineError::Field { field, reason };
         let have = u32::try_from(self.cpus.len()).unwrap_or(u32::MAX);
-        let most = self.present.1;
+        let most = self.shape.max_cpus;
         if size.cpus < have {
             return Err(MachineError::Unsupported { what: "taking virtual CPUs away" });
         }
@@ -290,11 +305,11 @@ impl Machine {
             return Ok(());
         }
         let before = self.cpus.len();
-        let cpus = self.hypervisor.cpus(numbers, self.present.1)?;
+        let cpus = self.hypervisor.cpus(numbers, self.shape.max_cpus)?;
         let started = self.start(cpus);
         self.cpus.iter().skip(before).for_each(CpuThread::resume);
         // Those that did start are there, even if another did not.
-        self.present.0.set(u32::try_from(self.cpus.len()).unwrap_or(u32::MAX));
+        self.present.set(u32::try_from(self.cpus.len()).unwrap_or(u32::MAX));
         self.tell("tell the guest of new virtual CPUs")?;
         started
     }
@@ -365,7 +380,7 @@ impl Machine {
     }
 
     fn tell(&self, action: &'static str) -> Result<(), MachineError> {
-        self.event.write(1).map_err(|source| MachineError::Host { action, source })
+        self.event.write(1).map_err(host(action))
     }
 
     /// Its end.
@@ -427,24 +442,16 @@ fn check_id(id: &str) -> Result<(), MachineError> {
     Err(MachineError::Field { field: "id", reason })
 }
 
+fn host(action: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+    move |source| MachineError::Host { action, source }
+}
+
 /// Puts the registers that are there in every machine on the bus of ports.
 fn ports(bus: &Bus, root: &Arc<pci::Root>, ending: &Arc<Ending>) -> Result<(), BusError> {
     let power: Arc<dyn Device> = Arc::new(Power(Arc::clone(ending)));
     bus.insert(power::SLEEP_CONTROL.into(), power::PORTS.into(), power)?;
     bus.insert(pci::CONFIGURATION_PORT.into(), pci::CONFIGURATION_PORTS.into(), root.config_ports())?;
     bus.insert(pci::HOTPLUG_PORT.into(), pci::HOTPLUG_PORTS.into(), root.hotplug_block())
-}
-
-fn load_kernel(
-    spec: &KernelSpec,
-    files: &mut Descriptors,
-    memory: &Memory,
-) -> Result<boot::Entry, MachineError> {
-    let mut kernel = File::from(files.take(spec.kernel)?);
-    let mut initrd = spec.initrd.map(|number| files.take(number).map(File::from)).transpose()?;
-    let guest =
-        boot::Guest { kernel: &mut kernel, initrd: initrd.as_mut(), command_line: &spec.command_line };
-    Ok(boot::load(&memory.memory(), guest)?)
 }
 
 #[cfg(test)]

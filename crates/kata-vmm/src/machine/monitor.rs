@@ -7,8 +7,10 @@ use kata_vmm_api::{Answer, Command, EndReason, Failure, FailureKind, Info, Machi
 
 use super::{Descriptors, Machine, MachineError, Place};
 use crate::chain;
+use crate::kvm::KvmError;
 use crate::pci::{PciError, Slot};
 use crate::server::Monitor;
+use crate::snapshot::SnapshotError;
 use crate::virtio::worker::descriptor;
 
 /// The machine of this process, before, while and after there is one.
@@ -86,9 +88,10 @@ impl Monitor for Vmm {
             Command::Boot => self.change("boot", State::Created, State::Running),
             Command::Pause => self.change("pause", State::Running, State::Paused),
             Command::Resume => self.change("resume", State::Paused, State::Running),
-            Command::Snapshot(_) => {
-                self.machine("snapshot", &[State::Paused])?;
-                Err(failure(&MachineError::Unsupported { what: "a snapshot" }))
+            Command::Snapshot(spec) => {
+                let machine = self.machine("snapshot", &[State::Paused])?;
+                machine.snapshot(&spec, files).map_err(|e| failure(&e))?;
+                Ok(Answer::Nothing)
             }
             Command::AddDisk(spec) => {
                 self.machine("add-disk", running)?.add_disk(&spec, files).map(slot).map_err(|e| failure(&e))
@@ -144,7 +147,14 @@ fn failure(error: &MachineError) -> Failure {
         MachineError::Descriptor { .. } | MachineError::Unnamed { .. } | MachineError::Field { .. } => {
             FailureKind::Invalid
         }
-        MachineError::Unsupported { .. } => FailureKind::Unsupported,
+        MachineError::Snapshot(e) if e.is_stale() => FailureKind::Stale,
+        MachineError::Kvm(KvmError::Register { .. } | KvmError::Rate { .. })
+        | MachineError::Pci(PciError::Other { .. }) => FailureKind::Stale,
+        MachineError::Snapshot(SnapshotError::NotEmpty { .. }) => FailureKind::Invalid,
+        MachineError::Snapshot(SnapshotError::Unsaved { .. })
+        | MachineError::Pci(PciError::Unsaved { .. })
+        | MachineError::Kvm(KvmError::Nested)
+        | MachineError::Unsupported { .. } => FailureKind::Unsupported,
         MachineError::Pci(PciError::Exists { .. }) => FailureKind::Exists,
         MachineError::Pci(PciError::NotFound { .. }) => FailureKind::NotFound,
         MachineError::Pci(PciError::Full | PciError::Window { .. }) => FailureKind::Full,

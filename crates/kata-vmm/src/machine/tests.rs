@@ -1,3 +1,5 @@
+use std::fs::File;
+
 use kata_vmm_api::{Command, FailureKind, KernelSpec, MemorySpec};
 
 use super::*;

@@ -132,6 +132,21 @@ impl Configuration {
         }
     }
 
+    /// All bytes, for a snapshot.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes what a guest wrote from a snapshot; false, and nothing is changed, where what it cannot write differs.
+    pub fn restore(&mut self, saved: &[u8]) -> bool {
+        let same = |((now, mask), saved): ((&u8, &u8), &u8)| now & !mask == saved & !mask;
+        let fits = saved.len() == SIZE && self.bytes.iter().zip(&self.writable).zip(saved).all(same);
+        if fits {
+            self.write(0, saved);
+        }
+        fits
+    }
+
     /// Lets a guest write these bits.
     fn open(&mut self, offset: usize, mask: &[u8]) {
         if let Some(bytes) = self.writable.get_mut(offset..offset.saturating_add(mask.len())) {

@@ -298,6 +298,12 @@ impl<'g> DriverQueue<'g> {
         DriverQueue { guest, base, bar, index, offered: 0 }
     }
 
+    /// The same driver in another guest, which has the same memory.
+    pub fn on(self, guest: &Guest) -> DriverQueue<'_> {
+        let DriverQueue { base, bar, index, offered, .. } = self;
+        DriverQueue { guest, base, bar, index, offered }
+    }
+
     /// Offers a chain of at most as many buffers as the queue has descriptors: address, length, flags. No more than one at a time.
     pub fn offer(&mut self, buffers: &[(u64, u32, u16)]) {
         let memory = self.guest.memory.memory();

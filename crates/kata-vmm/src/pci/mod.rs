@@ -38,7 +38,7 @@ use crate::events::EventError;
 use crate::virtio::ActivateError;
 
 pub use ports::{CONFIGURATION_PORT, CONFIGURATION_PORTS, HOTPLUG_PORT, HOTPLUG_PORTS};
-pub use root::{Departure, Root};
+pub use root::{BusState, Departure, Root};
 
 /// The ACPI method that looks at the hot-plug registers: for the handler of the event that the VMM raises after
 /// [`Root::plug`] and [`Root::unplug`].
@@ -111,6 +111,22 @@ pub enum PciError {
     /// The hypervisor refused.
     #[error("a device cannot have its interrupts")]
     Interrupts(#[from] EventError),
+    /// No snapshot is taken.
+    #[error("device {id} keeps the machine from being written to a snapshot: {what}")]
+    Unsaved {
+        /// Its name.
+        id: String,
+        /// What would be lost.
+        what: &'static str,
+    },
+    /// A snapshot is of another machine.
+    #[error("the snapshot is of a machine with other devices: {id}: {what}")]
+    Other {
+        /// Name of one that differs.
+        id: String,
+        /// How.
+        what: &'static str,
+    },
     /// It could not be made to work again after a pause.
     #[error("device {id} does not go on")]
     Resume {

@@ -16,6 +16,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::{EventError, Events, Line, Msi};
@@ -48,6 +49,16 @@ struct Vector {
     lent: bool,
     /// Where the hypervisor sends it.
     routed: Option<Msi>,
+}
+
+/// A vector in a snapshot. Whether the function's masks are open is in the configuration space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VectorState {
+    address: u64,
+    data: u32,
+    masked: bool,
+    pending: bool,
 }
 
 impl Msix {
@@ -83,6 +94,31 @@ impl Msix {
             }
             vectors.settle(&*self.events);
         }
+    }
+
+    /// The table, for a snapshot.
+    pub fn save(&self) -> Vec<VectorState> {
+        let state = |vector: &Vector| VectorState {
+            address: vector.address,
+            data: vector.data,
+            masked: vector.masked,
+            pending: vector.pending,
+        };
+        self.lock().table.iter().map(state).collect()
+    }
+
+    /// Takes the table from a snapshot, before the function's bits are set; false where it has another number of vectors.
+    pub fn restore(&self, saved: &[VectorState]) -> bool {
+        let mut vectors = self.lock();
+        if vectors.table.len() != saved.len() {
+            return false;
+        }
+        for (vector, saved) in vectors.table.iter_mut().zip(saved) {
+            let VectorState { address, data, masked, pending } = *saved;
+            (vector.address, vector.data) = (address, data);
+            (vector.masked, vector.pending) = (masked, pending);
+        }
+        true
     }
 
     /// Reads the table.

@@ -12,7 +12,7 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::Root;
 use crate::bus::Device;
@@ -34,19 +34,12 @@ pub const LEAVE: u64 = 4;
 pub const EJECT: u64 = 8;
 
 /// The configuration mechanism.
-pub struct Ports {
-    root: Arc<Root>,
-    address: AtomicU32,
-}
+pub struct Ports(pub Arc<Root>);
 
 impl Ports {
-    pub fn new(root: Arc<Root>) -> Ports {
-        Ports { root, address: AtomicU32::new(0) }
-    }
-
     /// Which slot and register an access of the data port is for. Only function 0 of bus 0 is there.
     fn target(&self, offset: u64, length: usize) -> Option<(u8, usize)> {
-        let address = self.address.load(Ordering::SeqCst);
+        let address = self.0.address.load(Ordering::SeqCst);
         let within = usize::try_from(offset.checked_sub(4)?).ok()?;
         let [register, function, bus, _] = address.to_le_bytes();
         let there = address & ENABLE != 0 && bus == 0 && function & 7 == 0 && within + length <= 4;
@@ -58,10 +51,10 @@ impl Device for Ports {
     fn read(&self, offset: u64, into: &mut [u8]) {
         if offset == 0 {
             if let Ok(into) = <&mut [u8; 4]>::try_from(into) {
-                *into = self.address.load(Ordering::SeqCst).to_le_bytes();
+                *into = self.0.address.load(Ordering::SeqCst).to_le_bytes();
             }
         } else if let Some((slot, register)) = self.target(offset, into.len()) {
-            self.root.read_configuration(slot, register, into);
+            self.0.read_configuration(slot, register, into);
         }
     }
 
@@ -69,10 +62,10 @@ impl Device for Ports {
         if offset == 0 {
             // Narrower writes are not for this register.
             if let Ok(data) = <[u8; 4]>::try_from(data) {
-                self.address.store(u32::from_le_bytes(data) & !0x7f00_0003, Ordering::SeqCst);
+                self.0.address.store(u32::from_le_bytes(data) & !0x7f00_0003, Ordering::SeqCst);
             }
         } else if let Some((slot, register)) = self.target(offset, data.len()) {
-            self.root.write_configuration(slot, register, data);
+            self.0.write_configuration(slot, register, data);
         }
     }
 }

@@ -1,15 +1,18 @@
 //! The bus: which device is in which slot.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::configuration::{Configuration, Identity};
 use super::ports::{HotPlug, Ports};
-use super::virtio::{BAR_SIZE, Function};
+use super::virtio::{BAR_SIZE, Function, FunctionState};
 use super::{PciError, SLOTS, Slot, Window, aml};
 use crate::bus::{self, Bus};
 use crate::events::Events;
@@ -26,6 +29,8 @@ pub struct Root {
     bus: Arc<Bus>,
     memory: Memory,
     window: Window,
+    /// What the configuration mechanism points at.
+    pub(super) address: AtomicU32,
     slots: Mutex<Slots>,
 }
 
@@ -42,8 +47,28 @@ struct Slots {
 struct Occupant {
     id: String,
     function: Arc<Function>,
+    /// It came while the guest ran.
+    came: bool,
     /// It was asked to leave: written to when it has.
     departure: Option<EventFd>,
+}
+
+/// The bus in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BusState {
+    address: u32,
+    bridge: Vec<u8>,
+    came: u32,
+    /// By the number of the slot.
+    slots: BTreeMap<u8, SlotState>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SlotState {
+    id: String,
+    function: FunctionState,
 }
 
 /// A device on its way out.
@@ -75,13 +100,13 @@ impl Root {
             came: 0,
             leave: 0,
         };
-        Arc::new(Root { events, bus, memory, window, slots: Mutex::new(slots) })
+        Arc::new(Root { events, bus, memory, window, address: AtomicU32::new(0), slots: Mutex::new(slots) })
     }
 
     /// The configuration mechanism, for [`CONFIGURATION_PORTS`](super::CONFIGURATION_PORTS) from
     /// [`CONFIGURATION_PORT`](super::CONFIGURATION_PORT).
     pub fn config_ports(self: &Arc<Self>) -> Arc<dyn bus::Device> {
-        Arc::new(Ports::new(Arc::clone(self)))
+        Arc::new(Ports(Arc::clone(self)))
     }
 
     /// The hot-plug registers, for [`HOTPLUG_PORTS`](super::HOTPLUG_PORTS) from [`HOTPLUG_PORT`](super::HOTPLUG_PORT).
@@ -96,14 +121,14 @@ impl Root {
 
     /// Puts a device into the first free slot, before the guest runs.
     pub fn attach(&self, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
-        self.put(&mut self.lock(), id, device)
+        self.put(&mut self.lock(), id, device, false)
     }
 
     /// Puts a device into the first free slot while the guest runs. The guest looks for it when the event is raised that leads to
     /// [`SCAN_METHOD`](super::SCAN_METHOD).
     pub fn plug(&self, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
         let mut slots = self.lock();
-        let slot = self.put(&mut slots, id, device)?;
+        let slot = self.put(&mut slots, id, device, true)?;
         slots.came |= slot.bit();
         Ok(slot)
     }
@@ -154,7 +179,55 @@ impl Root {
         slots.occupants().flat_map(named).collect()
     }
 
-    fn put(&self, slots: &mut Slots, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
+    /// For a snapshot; all devices stand still. Not of a bus on which something would be lost.
+    pub fn save(&self) -> Result<BusState, PciError> {
+        let slots = self.lock();
+        let mut saved = BTreeMap::new();
+        for (slot, occupant) in slots.numbered() {
+            let what = match occupant {
+                Occupant { departure: Some(_), .. } => Some("a device that is to leave"),
+                Occupant { came: true, .. } => Some("a device that came while it ran"),
+                Occupant { function, .. } => function.unsaved(),
+            };
+            if let Some(what) = what {
+                return Err(PciError::Unsaved { id: occupant.id.clone(), what });
+            }
+            saved.insert(slot, SlotState { id: occupant.id.clone(), function: occupant.function.save() });
+        }
+        let (address, bridge) = (self.address.load(Ordering::SeqCst), slots.bridge.bytes().to_vec());
+        Ok(BusState { address, bridge, came: slots.came, slots: saved })
+    }
+
+    /// From a snapshot, before the machine runs: the same devices are attached already. What was lent to the guest is told to it anew
+    /// with [`Root::resume`].
+    pub fn restore(&self, saved: &BusState) -> Result<(), PciError> {
+        let mut slots = self.lock();
+        let other = |id: &str, what| PciError::Other { id: id.to_owned(), what };
+        for (slot, occupant) in slots.numbered() {
+            let state = saved.slots.get(&slot).filter(|state| state.id == occupant.id);
+            let state = state.ok_or_else(|| other(&occupant.id, "it was not there"))?;
+            occupant.function.restore(&state.function).map_err(|what| other(&occupant.id, what))?;
+        }
+        let missing = saved.slots.values().find(|state| slots.find(&state.id).is_none());
+        if let Some(missing) = missing {
+            return Err(other(&missing.id, "it is there no more"));
+        }
+        if !slots.bridge.restore(&saved.bridge) {
+            return Err(other("bridge", "it was another PCI function"));
+        }
+        slots.came = saved.came;
+        self.address.store(saved.address, Ordering::SeqCst);
+        self.place_others(&slots);
+        Ok(())
+    }
+
+    fn put(
+        &self,
+        slots: &mut Slots,
+        id: &str,
+        device: Box<dyn Device>,
+        came: bool,
+    ) -> Result<Slot, PciError> {
         if slots.find(id).is_some() {
             return Err(PciError::Exists { id: id.to_owned() });
         }
@@ -167,7 +240,7 @@ impl Root {
             return Err(PciError::Window { size: self.window.size });
         }
         let function = Function::new(Arc::clone(&self.events), self.memory.clone(), device, base)?;
-        *place = Some(Occupant { id: id.to_owned(), function: Arc::new(function), departure: None });
+        *place = Some(Occupant { id: id.to_owned(), function: Arc::new(function), came, departure: None });
         Ok(Slot(slot))
     }
 
@@ -222,7 +295,7 @@ impl Root {
         for slot in (1..SLOTS).map(Slot).filter(|slot| ejected & slot.bit() != 0) {
             let Some(place) = slots.occupants.get_mut(usize::from(slot.0)) else { continue };
             // Only what was asked to leave: else the guest alone could take devices from a machine.
-            let Some(Occupant { function, departure: Some(departure), id }) =
+            let Some(Occupant { function, departure: Some(departure), id, .. }) =
                 place.take_if(|occupant| occupant.departure.is_some())
             else {
                 continue;
@@ -245,6 +318,10 @@ impl Root {
 impl Slots {
     fn occupants(&self) -> impl Iterator<Item = &Occupant> {
         self.occupants.iter().flatten()
+    }
+
+    fn numbered(&self) -> impl Iterator<Item = (u8, &Occupant)> {
+        (0..SLOTS).zip(&self.occupants).filter_map(|(slot, occupant)| Some((slot, occupant.as_ref()?)))
     }
 
     fn find(&mut self, id: &str) -> Option<(Slot, &mut Occupant)> {

@@ -18,10 +18,11 @@ mod transport;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use self::signals::Signals;
-use self::transport::Transport;
+use self::signals::{Signals, SignalsState};
+use self::transport::{Transport, TransportState};
 use super::configuration::{Configuration, Identity};
 use super::{PciError, Window};
 use crate::bus::{self, Bus};
@@ -70,6 +71,17 @@ struct State {
     mapped: Option<u32>,
     /// Watched doorbells: address and what is signalled.
     doorbells: Vec<(u64, Arc<EventFd>)>,
+}
+
+/// A function in a snapshot: what its device is, and all registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FunctionState {
+    kind: u32,
+    shape: Vec<u8>,
+    configuration: Vec<u8>,
+    signals: SignalsState,
+    transport: TransportState,
 }
 
 impl Function {
@@ -127,8 +139,7 @@ impl Function {
     pub fn write_configuration(&self, offset: usize, data: &[u8]) {
         let mut state = self.lock();
         state.configuration.write(offset, data);
-        let control = state.configuration.word(self.msix + 2);
-        self.signals.msix.control(control & MSIX_ENABLED != 0, control & MSIX_MASKED != 0);
+        self.control(&state);
         if overlaps(offset, data.len(), self.access + 16) {
             self.access_bar(&mut state, true);
         }
@@ -169,6 +180,45 @@ impl Function {
     /// Lets it go on where it was.
     pub fn resume(&self) -> Result<(), ActivateError> {
         self.lock().transport.resume()
+    }
+
+    /// What the device has that a snapshot does not keep.
+    pub fn unsaved(&self) -> Option<&'static str> {
+        self.lock().transport.device().unsaved()
+    }
+
+    /// For a snapshot; the device stands still.
+    pub fn save(&self) -> FunctionState {
+        let mut state = self.lock();
+        let device = state.transport.device();
+        FunctionState {
+            kind: device.kind(),
+            shape: device.shape(),
+            configuration: state.configuration.bytes().to_vec(),
+            signals: self.signals.save(),
+            transport: state.transport.save(),
+        }
+    }
+
+    /// From a snapshot, before the machine runs. [`Function::place`] and [`Function::resume`] have to follow. What does not fit is an
+    /// error that says what it is; the function is of no use then.
+    pub fn restore(&self, saved: &FunctionState) -> Result<(), &'static str> {
+        let mut state = self.lock();
+        let device = state.transport.device();
+        let fits = |fits: bool, otherwise| if fits { Ok(()) } else { Err(otherwise) };
+        fits(device.kind() == saved.kind, "it was a device of another kind")?;
+        fits(device.shape() == saved.shape, "it was configured otherwise, or of another size")?;
+        fits(state.transport.restore(&saved.transport), "it had other features or queues")?;
+        fits(self.signals.restore(&saved.signals), "it had another number of interrupts")?;
+        fits(state.configuration.restore(&saved.configuration), "it was another PCI function")?;
+        self.control(&state);
+        Ok(())
+    }
+
+    /// Brings the function's interrupts to what its registers say.
+    fn control(&self, state: &State) {
+        let control = state.configuration.word(self.msix + 2);
+        self.signals.msix.control(control & MSIX_ENABLED != 0, control & MSIX_MASKED != 0);
     }
 
     /// What the device counts.

@@ -148,6 +148,10 @@ impl Device for Mem {
         Ok(())
     }
 
+    fn unsaved(&mut self) -> Option<&'static str> {
+        (self.shared.plugged.load(Ordering::SeqCst) > 0).then_some("memory that came while it ran")
+    }
+
     fn stop(&mut self) -> Vec<(usize, QueueState)> {
         self.shared.driver.set(None);
         self.worker.stop()

@@ -144,6 +144,22 @@ pub trait Device: Send {
     /// Begins to work, in a thread of its own. On an error it stands still.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
+    /// What another device has to have in common with this one to take its place in a snapshot, beside kind, queues and features: its
+    /// configuration space, as far as a driver relies on that.
+    fn shape(&self) -> Vec<u8> {
+        let mut space = vec![0; SHAPE];
+        self.read_configuration(0, &mut space);
+        space
+    }
+
+    /// What it has that a snapshot does not keep, while it stands still; `None` where nothing would be lost.
+    fn unsaved(&mut self) -> Option<&'static str> {
+        None
+    }
+
+    /// The driver that comes next knows this device from a snapshot, and what it held for the guest there is gone.
+    fn restored(&mut self) {}
+
     /// Name and value of each of its counters since it was made.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
@@ -153,6 +169,9 @@ pub trait Device: Send {
     /// each queue, by the queue's number. Nothing happens where it stands already.
     fn stop(&mut self) -> Vec<(usize, QueueState)>;
 }
+
+/// Bytes of configuration space that are compared; no device here has more.
+const SHAPE: usize = 64;
 
 /// Copies the part of a configuration space that a guest reads.
 pub fn read_space(space: &[u8], offset: u64, into: &mut [u8]) {

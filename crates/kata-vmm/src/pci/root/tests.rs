@@ -1,5 +1,6 @@
 //! A guest's view of the bus and of virtio devices on it, with a device that writes down what is done to it.
 
+mod snapshot;
 mod transport;
 
 use std::sync::mpsc;

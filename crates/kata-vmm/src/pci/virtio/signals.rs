@@ -6,10 +6,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::{EventError, Events};
-use crate::pci::msix::Msix;
+use crate::pci::msix::{Msix, VectorState};
 use crate::virtio::Interrupt;
 
 /// A queue or the configuration interrupts nobody (virtio 1.2, section 4.1.5.1.2).
@@ -29,6 +30,18 @@ pub struct Signals {
     needs_reset: AtomicBool,
     configuration: AtomicU16,
     queues: Vec<AtomicU16>,
+}
+
+/// What a driver set up and was told, in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignalsState {
+    table: Vec<VectorState>,
+    status: u8,
+    generation: u8,
+    needs_reset: bool,
+    configuration: u16,
+    queues: Vec<u16>,
 }
 
 impl Signals {
@@ -52,6 +65,31 @@ impl Signals {
         for vector in self.queues.iter().chain([&self.configuration]) {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
+    }
+
+    /// For a snapshot.
+    pub fn save(&self) -> SignalsState {
+        SignalsState {
+            table: self.msix.save(),
+            status: self.status.load(Ordering::SeqCst),
+            generation: self.generation.load(Ordering::SeqCst),
+            needs_reset: self.needs_reset.load(Ordering::SeqCst),
+            configuration: self.configuration.load(Ordering::SeqCst),
+            queues: self.queues.iter().map(|vector| vector.load(Ordering::SeqCst)).collect(),
+        }
+    }
+
+    /// From a snapshot; false where the device has another number of queues.
+    pub fn restore(&self, saved: &SignalsState) -> bool {
+        if self.queues.len() != saved.queues.len() || !self.msix.restore(&saved.table) {
+            return false;
+        }
+        self.status.store(saved.status, Ordering::SeqCst);
+        self.generation.store(saved.generation, Ordering::SeqCst);
+        self.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
+        self.set_vector(None, saved.configuration);
+        saved.queues.iter().enumerate().for_each(|(queue, vector)| self.set_vector(Some(queue), *vector));
+        true
     }
 
     /// The interrupt status register, which reading clears.

@@ -11,6 +11,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -51,6 +52,37 @@ pub struct Transport {
     queue_select: u16,
     queues: Vec<QueueRegisters>,
     state: Work,
+    /// It comes from a snapshot and has not gone on yet.
+    restored: bool,
+}
+
+/// A queue in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueImage {
+    most: u16,
+    size: u16,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    next_available: u16,
+    next_used: u16,
+}
+
+/// The registers in a snapshot, of a device that stands still.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransportState {
+    /// Features that the device offered.
+    pub offered: u64,
+    status: u8,
+    accepted: u64,
+    offered_select: u32,
+    accepted_select: u32,
+    queue_select: u16,
+    works: bool,
+    queues: Vec<QueueImage>,
 }
 
 /// Whether the device works.
@@ -107,6 +139,7 @@ impl Transport {
             queue_select: 0,
             queues,
             state: Work::Idle,
+            restored: false,
         })
     }
 
@@ -325,7 +358,77 @@ impl Transport {
         }
         self.activate()?;
         self.state = Work::Active;
+        if std::mem::take(&mut self.restored) {
+            self.repeat();
+        }
         Ok(())
+    }
+
+    /// What was on its way when the snapshot was taken is not in it: each queue is kicked once more, and each interrupt raised. Both
+    /// sides look, and find something or nothing.
+    fn repeat(&self) {
+        for (queue, kick) in self.kicks() {
+            // It is new, so nothing can be in its way.
+            let _ = kick.write(1);
+            self.signals.used(queue);
+        }
+    }
+
+    /// For a snapshot; the device stands still.
+    pub fn save(&self) -> TransportState {
+        let image = |QueueRegisters { state, .. }: &QueueRegisters| QueueImage {
+            most: state.max_size,
+            size: state.size,
+            ready: state.ready,
+            descriptors: state.desc_table,
+            available: state.avail_ring,
+            used: state.used_ring,
+            next_available: state.next_avail,
+            next_used: state.next_used,
+        };
+        TransportState {
+            offered: self.offered,
+            status: self.status,
+            accepted: self.accepted,
+            offered_select: self.offered_select,
+            accepted_select: self.accepted_select,
+            queue_select: self.queue_select,
+            works: self.state != Work::Idle,
+            queues: self.queues.iter().map(image).collect(),
+        }
+    }
+
+    /// From a snapshot: the device goes on with [`Transport::resume`]. False where it had other features or queues.
+    pub fn restore(&mut self, saved: &TransportState) -> bool {
+        let same = |(now, saved): (&QueueRegisters, &QueueImage)| {
+            let fits = saved.size <= saved.most && saved.size.is_power_of_two();
+            now.state.max_size == saved.most && fits
+        };
+        let fits = self.offered == saved.offered
+            && self.queues.len() == saved.queues.len()
+            && self.queues.iter().zip(&saved.queues).all(same);
+        if !fits {
+            return false;
+        }
+        (self.status, self.accepted) = (saved.status, saved.accepted);
+        (self.offered_select, self.accepted_select) = (saved.offered_select, saved.accepted_select);
+        self.queue_select = saved.queue_select;
+        for (registers, saved) in self.queues.iter_mut().zip(&saved.queues) {
+            registers.state = QueueState {
+                size: saved.size,
+                ready: saved.ready,
+                desc_table: saved.descriptors,
+                avail_ring: saved.available,
+                used_ring: saved.used,
+                next_avail: saved.next_available,
+                next_used: saved.next_used,
+                ..registers.state
+            };
+        }
+        self.state = if saved.works { Work::Paused } else { Work::Idle };
+        self.restored = true;
+        self.device.restored();
+        true
     }
 }
 

@@ -95,3 +95,33 @@ fn page_outside_the_memory_wants_a_reset() {
         assert_eq!(reporting.used(), None);
     }
 }
+
+#[test]
+fn reported_page_of_a_private_mapping_is_the_file_s_again_and_the_file_stays() {
+    let file = File::from(memfd_create("snapshot", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(MEMORY as u64).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], PAGES).unwrap();
+    let private = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    let offset = Some(FileOffset::new(file.try_clone().unwrap(), 0));
+    let mapping = vm_memory::MmapRegion::build(offset, MEMORY, libc::PROT_READ | libc::PROT_WRITE, private);
+    let region = GuestRegionMmap::new(mapping.unwrap(), GuestAddress(0)).unwrap();
+    let guest = Guest::with(GuestMemoryMmap::from_regions(vec![region]).unwrap());
+    guest.root.attach("balloon", Box::new(Balloon::new().unwrap())).unwrap();
+    guest.map(1, BAR);
+    guest.set_vectors(1, BAR, 5);
+    guest.negotiate(BAR);
+    let mut reporting = DriverQueue::new(&guest, BAR, 2, 0x3000);
+    guest.set_status(BAR, 0xf);
+    let memory = guest.memory.memory();
+    for page in [PAGES, PAGES + PAGE] {
+        memory.write_obj(u64::MAX, GuestAddress(page)).unwrap();
+    }
+    reporting.offer(&[(PAGES, 8192, WRITE)]);
+    assert_eq!(reporting.used(), Some(0));
+    // Whoever reports a page takes it for one of which anything can come.
+    let now = |page: u64| memory.read_obj::<u64>(GuestAddress(page)).unwrap();
+    assert_eq!([now(PAGES), now(PAGES + PAGE)], [0x0707_0707_0707_0707, 0]);
+    let mut bytes = [0; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, PAGES).unwrap();
+    assert_eq!(bytes, [7; 4096]);
+}

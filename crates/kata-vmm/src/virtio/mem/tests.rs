@@ -80,3 +80,11 @@ proptest! {
         device.answer(&memory.memory(), &bytes);
     }
 }
+
+#[test]
+fn memory_that_came_keeps_its_machine_from_a_snapshot() {
+    let (mut device, growth) = Mem::new(0x1_8000_0000, 16 * BLOCK, false).unwrap();
+    assert_eq!(device.unsaved(), None);
+    growth.0.plugged.store(BLOCK, Ordering::SeqCst);
+    assert!(device.unsaved().is_some());
+}

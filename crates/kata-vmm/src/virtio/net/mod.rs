@@ -256,6 +256,11 @@ impl Device for Net {
         states
     }
 
+    fn unsaved(&mut self) -> Option<&'static str> {
+        let used = self.worker.standing().map_or(0, |server| server.used);
+        (used > 1).then_some("a network interface of which the guest uses several queues")
+    }
+
     /// Nothing is counted of packets that the kernel moves.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let Counters { received, received_bytes, sent, sent_bytes, dropped } = &*self.config.counters;
