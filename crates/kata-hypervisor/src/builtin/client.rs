@@ -66,9 +66,9 @@ impl Descriptors {
         Descriptor(self.0.len() - 1)
     }
 
-    /// The same again, for another command.
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        self.0.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>().map(Self)
+    /// Those before this one again, for another command.
+    pub(super) fn before(&self, Descriptor(end): Descriptor) -> io::Result<Self> {
+        self.0.iter().take(end).map(OwnedFd::try_clone).collect::<io::Result<_>>().map(Self)
     }
 
     /// Whether the interface takes so many.

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kata_vmm_api::{Answer, Command, FailureKind, Info, MachineSpec, Start};
+use kata_vmm_api::{Answer, Command, FailureKind, Info, MachineSpec};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
@@ -94,10 +94,9 @@ impl Vmm {
         let Some(template) = template else {
             return create(machine, descriptors).await.map(|_| Origin::Kernel);
         };
-        let mut too =
-            descriptors.try_clone().map_err(|source| BuiltinError::Socket { command: "create", source })?;
-        let start = Start::Snapshot(spec::snapshot(template, &mut too));
-        match create(MachineSpec { start, ..machine.clone() }, too).await {
+        let copied = spec::copied(&machine, &descriptors, template);
+        let (copied, files) = copied.map_err(|source| BuiltinError::Socket { command: "create", source })?;
+        match create(copied, files).await {
             Ok(_) => Ok(Origin::Template),
             Err(BuiltinError::Refused(failure)) => {
                 create(machine, descriptors).await.map(|_| Origin::Instead(failure.message))

@@ -1,6 +1,7 @@
 //! From a [`VmSpec`] to what the VMM is told: descriptors instead of paths.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -37,6 +38,20 @@ pub(super) fn machine(
         let file = DiskFile::open(&path, true)?.fd;
         disks.push(disk_spec(IMAGE, descriptors.add(file), true));
     }
+    let console = Some(descriptors.add(console));
+    let vsock = Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name });
+    let shared_fs =
+        spec.shared_fs.map(|shared| SharedFsSpec { tag: shared.tag, socket: descriptors.add(shared.socket) });
+    let nics = spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect();
+    // Last of all: a machine that starts from a template has other descriptors instead.
+    let start = Start::Kernel(KernelSpec {
+        kernel: descriptors.add(file("guest kernel", &spec.kernel)?),
+        initrd: match &spec.initrd {
+            Some(path) => Some(descriptors.add(file("initrd", path)?)),
+            None => None,
+        },
+        command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+    });
     let machine = MachineSpec {
         cpus: spec.vcpus,
         max_cpus: most.vcpus,
@@ -47,21 +62,12 @@ pub(super) fn machine(
             hugepages: spec.backing.hugepages,
             reporting: spec.backing.reporting,
         },
-        start: Start::Kernel(KernelSpec {
-            kernel: descriptors.add(file("guest kernel", &spec.kernel)?),
-            initrd: match &spec.initrd {
-                Some(path) => Some(descriptors.add(file("initrd", path)?)),
-                None => None,
-            },
-            command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
-        }),
-        console: Some(descriptors.add(console)),
-        vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
-        shared_fs: spec
-            .shared_fs
-            .map(|shared| SharedFsSpec { tag: shared.tag, socket: descriptors.add(shared.socket) }),
+        start,
+        console,
+        vsock,
+        shared_fs,
         disks,
-        nics: spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect(),
+        nics,
     };
     match descriptors.fit() {
         true => Ok((machine, descriptors)),
@@ -80,6 +86,20 @@ pub(super) fn most(spec: &VmSpec) -> Growth {
     let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or(none);
     let vcpus = vcpus.min(MOST_CPUS).max(spec.vcpus);
     Growth { vcpus, memory_mib: memory_mib.max(spec.memory_mib), slots }
+}
+
+/// The same machine, and its descriptors, from a template.
+pub(super) fn copied(
+    machine: &MachineSpec,
+    descriptors: &Descriptors,
+    template: Template,
+) -> io::Result<(MachineSpec, Descriptors)> {
+    let mut descriptors = match &machine.start {
+        Start::Kernel(KernelSpec { kernel, .. }) => descriptors.before(*kernel)?,
+        Start::Snapshot(SnapshotSpec { state, .. }) => descriptors.before(*state)?,
+    };
+    let start = Start::Snapshot(snapshot(template, &mut descriptors));
+    Ok((MachineSpec { start, ..machine.clone() }, descriptors))
 }
 
 /// Where a machine is written to, or starts from. The memory's checksum is not looked at: who keeps the files does.
