@@ -5,16 +5,17 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use kata_vmm::chain;
 use kata_vmm::jail::{Jail, SOCKETS, User};
-use kata_vmm::kvm::End;
+use kata_vmm::kvm::{End, Hypervisor};
 use kata_vmm::machine::{Descriptors, Machine, Place, Vmm};
 use kata_vmm::seccomp;
 use kata_vmm::server::{self, Served};
+use kata_vmm::snapshot::{self, Shape};
 use kata_vmm::vhost_user;
 use kata_vmm::vsock::{Vsock, VsockConfig};
 use kata_vmm_api::{Descriptor, EndReason, KernelSpec, MachineSpec, MemorySpec, Start};
@@ -37,6 +38,8 @@ enum Command {
     Run(RunArgs),
     /// Boot a guest here and now, its console on the standard output and nothing confined: to try a kernel, and to measure
     Boot(BootArgs),
+    /// Say whether a machine could start from a snapshot here, and what it would be
+    Inspect(InspectArgs),
     /// Try whether a virtual machine could be confined here, and say what is missing
     Check(CheckArgs),
 }
@@ -83,6 +86,19 @@ struct BootArgs {
     /// No serial port: what the guest says is lost, and it boots faster
     #[arg(long)]
     no_console: bool,
+}
+
+#[derive(Args)]
+struct InspectArgs {
+    /// File with the state of processors and devices
+    #[arg(long, value_name = "FILE")]
+    state: PathBuf,
+    /// File with the memory
+    #[arg(long, value_name = "FILE")]
+    memory: PathBuf,
+    /// Read all of the memory and compare its checksum
+    #[arg(long)]
+    verify: bool,
 }
 
 #[derive(Args)]
@@ -152,6 +168,7 @@ fn main() -> ExitCode {
             log(LevelFilter::WARN);
             boot(&args)
         }
+        Command::Inspect(args) => inspect(&args),
         Command::Check(args) => check(&args),
     };
     match done {
@@ -194,11 +211,7 @@ fn run(args: &RunArgs) -> Result<(), Box<dyn Error>> {
 
 /// A machine of nothing but a kernel, until it ends.
 fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
-    let open = |path: &PathBuf| {
-        File::open(path)
-            .map_err(|source| CommandError::Open { path: path.clone(), source })
-            .map(OwnedFd::from)
-    };
+    let open = |path: &PathBuf| open(path).map(OwnedFd::from);
     let mut files = vec![open(&args.kernel)?];
     let mut named = |file: Option<OwnedFd>| {
         file.map(|file| {
@@ -235,6 +248,22 @@ fn standard_output() -> std::io::Result<OwnedFd> {
         Ok(file) => Ok(file.into()),
         Err(_) => std::io::stdout().as_fd().try_clone_to_owned(),
     }
+}
+
+fn open(path: &Path) -> Result<File, CommandError> {
+    File::open(path).map_err(|source| CommandError::Open { path: path.to_owned(), source })
+}
+
+/// The same looks at a snapshot as when a machine starts from it, but for what that machine is to be made of.
+fn inspect(args: &InspectArgs) -> Result<(), Box<dyn Error>> {
+    let state = snapshot::inspect(&mut open(&args.state)?, &open(&args.memory)?, args.verify)?;
+    state.fits(&Hypervisor::processor_of(Hypervisor::open()?)?)?;
+    let Shape { cpus, size_mib, .. } = state.shape;
+    println!(
+        "{cpus} virtual CPUs, {size_mib} MiB of memory, {} MiB of it in the file",
+        state.memory.bytes >> 20
+    );
+    Ok(())
 }
 
 /// The jail, entered by a process that does nothing else.

@@ -108,6 +108,20 @@ fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |e| KvmError::Refused { action, source: io::Error::from_raw_os_error(e.errno()) }
 }
 
+/// A KVM that is one, and has what is needed.
+fn checked(kvm: OwnedFd) -> Result<Kvm, KvmError> {
+    // SAFETY: the descriptor is open and from here on belongs to `kvm` alone. Should it be none of KVM's, its ioctls fail.
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(KVM_API_VERSION) {
+        return Err(KvmError::Version(version));
+    }
+    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, what)) => Err(KvmError::Lacks { what }),
+        None => Ok(kvm),
+    }
+}
+
 /// A machine in the kernel, without CPUs yet.
 pub struct Hypervisor {
     kvm: Kvm,
@@ -121,17 +135,14 @@ impl Hypervisor {
         Ok(file.into())
     }
 
+    /// What processor the CPUs of a machine are that is made with an open `/dev/kvm`.
+    pub fn processor_of(kvm: OwnedFd) -> Result<Processor, KvmError> {
+        Processor::of(&checked(kvm)?)
+    }
+
     /// A machine with this memory, made with an open `/dev/kvm`.
     pub fn new(kvm: OwnedFd, memory: &GuestMemoryMmap) -> Result<Hypervisor, KvmError> {
-        // SAFETY: the descriptor is open and from here on belongs to `kvm` alone. Should it be none of KVM's, its ioctls fail.
-        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
-        let version = kvm.get_api_version();
-        if u32::try_from(version) != Ok(KVM_API_VERSION) {
-            return Err(KvmError::Version(version));
-        }
-        if let Some((_, what)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-            return Err(KvmError::Lacks { what });
-        }
+        let kvm = checked(kvm)?;
         let machine = kvm.create_vm().map_err(refused("make a machine"))?;
         machine.set_tss_address(TASK_STATE).map_err(refused("place its task state"))?;
         machine.create_irq_chip().map_err(refused("make interrupt controllers"))?;

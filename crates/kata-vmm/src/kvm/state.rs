@@ -277,7 +277,7 @@ mod tests {
     fn other_processor_is_told_apart_and_how() {
         let here = processor(0x000a_0671, 0, 1, &[0x10]);
         for (other, how) in [
-            (processor(0x000c_0652, 0, 1, &[0x10]), "model 165 stepping 2"),
+            (processor(0x000c_0652, 0, 1, &[0x10]), "model 197 stepping 2"),
             (processor(0x000a_0671, 0, 3, &[0x10]), "CPUID leaf 0x1.0"),
             (processor(0x000a_0671, 0, 1, &[0x10, 0x11]), "registers of the model"),
         ] {

@@ -52,13 +52,8 @@ impl Origin {
         files: &mut Descriptors,
     ) -> Result<Origin, MachineError> {
         let (mut state, memory) = (File::from(files.take(spec.state)?), File::from(files.take(spec.memory)?));
-        let state = snapshot::read(&mut state)?;
+        let state = snapshot::inspect(&mut state, &memory, spec.verify)?;
         state.shape.compare(shape)?;
-        state.check()?;
-        snapshot::check(&memory, &state.memory)?;
-        if spec.verify {
-            snapshot::verify(&memory, &state.memory)?;
-        }
         Ok(Origin::Snapshot(Box::new(state), memory))
     }
 
@@ -86,10 +81,7 @@ impl Origin {
     /// Whether the guest can go on with this host's processor.
     pub(super) fn check(&self, hypervisor: &Hypervisor) -> Result<(), MachineError> {
         let Origin::Snapshot(state, _) = self else { return Ok(()) };
-        match state.processor.difference(&hypervisor.processor()?) {
-            None => Ok(()),
-            Some(how) => Err(SnapshotError::Processor { how }.into()),
-        }
+        Ok(state.fits(&hypervisor.processor()?)?)
     }
 
     /// The serial port.

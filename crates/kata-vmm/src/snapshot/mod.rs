@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-pub use memory::{Content, check, load, verify, write as write_memory};
+pub use memory::{Content, load, verify, write as write_memory};
 
 use crate::kvm::{ControllerState, CpuState, Processor};
 use crate::pci::BusState;
@@ -193,8 +193,13 @@ pub struct State {
 }
 
 impl State {
+    /// Whether a guest can go on with this processor.
+    pub fn fits(&self, here: &Processor) -> Result<(), SnapshotError> {
+        self.processor.difference(here).map_or(Ok(()), |how| Err(SnapshotError::Processor { how }))
+    }
+
     /// Whether its parts fit each other.
-    pub fn check(&self) -> Result<(), SnapshotError> {
+    fn check(&self) -> Result<(), SnapshotError> {
         let cpus = u32::try_from(self.cpus.len()) == Ok(self.shape.cpus);
         let memory = self.shape.size_mib.checked_mul(1 << 20) == Some(self.memory.size);
         match cpus && memory && self.serial.is_some() == self.shape.console {
@@ -236,6 +241,17 @@ pub fn read(file: &mut File) -> Result<State, SnapshotError> {
         return Err(damaged("state", format_args!("it has more than {MOST} bytes")));
     }
     serde_json::from_slice(open(&bytes)?).map_err(|e| damaged("state", e))
+}
+
+/// Reads a state, and looks whether the memory file fits it; with `verify` whether that is as it was written.
+pub fn inspect(state: &mut File, memory: &File, verify: bool) -> Result<State, SnapshotError> {
+    let state = read(state)?;
+    state.check()?;
+    memory::check(memory, &state.memory)?;
+    if verify {
+        memory::verify(memory, &state.memory)?;
+    }
+    Ok(state)
 }
 
 /// The body behind a header that fits it.

@@ -2,6 +2,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
+use super::memory::check;
 use super::*;
 use crate::memory::{Backing, HIGH_BEGIN, LOW_END, allocate};
 use crate::virtio::Memory;
