@@ -9,6 +9,9 @@ use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::unpacked::{NEWER_CONTAINERD, NEWER_DOCKER, NEWER_QEMU};
 use crate::{Chores, demo, lab, packages, products, say};
 
+/// Names containerd 2 to tests.
+pub const NEWER_CONTAINERD_VARIABLE: &str = "KATA_TEST_NEWER_CONTAINERD";
+
 /// Runs the test suite, and at the end of all of it the lab's; with `unit`, without booting machines.
 pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
@@ -45,7 +48,7 @@ pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
 pub fn newer_programs(command: &mut Command) {
     for (variable, unpacked) in [
         ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
-        ("KATA_TEST_NEWER_CONTAINERD", NEWER_CONTAINERD),
+        (NEWER_CONTAINERD_VARIABLE, NEWER_CONTAINERD),
         ("KATA_TEST_DOCKERD", NEWER_DOCKER),
     ] {
         match unpacked.program() {

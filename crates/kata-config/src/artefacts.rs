@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::{Config, SharedFs};
+use crate::{Config, HypervisorChoice, SharedFs};
 
 /// Where an installed release lives.
 const PREFIX: &str = "/opt/kata";
@@ -24,7 +24,7 @@ const MANIFEST: &str = "manifest.json";
 /// What a pod is started from. All paths are absolute and existed when they were found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Artefacts {
-    /// What runs virtual machines: `qemu-system-<arch>`, or `kata-vmm`.
+    /// The program of the driver that is chosen: `qemu-system-<arch>`, `kata-vmm`, `cloud-hypervisor`, `firecracker`.
     pub vmm: PathBuf,
     /// `kata-vmm`.
     pub kata_vmm: PathBuf,
@@ -52,12 +52,20 @@ fn places(looked: &[(PathBuf, String)]) -> String {
 }
 
 impl Artefacts {
-    /// Finds every artefact that a pod under `config` needs; QEMU only where it `needs_qemu`.
+    /// Finds every artefact that a pod under `config` needs which this driver runs.
     ///
     /// # Errors
     /// The first artefact that is nowhere, with all the places looked at.
-    pub fn locate(config: &Config, needs_qemu: bool) -> Result<Self, ArtefactError> {
-        Search::from_process().artefacts(config, needs_qemu)
+    pub fn locate(config: &Config, driver: HypervisorChoice) -> Result<Self, ArtefactError> {
+        Search::from_process().artefacts(config, driver)
+    }
+
+    /// Finds the guest image alone; `None` where the configuration names both the kernel and an initrd or image itself.
+    ///
+    /// # Errors
+    /// When it is nowhere, with all the places looked at.
+    pub fn guest_image(config: &Config) -> Result<Option<PathBuf>, ArtefactError> {
+        Search::from_process().guest_image(config)
     }
 
     /// Finds one of the project's own programs, e.g. `containerd-shim-kata-v2`.
@@ -100,7 +108,7 @@ impl Search {
         }
     }
 
-    fn artefacts(&self, config: &Config, needs_qemu: bool) -> Result<Artefacts, ArtefactError> {
+    fn artefacts(&self, config: &Config, driver: HypervisorChoice) -> Result<Artefacts, ArtefactError> {
         let qemu = &config.hypervisor.qemu;
         let virtiofsd = match (qemu.shared_fs, &qemu.virtio_fs_daemon) {
             (SharedFs::None, _) => None,
@@ -109,14 +117,35 @@ impl Search {
             }
             (SharedFs::VirtioFs, None) => Some(self.program("kata-virtiofsd")?),
         };
-        let kata_vmm = self.program("kata-vmm")?;
-        let self_contained = qemu.kernel.is_some() && (qemu.initrd.is_some() || qemu.image.is_some());
         Ok(Artefacts {
-            vmm: if needs_qemu { self.qemu(config)? } else { kata_vmm.clone() },
-            kata_vmm,
+            vmm: self.vmm(config, driver)?,
+            kata_vmm: self.program("kata-vmm")?,
             virtiofsd,
-            guest_image: if self_contained { None } else { Some(self.guest_image()?) },
+            guest_image: self.guest_image(config)?,
         })
+    }
+
+    fn vmm(&self, config: &Config, driver: HypervisorChoice) -> Result<PathBuf, ArtefactError> {
+        let drivers = &config.hypervisor;
+        let (name, key, path) = match driver {
+            HypervisorChoice::Auto | HypervisorChoice::Qemu => return self.qemu(config),
+            HypervisorChoice::Builtin => return self.program("kata-vmm"),
+            HypervisorChoice::CloudHypervisor | HypervisorChoice::Clh => {
+                ("cloud-hypervisor", "hypervisor.cloud-hypervisor.path", &drivers.cloud_hypervisor.path)
+            }
+            HypervisorChoice::Firecracker | HypervisorChoice::Fc => {
+                ("firecracker", "hypervisor.firecracker.path", &drivers.firecracker.path)
+            }
+        };
+        match path {
+            Some(path) => configured(name, key, path),
+            None => self.on_path(name),
+        }
+    }
+
+    fn on_path(&self, name: &str) -> Result<PathBuf, ArtefactError> {
+        let dirs = std::env::split_paths(&self.path).filter(|dir| dir.is_absolute());
+        first(name, dirs.map(|dir| look(dir.join(name), executable)))
     }
 
     fn qemu(&self, config: &Config) -> Result<PathBuf, ArtefactError> {
@@ -124,8 +153,7 @@ impl Search {
         if let Some(path) = &config.hypervisor.qemu.path {
             return configured(&name, "hypervisor.qemu.path", path);
         }
-        let dirs = std::env::split_paths(&self.path).filter(|dir| dir.is_absolute());
-        first(&name, dirs.map(|dir| look(dir.join(&name), executable)))
+        self.on_path(&name)
     }
 
     fn program(&self, name: &str) -> Result<PathBuf, ArtefactError> {
@@ -135,13 +163,17 @@ impl Search {
         first(name, beside.chain(installed))
     }
 
-    fn guest_image(&self) -> Result<PathBuf, ArtefactError> {
+    fn guest_image(&self, config: &Config) -> Result<Option<PathBuf>, ArtefactError> {
+        let named = &config.hypervisor.qemu;
+        if named.kernel.is_some() && (named.initrd.is_some() || named.image.is_some()) {
+            return Ok(None);
+        }
         let beside = self
             .beside
             .iter()
             .map(|dir| look(dir.join(GUEST_IMAGE), |image| trusted(dir, image, has_manifest)));
         let installed = look(self.prefix.join("share/kata").join(GUEST_IMAGE), has_manifest);
-        first("guest image", beside.chain([installed]))
+        first("guest image", beside.chain([installed])).map(Some)
     }
 }
 

@@ -138,10 +138,12 @@ pub enum Remark {
     Foreign,
     /// A key that is gone, with a value that asks for nothing.
     Removed(&'static Deprecation),
-    /// The section of a driver that this version does not have.
+    /// The section of a driver that is not the chosen one.
     NoDriver {
         /// How many keys are in it.
         keys: usize,
+        /// Whether this version has the driver at all.
+        known: bool,
     },
 }
 
@@ -155,8 +157,10 @@ impl fmt::Display for Remark {
             Self::Removed(item) => {
                 write!(f, "removed [{} {}]; the value asks for nothing", item.id, item.title)
             }
-            Self::NoDriver { keys } => {
-                write!(f, "no such driver in this version; its {keys} settings are well-formed and not used")
+            Self::NoDriver { keys, known } => {
+                let why =
+                    if *known { "not the driver that is chosen" } else { "no such driver in this version" };
+                write!(f, "{why}; its {keys} settings are well-formed and not used")
             }
         }
     }

@@ -239,6 +239,7 @@ impl Layers {
         for assignment in &sources.overrides {
             layers.assign(assignment);
         }
+        layers.chosen_driver();
         annotations::apply(&mut layers, &sources.annotations);
         layers
     }
@@ -401,6 +402,41 @@ impl Layers {
         }
     }
 
+    /// Reads the section of the driver that was chosen: it wins over `[hypervisor.qemu]`, which all drivers start from, but not
+    /// over a later `--set`, nor over an annotation.
+    fn chosen_driver(&mut self) {
+        let driver = self.config.runtime.hypervisor_name;
+        let of_it = |path: &str| keys::driver_of(path).is_some_and(|name| driver.sections().contains(&name));
+        let mut chosen: Vec<(usize, String, Written)> = self
+            .entries
+            .iter()
+            .filter(|(path, entry)| matches!(entry.standing, Standing::Unread) && of_it(path))
+            .map(|(path, entry)| (entry.number, path.clone(), entry.written.clone()))
+            .collect();
+        chosen.sort_by_key(|(number, ..)| *number);
+        for (number, path, written) in chosen {
+            let Some(place) = keys::find(&path) else { continue };
+            let later = self
+                .entries
+                .get(&place.key.own_path())
+                .is_some_and(|own| own.number > number && !matches!(own.written.origin, Origin::File { .. }));
+            let standing = match DeValue::parse(&written.value) {
+                Ok(_) if later => Ok(Standing::Effective),
+                Ok(value) if place.key.name == "path" => {
+                    self.config.hypervisor.set_program(driver, value.get_ref()).map(|()| Standing::Effective)
+                }
+                Ok(value) => self.standing(Place { read: true, ..place }, value.get_ref()),
+                Err(error) => Err(Fault::Syntax(error.message().to_owned())),
+            };
+            match standing {
+                Ok(standing) => {
+                    self.entries.entry(path).and_modify(|entry| entry.standing = standing);
+                }
+                Err(fault) => self.fault(written.origin, &path, fault),
+            }
+        }
+    }
+
     pub(crate) fn fault(&mut self, origin: Origin, key: &str, fault: Fault) {
         self.number += 1;
         self.errors.push((self.number, ConfigError { origin, key: key.to_owned(), fault }));
@@ -408,6 +444,7 @@ impl Layers {
 
     /// Checks the settings against each other.
     pub(crate) fn finish(mut self) -> Result<Reading, ConfigErrors> {
+        self.chosen_driver();
         self.contradictions();
         self.departing();
         let mut written = BTreeMap::new();
@@ -432,7 +469,8 @@ impl Layers {
             }
         }
         for (key, places) in unread {
-            let remark = Remark::NoDriver { keys: places.len() };
+            let known = keys::driver_of(&key).is_some_and(keys::is_own);
+            let remark = Remark::NoDriver { keys: places.len(), known };
             let first = places.into_iter().min_by_key(|(number, _)| *number);
             notes.extend(first.map(|(number, origin)| (number, Note { origin, key, remark })));
         }

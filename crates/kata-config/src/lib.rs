@@ -29,8 +29,8 @@ pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, HugepageType, HypervisorChoice,
-    HypervisorSection, InternetworkingModel, KataAgent, KernelParams, LogLevel, MachineType, Qemu, Runtime,
-    SharedFs, UidRange, VirtioFsCache, value_at,
+    HypervisorSection, InternetworkingModel, KataAgent, KernelParams, LogLevel, MachineType, Program, Qemu,
+    Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
 };
 
 #[cfg(test)]

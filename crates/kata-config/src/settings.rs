@@ -25,8 +25,58 @@ pub struct Config {
 /// `[hypervisor]`: one table for each driver.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct HypervisorSection {
-    /// `[hypervisor.qemu]`
+    /// `[hypervisor.qemu]`: the settings of the chosen driver, whichever it is, but for its program.
     pub qemu: Qemu,
+    /// `[hypervisor.cloud-hypervisor]`, `[hypervisor.clh]`
+    #[serde(rename = "cloud-hypervisor", skip_serializing_if = "Program::is_unset")]
+    pub cloud_hypervisor: Program,
+    /// `[hypervisor.firecracker]`, `[hypervisor.fc]`
+    #[serde(skip_serializing_if = "Program::is_unset")]
+    pub firecracker: Program,
+}
+
+/// What a driver other than QEMU does not share with it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Program {
+    /// The machine monitor's program; unset: the one of its usual name from `PATH`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+}
+
+impl Program {
+    fn is_unset(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl HypervisorSection {
+    /// Reads `path` of the section of `driver`.
+    pub(crate) fn set_program(
+        &mut self,
+        driver: HypervisorChoice,
+        value: &toml::de::DeValue<'_>,
+    ) -> Result<(), crate::Fault> {
+        let path = Value::read(value)?;
+        match driver {
+            HypervisorChoice::CloudHypervisor | HypervisorChoice::Clh => self.cloud_hypervisor.path = path,
+            HypervisorChoice::Firecracker | HypervisorChoice::Fc => self.firecracker.path = path,
+            HypervisorChoice::Auto | HypervisorChoice::Qemu | HypervisorChoice::Builtin => {
+                self.qemu.path = path
+            }
+        }
+        Ok(())
+    }
+}
+
+impl HypervisorChoice {
+    /// Names of the sections that are read only where this driver is chosen.
+    pub(crate) fn sections(self) -> &'static [&'static str] {
+        match self {
+            Self::Auto | Self::Qemu | Self::Builtin => &[],
+            Self::CloudHypervisor | Self::Clh => &["clh", "cloud-hypervisor"],
+            Self::Firecracker | Self::Fc => &["fc", "firecracker"],
+        }
+    }
 }
 
 /// `[agent]`: one table for each agent.
@@ -166,6 +216,14 @@ settings! {
     rx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
     /// Bandwidth of each interface out of the pod; 0 is without a bound. Only with `internetworking_model = "tcfilter"`.
     tx_rate_limiter_max_rate: u64 = 0, { .unit("bit/s").annotated() };
+    /// Has the machine monitor move the network's packets itself. Otherwise the host's kernel does, wherever it has
+    /// `/dev/vhost-net`.
+    disable_vhost_net: bool = false, { .annotated() };
+    /// Bandwidth of each disk of the machine, both directions together; 0 is without a bound. What a tenth of a second allows
+    /// may pass at once.
+    disk_rate_limiter_bw_max_rate: u64 = 0, { .range(0, 8_000_000_000_000_000).unit("bit/s") };
+    /// Operations on each disk of the machine; 0 is without a bound. What a tenth of a second allows may pass at once.
+    disk_rate_limiter_ops_max_rate: u64 = 0, { .range(0, 1_000_000_000_000_000).unit("1/s") };
     /// Verbose guest kernel and machine monitor; the console is in the owner's log at `debug`.
     enable_debug: bool = false;
     /// Argument of QEMU's `-sandbox`; empty switches QEMU's own seccomp filter off. The default is the strictest set that
@@ -259,10 +317,11 @@ settings! {
     /// `[runtime]`
     pub struct Runtime in "runtime": |config| config.runtime;
 
-    /// Which driver runs the machine: `builtin` is this project's own, which needs KVM and takes its settings from
-    /// `[hypervisor.qemu]` as well, but for those of QEMU itself.
+    /// Which driver runs the machine. `builtin` is this project's own, which needs KVM; `auto` is that one where KVM works, and QEMU
+    /// where not or where its `path` or another `machine_type` is named. All drivers have the settings of `[hypervisor.qemu]`, but for those of QEMU itself; Cloud Hypervisor and Firecracker have those of their own section over
+    /// them, and their program from `path` of that section alone.
     hypervisor_name: HypervisorChoice = HypervisorChoice::Auto,
-        { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["clh", "cloud-hypervisor", "dragonball", "fc", "firecracker", "openvmm", "remote"]) };
+        { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["dragonball", "openvmm", "remote"]) };
     /// Hardware virtualisation, emulation, or whichever the host can do.
     accelerator: AcceleratorChoice = AcceleratorChoice::Auto, { .ours() };
     /// How the pod's interfaces are joined to the machine's: by redirecting each to the other, by a macvtap, or not at all, for
@@ -358,7 +417,15 @@ keywords! {
 }
 keywords! {
     /// `hypervisor_name`.
-    HypervisorChoice { Auto = "auto", Builtin = "builtin", Qemu = "qemu" }
+    HypervisorChoice {
+        Auto = "auto",
+        Qemu = "qemu",
+        Builtin = "builtin",
+        CloudHypervisor = "cloud-hypervisor",
+        Clh = "clh",
+        Firecracker = "firecracker",
+        Fc = "fc",
+    }
 }
 keywords! {
     /// `internetworking_model`: how the pod's interfaces are joined to the machine's.

@@ -254,15 +254,65 @@ fn a_section_of_an_absent_driver_is_checked_and_noted_once() {
 
 #[test]
 fn choosing_an_absent_driver_is_read_and_not_carried_out() {
-    let etc = Etc::with("[runtime]\nhypervisor_name = \"clh\"\n");
+    let etc = Etc::with("[runtime]\nhypervisor_name = \"dragonball\"\n");
     assert_eq!(etc.read().config, Config::default());
     assert_eq!(
         faults(&etc, &[]),
         [
-            "configuration.toml:2: runtime.hypervisor_name: \"clh\" is not carried out by this version, which knows auto, builtin, qemu"
+            "configuration.toml:2: runtime.hypervisor_name: \"dragonball\" is not carried out by this version, which knows auto, \
+             qemu, builtin, cloud-hypervisor, clh, firecracker, fc"
         ]
     );
     assert!(etc.load(&["runtime.hypervisor_name=qemu"]).is_ok());
+}
+
+#[test]
+fn section_of_the_chosen_driver_wins_over_that_of_qemu_but_not_over_a_later_override() {
+    let etc = Etc::with(
+        "[hypervisor.clh]\npath = \"/opt/clh\"\ndefault_memory = 1024\ndefault_vcpus = 3\n\
+         [hypervisor.qemu]\npath = \"/opt/qemu\"\ndefault_memory = 512\nmemory_slots = 3\n\
+         [runtime]\nhypervisor_name = \"clh\"\n",
+    );
+    let config = etc.load(&["hypervisor.qemu.default_vcpus=2"]).unwrap();
+    let qemu = &config.hypervisor.qemu;
+    assert_eq!((qemu.default_memory, qemu.default_vcpus, qemu.memory_slots), (1024, 2.0, 3));
+    assert_eq!(config.hypervisor.cloud_hypervisor.path, Some("/opt/clh".into()));
+    assert_eq!(qemu.path, Some("/opt/qemu".into()));
+    let text = toml::to_string(&config).unwrap();
+    assert_eq!(Reading::of_text(Path::new("again"), &text).unwrap().config, config, "{text}");
+
+    let config = etc.load(&["runtime.hypervisor_name=qemu"]).unwrap();
+    assert_eq!(config.hypervisor.qemu.default_memory, 512);
+    assert_eq!(config.hypervisor.cloud_hypervisor.path, None);
+}
+
+#[test]
+fn annotation_wins_over_the_section_of_the_driver_that_another_one_chooses() {
+    let etc = Etc::with(
+        "[hypervisor.qemu]\nenable_annotations = [\"default_memory\", \"runtime.hypervisor_name\"]\n\
+         [hypervisor.clh]\ndefault_memory = 1024\nmemory_slots = 3\n",
+    );
+    let annotations = [("hypervisor.default_memory", "333"), ("runtime.hypervisor_name", "clh")];
+    let annotations = annotations
+        .map(|(name, value)| (format!("io.katacontainers.config.{name}"), value.to_owned()))
+        .into();
+    let file = Some(etc.path("configuration.toml"));
+    let config = Config::load(&Sources { file, annotations, ..Sources::default() }).unwrap();
+    assert_eq!((config.hypervisor.qemu.default_memory, config.hypervisor.qemu.memory_slots), (333, 3));
+}
+
+#[test]
+fn section_of_the_chosen_driver_is_held_to_what_is_carried_out() {
+    let etc = Etc::with(
+        "[hypervisor.firecracker]\njailer_path = \"/opt/jailer\"\nqueue_size = 3\n[runtime]\nhypervisor_name = \"fc\"\n",
+    );
+    assert_eq!(
+        faults(&etc, &[]),
+        [
+            "configuration.toml:2: hypervisor.firecracker.jailer_path: not carried out by this version; remove it or set it to \"\""
+        ]
+    );
+    assert!(etc.load(&["runtime.hypervisor_name=clh"]).is_ok());
 }
 
 #[test]

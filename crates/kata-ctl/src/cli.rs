@@ -165,8 +165,10 @@ pub struct RunArgs {
     /// Processors of the virtual machine
     #[arg(long, value_name = "N", help_heading = "Virtual machine")]
     pub cpus: Option<Cpus>,
-    /// Virtual machine monitor: auto, builtin or qemu
-    #[arg(long, value_name = "NAME", value_parser = ["auto", "builtin", "qemu"], help_heading = "Virtual machine")]
+    /// Virtual machine monitor: auto, qemu, builtin, cloud-hypervisor (clh) or firecracker (fc)
+    #[arg(long, value_name = "NAME",
+        value_parser = ["auto", "qemu", "builtin", "cloud-hypervisor", "clh", "firecracker", "fc"],
+        hide_possible_values = true, help_heading = "Virtual machine")]
     pub hypervisor: Option<String>,
     /// Change one setting of the configuration (repeatable)
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Virtual machine")]

@@ -56,6 +56,7 @@ struct Script {
     stop_fails: bool,
     no_hotplug: bool,
     no_snapshot: bool,
+    no_share: bool,
     plugging_fails: Option<String>,
     sockets: HashMap<u32, PathBuf>,
     callback: Option<Callback>,
@@ -143,6 +144,13 @@ impl FakeVm {
     #[must_use]
     pub fn without_snapshots(self) -> Self {
         lock(&self.0.script).no_snapshot = true;
+        self
+    }
+
+    /// Files cannot be shared.
+    #[must_use]
+    pub fn without_share(self) -> Self {
+        lock(&self.0.script).no_share = true;
         self
     }
 
@@ -267,9 +275,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[async_trait]
 impl Vm for FakeVm {
     fn capabilities(&self) -> Capabilities {
-        let hotplug = !lock(&self.0.script).no_hotplug;
+        let (hotplug, shared_fs) = {
+            let script = lock(&self.0.script);
+            (!script.no_hotplug, !script.no_share)
+        };
         Capabilities {
-            shared_fs: true,
+            shared_fs,
             pause: true,
             hotplug_cpu: hotplug,
             hotplug_memory: hotplug,

@@ -1,15 +1,39 @@
-//! The files that a VMM is given as open descriptors, and its way to `/dev/kvm`.
+//! What a VMM is given as open descriptors, and its way to `/dev/kvm`.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::MemfdFlags;
+use tokio::net::UnixStream;
 
 use crate::process::Identity;
-use crate::vm::HypervisorError;
+use crate::vm::{HypervisorError, VmSpec};
+
+/// The files that the guest boots from.
+#[derive(Debug)]
+pub(crate) struct BootFiles {
+    pub kernel: OwnedFd,
+    pub initrd: Option<OwnedFd>,
+    pub image: Option<OwnedFd>,
+}
+
+impl BootFiles {
+    /// Opens them for a VMM that runs as `identity`, see [`open_for`].
+    pub(crate) fn open(spec: &VmSpec, identity: &Identity) -> Result<Self, HypervisorError> {
+        let open = |path: &Option<PathBuf>, what| {
+            path.as_ref().map(|path| open_for(identity, path, what)).transpose()
+        };
+        Ok(Self {
+            kernel: open_for(identity, &spec.kernel, "guest kernel")?,
+            initrd: open(&spec.initrd, "initrd")?,
+            image: open(&spec.image, "image")?,
+        })
+    }
+}
 
 /// Opens `path` for a process that runs as `identity`. That process opens it anew through `/proc/self/fd`, which asks for the
 /// file's own permission bits and for no directory's; a file it may not read is copied into memory.
@@ -54,6 +78,20 @@ impl DiskFile {
     }
 }
 
+/// A connection of ours and the other end of it, for the VMM of `spec`.
+pub(crate) fn socket_pair(spec: &VmSpec) -> Result<(UnixStream, OwnedFd), HypervisorError> {
+    let pair = || {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((UnixStream::from_std(ours)?, theirs.into()))
+    };
+    pair().map_err(|source| HypervisorError::File {
+        what: "socket pair of",
+        path: spec.run_dir.clone(),
+        source,
+    })
+}
+
 fn in_memory(mut file: File) -> io::Result<OwnedFd> {
     let mut copy = File::from(rustix::fs::memfd_create("copy", MemfdFlags::CLOEXEC)?);
     io::copy(&mut file, &mut copy)?;
@@ -62,7 +100,7 @@ fn in_memory(mut file: File) -> io::Result<OwnedFd> {
 }
 
 /// Whether the permission bits grant `identity` all of `wanted` (`4` read, `2` write).
-fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) -> bool {
+pub(crate) fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) -> bool {
     let mode = metadata.mode();
     let granted = if identity.uid == metadata.uid() {
         mode >> 6

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kata_config::{AcceleratorChoice, Config, HypervisorChoice};
+use kata_config::{AcceleratorChoice, Config, HypervisorChoice, MachineType};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -23,12 +23,16 @@ const KVM_GET_API_VERSION: libc::Ioctl = 0xAE00;
 
 /// The drivers there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
     /// This project's own, `kata-vmm`.
     Builtin,
     /// `qemu-system-*`.
     Qemu,
+    /// `cloud-hypervisor`.
+    CloudHypervisor,
+    /// `firecracker`.
+    Firecracker,
 }
 
 impl fmt::Display for DriverKind {
@@ -36,7 +40,30 @@ impl fmt::Display for DriverKind {
         f.write_str(match self {
             Self::Builtin => "builtin",
             Self::Qemu => "qemu",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Firecracker => "firecracker",
         })
+    }
+}
+
+impl From<DriverKind> for HypervisorChoice {
+    fn from(driver: DriverKind) -> Self {
+        match driver {
+            DriverKind::Builtin => Self::Builtin,
+            DriverKind::Qemu => Self::Qemu,
+            DriverKind::CloudHypervisor => Self::CloudHypervisor,
+            DriverKind::Firecracker => Self::Firecracker,
+        }
+    }
+}
+
+impl DriverKind {
+    /// Whether the host's kernel can move the packets of its network interfaces, see [`Nic::vhost`](crate::Nic::vhost).
+    pub const fn takes_vhost(self) -> bool {
+        match self {
+            Self::Builtin | Self::Qemu => true,
+            Self::CloudHypervisor | Self::Firecracker => false,
+        }
     }
 }
 
@@ -231,16 +258,33 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Chooses the driver and the accelerator that `config` asks for on `host`.
+/// Chooses the driver and the accelerator that `config` asks for on `host`: where it leaves both open, the built-in monitor on KVM
+/// that works, else QEMU. What only QEMU has, its path or a machine type, asks for QEMU.
 ///
 /// # Errors
 /// [`HostError::KvmUnusable`] where the configuration insists on KVM and the host has none that works. Without that it falls back
 /// to TCG and says so in [`Choice::reason`].
 pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
-    if config.runtime.hypervisor_name == HypervisorChoice::Builtin {
-        return choose_builtin(config.runtime.accelerator, &host.kvm);
+    match config.runtime.hypervisor_name {
+        HypervisorChoice::Auto if suits_builtin(config, host) => {
+            return Ok(Choice {
+                driver: DriverKind::Builtin,
+                accelerator: Accelerator::Kvm,
+                reason: "the built-in virtual machine monitor runs the guest on the host's hardware virtualisation (KVM)"
+                    .to_owned(),
+            });
+        }
+        HypervisorChoice::Auto | HypervisorChoice::Qemu => {}
+        HypervisorChoice::Builtin => {
+            return with_kvm_alone(config, host, DriverKind::Builtin, "the built-in virtual machine monitor");
+        }
+        HypervisorChoice::Clh | HypervisorChoice::CloudHypervisor => {
+            return with_kvm_alone(config, host, DriverKind::CloudHypervisor, "Cloud Hypervisor");
+        }
+        HypervisorChoice::Fc | HypervisorChoice::Firecracker => {
+            return with_kvm_alone(config, host, DriverKind::Firecracker, "Firecracker");
+        }
     }
-    let driver = DriverKind::Qemu;
     let (accelerator, reason) = match (config.runtime.accelerator, &host.kvm) {
         (AcceleratorChoice::Tcg, _) => (
             Accelerator::Tcg,
@@ -256,22 +300,38 @@ pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
             format!("QEMU emulates the guest (TCG, several times slower than hardware), because KVM {kvm}"),
         ),
     };
-    Ok(Choice { driver, accelerator, reason })
+    Ok(Choice { driver: DriverKind::Qemu, accelerator, reason })
 }
 
-/// The built-in VMM emulates nothing.
-fn choose_builtin(accelerator: AcceleratorChoice, kvm: &Kvm) -> Result<Choice, HostError> {
-    match (accelerator, kvm) {
-        (AcceleratorChoice::Tcg, _) => Err(HostError::BuiltinEmulates),
+/// Whether nothing speaks against the built-in monitor.
+fn suits_builtin(config: &Config, host: &Host) -> bool {
+    let qemu = &config.hypervisor.qemu;
+    cfg!(target_arch = "x86_64")
+        && host.kvm == Kvm::Usable
+        && config.runtime.accelerator != AcceleratorChoice::Tcg
+        && qemu.path.is_none()
+        && qemu.machine_type == MachineType::Q35
+}
+
+/// The choice of a driver that cannot emulate.
+fn with_kvm_alone(
+    config: &Config,
+    host: &Host,
+    driver: DriverKind,
+    name: &'static str,
+) -> Result<Choice, HostError> {
+    match (config.runtime.accelerator, &host.kvm) {
         (AcceleratorChoice::Auto | AcceleratorChoice::Kvm, Kvm::Usable) => Ok(Choice {
-            driver: DriverKind::Builtin,
+            driver,
             accelerator: Accelerator::Kvm,
-            reason: "the built-in virtual machine monitor runs the guest on the host's hardware virtualisation (KVM)"
-                .to_owned(),
+            reason: format!(
+                "{name} runs the guest on the host's hardware virtualisation (KVM), because the configuration says \
+                 runtime.hypervisor_name = \"{}\"",
+                config.runtime.hypervisor_name
+            ),
         }),
-        (AcceleratorChoice::Auto | AcceleratorChoice::Kvm, kvm) => {
-            Err(HostError::BuiltinWithoutKvm { kvm: kvm.clone() })
-        }
+        (AcceleratorChoice::Tcg, _) => Err(HostError::NoEmulation { name }),
+        (_, kvm) => Err(HostError::DriverNeedsKvm { name, kvm: kvm.clone() }),
     }
 }
 
@@ -285,18 +345,23 @@ pub enum HostError {
         /// What is wrong with it.
         kvm: Kvm,
     },
-    /// The built-in VMM was asked for by name, and it needs KVM.
-    #[error("runtime.hypervisor_name is \"builtin\", which needs KVM, but KVM {kvm}; {next} (or set runtime.hypervisor_name to \"auto\")",
+    /// The driver has no emulation, which was asked for.
+    #[error(
+        "runtime.accelerator is \"tcg\", and {name} cannot emulate; set runtime.hypervisor_name to \"qemu\""
+    )]
+    NoEmulation {
+        /// The VMM.
+        name: &'static str,
+    },
+    /// The driver needs KVM, which cannot be used.
+    #[error("{name} needs KVM, and KVM {kvm}; {next} (or set runtime.hypervisor_name to \"qemu\", which can emulate)",
         next = .kvm.next_step().unwrap_or("try again"))]
-    BuiltinWithoutKvm {
-        /// What is wrong with it.
+    DriverNeedsKvm {
+        /// The VMM.
+        name: &'static str,
+        /// What is wrong with KVM.
         kvm: Kvm,
     },
-    /// The built-in VMM was asked for by name, and emulation as well.
-    #[error(
-        "runtime.hypervisor_name is \"builtin\", which cannot emulate as runtime.accelerator = \"tcg\" wants it; set one of both to \"auto\""
-    )]
-    BuiltinEmulates,
     /// QEMU does not run.
     #[error("{program:?} cannot be run; install QEMU's system emulator or set hypervisor.qemu.path", program = .program.display())]
     Qemu {

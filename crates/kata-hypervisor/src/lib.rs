@@ -1,11 +1,16 @@
 //! Hypervisor drivers behind one small trait.
 //!
 //! ```text
-//!   kata-sandbox ──▶ trait Vm ──┬─ builtin  this project's own VMM on KVM, `kata-vmm run`
-//!                               ├─ qemu   q35 and microvm, KVM or TCG; driven over QMP
-//!                               └─ fake   no guest at all; for tests of what sits above
+//!   kata-sandbox ──▶ trait Vm ──┬─ builtin           this project's own VMM on KVM, `kata-vmm run`
+//!                               ├─ qemu              q35 and microvm, KVM or TCG; driven over QMP
+//!                               ├─ cloud_hypervisor  KVM; driven over HTTP
+//!                               ├─ firecracker       KVM; driven over HTTP; neither shares files nor takes devices
+//!                               └─ fake              no guest at all; for tests of what sits above
 //!                      │
 //!                      ├─ host      what this machine can run, and the choice that follows from it
+//!                      ├─ life      the processes of one machine until their end, and why they ended
+//!                      ├─ files     what a VMM is given as open descriptors
+//!                      ├─ rest      what the drivers over HTTP have in common
 //!                      ├─ slots     which device is plugged in where
 //!                      ├─ process   the one way a child is started, watched, ended and recorded
 //!                      └─ vsock     the back end of the guest's vsock device, `kata-vmm vsock`
@@ -15,12 +20,15 @@
 //! nothing of pods, containers or the agent.
 
 mod builtin;
+mod cloud_hypervisor;
 pub mod fake;
 mod files;
+mod firecracker;
 pub mod host;
 mod life;
 pub mod process;
 mod qemu;
+mod rest;
 mod slots;
 mod vm;
 mod vsock;
@@ -28,9 +36,10 @@ mod vsock;
 pub use builtin::BuiltinError;
 pub use host::{Choice, DriverKind, Host};
 pub use qemu::qmp::QmpError;
+pub use rest::ApiError;
 pub use vm::{
-    Accelerator, Backing, Capabilities, Disk, Growth, HypervisorError, Layout, Machine, Nic, Origin, PciPath,
-    ProcessInfo, SharedFs, Size, Template, Vm, VmExit, VmSpec,
+    Accelerator, Backing, Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Machine, Nic,
+    Origin, PciPath, ProcessInfo, SharedFs, Size, Template, Vm, VmExit, VmSpec,
 };
 pub use vsock::VsockError;
 
@@ -39,5 +48,10 @@ pub fn driver(kind: DriverKind) -> Box<dyn Vm> {
     match kind {
         DriverKind::Builtin => Box::new(builtin::BuiltinVm::new()),
         DriverKind::Qemu => Box::new(qemu::QemuVm::new()),
+        DriverKind::CloudHypervisor => Box::new(cloud_hypervisor::CloudHypervisorVm::new()),
+        DriverKind::Firecracker => Box::new(firecracker::FirecrackerVm::new()),
     }
 }
+
+#[cfg(test)]
+mod tests;

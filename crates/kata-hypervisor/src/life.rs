@@ -4,10 +4,15 @@
 //!   adopt(child) … ─▶ abandon: every child is killed and waited for
 //!                     end(VmExit): published once, for all who wait in exited()
 //! ```
+//!
+//! [`Life`] is for any driver; [`Vmm`] is the rest of what drivers share whose machines are a single process.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::process::{Child, Exit, Tail};
 use crate::vm::{HypervisorError, ProcessInfo, VmExit};
@@ -18,6 +23,9 @@ pub(crate) const CONSOLE_LIMIT: usize = 64 * 1024;
 const PANIC_LINES: usize = 30;
 /// What every Linux kernel says first when it panics.
 const PANIC: &str = "Kernel panic - not syncing";
+/// When an answer fails because a process ends, its end is known a moment later; so is the last of what it said, and the end of
+/// another that it takes along.
+pub(crate) const SETTLE: Duration = Duration::from_millis(300);
 
 /// What a driver and its supervisor have in common.
 #[derive(Debug)]
@@ -31,6 +39,8 @@ pub(crate) struct Life {
 #[derive(Debug, Default)]
 struct Processes {
     stopping: bool,
+    /// The guest has ended itself, and the VMM would start it again.
+    reset: bool,
     children: Vec<Child>,
 }
 
@@ -52,6 +62,12 @@ impl Life {
         if processes.stopping {
             kill(child);
         }
+    }
+
+    /// All processes there ever were.
+    #[cfg(test)]
+    pub(crate) fn children(&self) -> Vec<Child> {
+        self.lock().children.clone()
     }
 
     /// Whether its owner has had enough of it.
@@ -110,6 +126,92 @@ impl Life {
             }
             Exit::Code(0) => VmExit::Clean,
             Exit::Code(code) => VmExit::Code(code, output.to_owned()),
+        }
+    }
+
+    /// The guest has ended itself by a reset: the VMM is ended before it starts the guest anew.
+    pub(crate) fn guest_reset(&self, vmm: &Child) {
+        self.lock().reset = true;
+        kill(vmm);
+    }
+
+    /// Waits until the one VMM of the machine has ended, and publishes the reason. `readers` are the tasks that read what it says.
+    pub(crate) async fn supervise(&self, vmm: Child, readers: Vec<JoinHandle<()>>) {
+        let exit = vmm.wait().await;
+        let stopping = self.stopping();
+        for reader in readers {
+            // A reader that does not come to an end has nothing more to say.
+            let _ = tokio::time::timeout(SETTLE, reader).await;
+        }
+        let exit = if self.lock().reset { Exit::Code(0) } else { exit };
+        let verdict = match stopping {
+            true => VmExit::Stopped,
+            false => self.verdict(exit, &vmm.output_tail(), false),
+        };
+        tracing::debug!(%verdict, "virtual machine has ended");
+        self.end(verdict);
+    }
+}
+
+/// One VMM of a single process, which is driven by way of `A`. Whoever watches its life does not hold on to that.
+#[derive(Debug)]
+pub(crate) struct Vmm<A> {
+    pub life: Arc<Life>,
+    state: Mutex<State<A>>,
+}
+
+#[derive(Debug)]
+struct State<A> {
+    started: bool,
+    api: Option<A>,
+}
+
+impl<A> Default for Vmm<A> {
+    fn default() -> Self {
+        Self { life: Arc::default(), state: Mutex::new(State { started: false, api: None }) }
+    }
+}
+
+impl<A: Clone> Vmm<A> {
+    fn state(&self) -> MutexGuard<'_, State<A>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A machine is started once.
+    pub(crate) fn begin(&self) -> Result<(), HypervisorError> {
+        match std::mem::replace(&mut self.state().started, true) {
+            true => Err(HypervisorError::WrongState { operation: "boot", state: "was started already" }),
+            false => Ok(()),
+        }
+    }
+
+    /// The guest runs.
+    pub(crate) fn runs(&self, api: A) {
+        self.state().api = Some(api);
+    }
+
+    /// The interface of a machine that runs.
+    pub(crate) fn control(&self, operation: &'static str) -> Result<A, HypervisorError> {
+        self.life.check()?;
+        let api = self.state().api.clone();
+        api.ok_or(HypervisorError::WrongState { operation, state: "is not started" })
+    }
+
+    /// Why the guest does not run: that the VMM has ended says more than that it did not answer.
+    pub(crate) async fn explain(
+        &self,
+        error: HypervisorError,
+        program: &Path,
+        vmm: &Child,
+    ) -> HypervisorError {
+        if self.life.stopping() {
+            return HypervisorError::Ended(VmExit::Stopped);
+        }
+        match tokio::time::timeout(SETTLE, vmm.wait()).await {
+            Ok(exit) => {
+                HypervisorError::Refused { program: program.to_owned(), exit, output: vmm.output_tail() }
+            }
+            Err(_) => error,
         }
     }
 }

@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::num::NonZeroU64;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -13,6 +15,7 @@ use thiserror::Error;
 use crate::builtin::BuiltinError;
 use crate::process::{Exit, Identity, Record, RecordError, SpawnError};
 use crate::qemu::qmp::QmpError;
+use crate::rest::ApiError;
 use crate::vsock::VsockError;
 
 /// How the guest's instructions are run.
@@ -58,8 +61,21 @@ impl fmt::Display for Machine {
 pub struct SharedFs {
     /// The tag that the guest mounts.
     pub tag: String,
-    /// The connected end of the daemon's vhost-user socket.
+    /// The daemon's vhost-user socket, opened with `O_PATH`: who has it can connect, whether or not a path leads there.
+    /// Whoever the VMM runs as may write to it.
     pub socket: OwnedFd,
+}
+
+impl SharedFs {
+    /// Connects to the daemon, which takes one connection, for a machine whose directory is `run_dir`.
+    pub(crate) fn connect(&self, run_dir: &Path) -> Result<OwnedFd, HypervisorError> {
+        let connected = UnixStream::connect(format!("/proc/self/fd/{}", self.socket.as_raw_fd()));
+        connected.map(OwnedFd::from).map_err(|source| HypervisorError::File {
+            what: "virtio-fs socket of",
+            path: run_dir.to_owned(),
+            source,
+        })
+    }
 }
 
 /// A network interface: a virtio device whose other end is an open tap.
@@ -73,6 +89,9 @@ pub struct Nic {
     pub mtu: u16,
     /// The tap, one descriptor a queue pair.
     pub queues: Vec<OwnedFd>,
+    /// `/dev/vhost-net`, one descriptor a queue pair: the host's kernel moves the packets. Without any the VMM does. For drivers of
+    /// which [`DriverKind::takes_vhost`](crate::DriverKind::takes_vhost) says that they can.
+    pub vhost: Vec<OwnedFd>,
 }
 
 /// A raw disk: a block device, or a file that holds a file system.
@@ -84,6 +103,15 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest may not write to it. Enforced by the VMM, which gets a descriptor that cannot be written to either.
     pub readonly: bool,
+}
+
+/// What each disk of a machine may move, the disk that it boots from included: both directions together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Most bytes a second.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Most requests a second.
+    pub requests_per_second: Option<NonZeroU64>,
 }
 
 /// Where the guest finds a device: the slot on each bus from the root on, two hexadecimal digits each, as `10/01` for slot 1
@@ -118,7 +146,7 @@ pub struct VmSpec {
     pub id: String,
     /// The pod's directory. The driver puts its sockets here.
     pub run_dir: PathBuf,
-    /// The VMM's executable: `qemu-system-x86_64`, or `kata-vmm`.
+    /// The VMM's executable: `qemu-system-x86_64`, `kata-vmm`, `cloud-hypervisor`, `firecracker`.
     pub program: PathBuf,
     /// The vsock back end's executable: `kata-vmm`, or any program that takes the arguments of `kata-vmm vsock`.
     pub vsock_program: PathBuf,
@@ -149,6 +177,8 @@ pub struct VmSpec {
     pub shared_fs: Option<SharedFs>,
     /// Network interfaces that the machine starts with.
     pub nics: Vec<Nic>,
+    /// Bounds on each disk, those that are added later included.
+    pub disk_limits: DiskLimits,
     /// Who the VMM and the vsock back end run as. Anyone but root runs without capabilities.
     pub identity: Identity,
     /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
@@ -158,8 +188,55 @@ pub struct VmSpec {
     pub template: Option<Template>,
 }
 
+impl VmSpec {
+    /// Refuses what makes no machine, whatever the driver and the host can do.
+    pub(crate) fn check(&self) -> Result<(), HypervisorError> {
+        let reason = match self {
+            Self { vcpus: 0, .. } => "it has no virtual CPU",
+            Self { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
+            Self { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
+            _ => match self.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
+                Some((nic, reason)) => {
+                    return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
+                }
+                None => return Ok(()),
+            },
+        };
+        Err(HypervisorError::InvalidSpec { id: self.id.clone(), reason: reason.to_owned() })
+    }
+
+    /// What a `driver` that holds no disk to limits does not start.
+    pub(crate) fn check_unlimited(&self, driver: &str) -> Result<(), HypervisorError> {
+        if self.disk_limits == DiskLimits::default() {
+            return Ok(());
+        }
+        let next = "unset hypervisor.qemu.disk_rate_limiter_*, or set runtime.hypervisor_name to \"qemu\" or \"builtin\"";
+        Err(HypervisorError::unsupported("holding disks to limits", driver, next))
+    }
+
+    /// What a `driver` that has no templates does not start.
+    pub(crate) fn check_boots(&self, driver: &str) -> Result<(), HypervisorError> {
+        match &self.template {
+            None => Ok(()),
+            Some(_) => Err(HypervisorError::unsupported("starting from a template", driver, BUILTIN_HAS)),
+        }
+    }
+
+    /// Like [`VmSpec::check`], for a `driver` that cannot emulate.
+    pub(crate) fn check_on_kvm(&self, driver: &str) -> Result<(), HypervisorError> {
+        self.check()?;
+        match self.accelerator {
+            Accelerator::Kvm => Ok(()),
+            Accelerator::Tcg => {
+                let next = "set runtime.hypervisor_name to \"qemu\"";
+                Err(HypervisorError::unsupported("emulation (TCG)", driver, next))
+            }
+        }
+    }
+}
+
 /// How far a machine can grow after its start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Growth {
     /// Most virtual CPUs.
     pub vcpus: u32,
@@ -189,6 +266,27 @@ pub struct Size {
     pub memory_mib: u64,
 }
 
+impl Size {
+    /// Refuses what a machine that can have `most` has no room for.
+    pub(crate) fn check_within(self, most: Self) -> Result<(), HypervisorError> {
+        if self.vcpus > most.vcpus {
+            return Err(HypervisorError::TooLarge {
+                wanted: format!("{} virtual CPUs", self.vcpus),
+                most: format!("it can have {}", most.vcpus),
+                next: "see hypervisor.qemu.default_maxvcpus and runtime.static_sandbox_resource_mgmt",
+            });
+        }
+        if self.memory_mib > most.memory_mib {
+            return Err(HypervisorError::TooLarge {
+                wanted: format!("{} MiB of memory", self.memory_mib),
+                most: format!("it can have {} MiB", most.memory_mib),
+                next: "see hypervisor.qemu.default_maxmemory and runtime.static_sandbox_resource_mgmt",
+            });
+        }
+        Ok(())
+    }
+}
+
 /// What a running machine has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -197,6 +295,9 @@ pub struct Layout {
     /// The threads of the host that its CPUs run on, in the order of the CPUs; empty where the driver cannot tell.
     pub vcpu_threads: Vec<u32>,
 }
+
+/// What to do where a driver has no templates.
+const BUILTIN_HAS: &str = "set runtime.hypervisor_name to \"builtin\"";
 
 /// What a driver can do on the machine it was asked for. Everything not listed as `true` answers
 /// [`HypervisorError::Unsupported`].
@@ -254,7 +355,11 @@ pub enum VmExit {
 impl Nic {
     /// Why this makes no network interface, if so.
     pub(crate) fn fault(&self) -> Option<&'static str> {
-        self.queues.is_empty().then_some("it is a network interface without a tap")
+        if self.queues.is_empty() {
+            return Some("it is a network interface without a tap");
+        }
+        let fits = self.vhost.is_empty() || self.vhost.len() == self.queues.len();
+        (!fits).then_some("it has not as many descriptors of /dev/vhost-net as queue pairs, nor none")
     }
 }
 
@@ -339,7 +444,7 @@ pub enum HypervisorError {
     /// A file that the VMM needs could not be opened or prepared.
     #[error("{what} {path:?} cannot be used{next}", path = .path.display(), next = remedy(.what))]
     File {
-        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket`.
+        /// `guest kernel`, `initrd`, `image`, `disk`, `vsock socket` and the like.
         what: &'static str,
         /// Its path.
         path: PathBuf,
@@ -468,6 +573,17 @@ pub enum HypervisorError {
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),
+    /// The VMM's programming interface failed, or refused.
+    #[error("the VMM does not do what it was asked")]
+    Api(#[from] ApiError),
+    /// The VMM has added a device and did not tell where.
+    #[error("{driver} added a device and does not tell where: {said:?} is no place on its bus")]
+    Place {
+        /// The VMM.
+        driver: &'static str,
+        /// What it said instead.
+        said: String,
+    },
     /// The built-in VMM failed, or its socket.
     #[error("the virtual machine monitor does not do what it was asked")]
     Builtin(#[from] BuiltinError),
@@ -477,6 +593,13 @@ pub enum HypervisorError {
     /// The leak record could not be written.
     #[error("the record of the pod's processes and files could not be written")]
     Record(#[from] RecordError),
+}
+
+impl HypervisorError {
+    /// That `driver` cannot do `operation`, and what to do about it.
+    pub(crate) fn unsupported(operation: &'static str, driver: &str, next: &str) -> Self {
+        Self::Unsupported { operation, driver: format!("{driver}; {next}") }
+    }
 }
 
 /// One virtual machine, from before its start until after its end.
@@ -510,8 +633,11 @@ pub trait Vm: Send + Sync {
     /// Writes a paused machine into two empty files. It stays paused.
     async fn snapshot(&self, into: Template) -> Result<(), HypervisorError> {
         drop(into);
-        let driver = "this virtual machine monitor; set runtime.hypervisor_name to \"builtin\"".to_owned();
-        Err(HypervisorError::Unsupported { operation: "writing a machine to files", driver })
+        Err(HypervisorError::unsupported(
+            "writing a machine to files",
+            "this virtual machine monitor",
+            BUILTIN_HAS,
+        ))
     }
 
     /// Adds a disk to the running machine, and answers where the guest finds it. The guest may take a moment to notice.

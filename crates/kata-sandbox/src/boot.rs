@@ -13,6 +13,7 @@ mod image;
 use std::fmt;
 use std::io;
 use std::net::Shutdown;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
@@ -22,6 +23,7 @@ use kata_api::{Announcement, guest, ports};
 use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
 use kata_hypervisor::{Growth, HypervisorError, Nic, Origin, Size, VmExit, VmSpec};
 use kata_image::manifest::ManifestError;
+use rustix::fs::{Mode, OFlags};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 
@@ -468,19 +470,20 @@ fn share_files(pod: &Pod, timeline: &mut Timeline) -> Result<Shared, BootError> 
     Ok((Some(child), Some(kata_hypervisor::SharedFs { tag: guest::SHARE_TAG.to_owned(), socket })))
 }
 
-/// Starts the virtio-fs daemon on one end of a connection that exists before it does.
+/// Starts the virtio-fs daemon on a listener that exists before it does, and answers the one way to that.
 fn spawn_virtiofsd(pod: &Pod, share: &Share) -> Result<(Child, OwnedFd), BootError> {
     let program = pod.artefacts.virtiofsd.as_ref().ok_or(BootError::NoDaemon)?;
     let path = pod.run_dir.join("virtiofsd.vhost");
-    let connect = || -> io::Result<(OwnedFd, OwnedFd)> {
+    let make = || -> io::Result<(OwnedFd, OwnedFd)> {
         pod.record.file(&path).map_err(io::Error::other)?;
         let listener = std::os::unix::net::UnixListener::bind(&path)?;
-        let stream = std::os::unix::net::UnixStream::connect(&path)?;
-        // The one connection is made; nobody else gets in.
+        // For the VMM's user. Nobody else gets in: the path is gone before there is a daemon.
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+        let way = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         std::fs::remove_file(&path)?;
-        Ok((listener.into(), stream.into()))
+        Ok((listener.into(), way))
     };
-    let (listener, stream) = connect().map_err(|source| BootError::Socket { path: path.clone(), source })?;
+    let (listener, way) = make().map_err(|source| BootError::Socket { path: path.clone(), source })?;
     let qemu = &pod.config.hypervisor.qemu;
     let child = Spawn::new("virtiofsd", program)
         .args(["--listen-fd", &FIRST_FD.to_string(), "--shared-dir"])
@@ -491,7 +494,7 @@ fn spawn_virtiofsd(pod: &Pod, share: &Share) -> Result<(Child, OwnedFd), BootErr
         // It holds one descriptor for each file that the guest knows.
         .open_files(u64::from(u32::MAX))
         .spawn(&pod.record)?;
-    Ok((child, stream))
+    Ok((child, way))
 }
 
 /// Waits for the agent's announcement and connects; an agent that does not announce itself is dialled meanwhile.
@@ -581,6 +584,22 @@ fn sandbox_request(pod: &Pod, shared: bool) -> CreateSandboxRequest {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bound_of_a_disk_is_counted_in_bytes_and_never_becomes_none() {
+        let limits = |bits, operations| {
+            let config = kata_config::Qemu {
+                disk_rate_limiter_bw_max_rate: bits,
+                disk_rate_limiter_ops_max_rate: operations,
+                ..kata_config::Qemu::default()
+            };
+            let DiskLimits { bytes_per_second, requests_per_second } = disk_limits(&config);
+            (bytes_per_second.map_or(0, NonZeroU64::get), requests_per_second.map_or(0, NonZeroU64::get))
+        };
+        assert_eq!(limits(0, 0), (0, 0));
+        assert_eq!(limits(80_000_000, 100), (10_000_000, 100));
+        assert_eq!(limits(1, 1), (1, 1));
+    }
 
     #[test]
     fn excerpt_is_the_last_lines() {

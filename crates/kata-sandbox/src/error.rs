@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kata_hypervisor::DriverKind;
+
 use crate::agent_client::AgentError;
 use crate::boot::BootError;
 use crate::guest_spec::GuestSpecError;
@@ -194,6 +196,16 @@ pub enum SandboxError {
     /// The pod does not get what it was promised of the host.
     #[error("the pod cannot have the processors and the memory that it was promised")]
     Resources(#[source] Arc<ResourceError>),
+    /// The driver has not what the configuration asks for.
+    #[error("the pod cannot be made: {driver} {lacks}; {next}")]
+    Driver {
+        /// The driver.
+        driver: DriverKind,
+        /// What it has not, as the end of a sentence.
+        lacks: &'static str,
+        /// What to do about it.
+        next: &'static str,
+    },
     /// No identity for the pod's processes.
     #[error("no identity for the pod's processes")]
     Identity(#[source] Arc<IdentityError>),
@@ -221,7 +233,7 @@ impl SandboxError {
             Self::UnknownProcess(_) | Self::AlreadyEnded(_) => ErrorKind::NotFound,
             Self::ProcessExists(_) | Self::LeftOver(_) => ErrorKind::AlreadyExists,
             Self::InvalidId(_) => ErrorKind::InvalidArgument,
-            Self::DirectNetwork(_) => ErrorKind::Unimplemented,
+            Self::Driver { .. } | Self::DirectNetwork(_) => ErrorKind::Unimplemented,
             Self::WrongStatus { .. } | Self::ExecRuns { .. } | Self::Busy { .. } => {
                 ErrorKind::FailedPrecondition
             }

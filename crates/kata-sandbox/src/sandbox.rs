@@ -303,6 +303,13 @@ pub(crate) fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, Uni
 
 fn assemble(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
     let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network, resources } = spec;
+    if config.hypervisor.qemu.shared_fs == SharedFs::VirtioFs && !vm.capabilities().shared_fs {
+        return Err(SandboxError::Driver {
+            driver: choice.driver,
+            lacks: "cannot share files of the host with the guest, as shared_fs = \"virtio-fs\" asks for",
+            next: "set runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\"",
+        });
+    }
     let directly = config.runtime.dan_conf.join(format!("{id}.json"));
     if config.runtime.dan_conf.is_absolute() && directly.exists() {
         return Err(SandboxError::DirectNetwork(directly));
@@ -326,7 +333,7 @@ fn assemble(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListene
     timeline.add(Layer::Host, "share", start);
     let hybrid = run_dir.join("kata.hvsock");
     let created_at = SystemTime::now();
-    let network = network.map(|network| Network::new(network, Wiring::of(&config)));
+    let network = network.map(|network| Network::new(network, Wiring::of(&config, choice.driver)));
     let pod = Arc::new(Pod {
         hostname: hostname.unwrap_or_else(|| id.clone()),
         id,

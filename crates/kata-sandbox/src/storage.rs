@@ -36,8 +36,8 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use kata_config::direct_volume::ClaimError;
-use kata_hypervisor::HypervisorError;
 use kata_hypervisor::process::{Record, RecordError};
+use kata_hypervisor::{DriverKind, HypervisorError};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use tokio::sync::watch;
@@ -127,6 +127,18 @@ pub enum StorageError {
         limit = copy::SIZE_MAX / 1024
     )]
     NoShare(PathBuf),
+    /// There is no way for a container's root into the guest.
+    #[error(
+        "{path} cannot reach the guest: {driver} neither shares files of the host nor takes disks while it runs; set \
+         runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\"",
+        path = .path.display()
+    )]
+    NoWay {
+        /// The root.
+        path: PathBuf,
+        /// The driver.
+        driver: DriverKind,
+    },
     /// A volume of huge pages without a bound.
     #[error(
         "{path} has no bound: the guest sets huge pages aside before they are used, so the container needs a limit of \
@@ -191,7 +203,7 @@ impl StorageError {
             | Self::Options { .. }
             | Self::HugePages(_)
             | Self::DirectVolume { .. } => ErrorKind::InvalidArgument,
-            Self::Device(_) | Self::NoShare(_) => ErrorKind::Unimplemented,
+            Self::Device(_) | Self::NoShare(_) | Self::NoWay { .. } => ErrorKind::Unimplemented,
             Self::Busy(_) | Self::ReadOnly(_) | Self::Taken { .. } => ErrorKind::FailedPrecondition,
             Self::Killed => ErrorKind::Unavailable,
             Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {

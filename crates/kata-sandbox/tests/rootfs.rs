@@ -259,6 +259,37 @@ async fn pod_without_a_share_refuses_what_cannot_be_copied_and_names_the_key() {
 }
 
 #[tokio::test]
+async fn pod_is_refused_where_its_driver_cannot_share_files() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.vm = FakeVm::new().without_share();
+    let error = rig.launch().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unimplemented);
+    assert_eq!(
+        error.to_string(),
+        "the pod cannot be made: qemu cannot share files of the host with the guest, as shared_fs = \"virtio-fs\" asks for; \
+         set runtime.hypervisor_name to \"qemu\", \"builtin\" or \"cloud-hypervisor\""
+    );
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn container_is_refused_where_no_way_leads_to_the_guest_and_another_driver_is_named() {
+    let Some(mut rig) = unshared().await else { return };
+    rig.vm = FakeVm::new().without_share().without_hotplug();
+    let (pod, image) = (rig.pod().await, blank(&rig));
+    let plain = rig.container("c", &["sleep"], Stdio::default());
+    for container in [plain, on_disk(&rig, &image, "ext4", &["loop"])] {
+        let error = pod.create_container(container).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unimplemented, "{}", error.chain());
+        let text = error.chain();
+        assert!(text.contains("neither shares files of the host nor takes disks while it runs"), "{text}");
+        assert!(text.contains("\"cloud-hypervisor\""), "{text}");
+    }
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
 async fn shared_memory_is_one_for_the_pod_and_of_the_hosts_size() {
     let Some(rig) = Rig::new().await else { return };
     let (pod, shm) = (rig.pod().await, rig.dir.path().join("shm"));

@@ -46,8 +46,8 @@ fn look(config: &Config) -> Findings {
         Ok(())
     });
     let choice = choose(config, &host);
-    let needs_qemu = choice.as_ref().is_ok_and(|choice| choice.driver == DriverKind::Qemu);
-    let artefacts = Artefacts::locate(config, needs_qemu);
+    let driver = choice.as_ref().map_or(config.runtime.hypervisor_name, |choice| choice.driver.into());
+    let artefacts = Artefacts::locate(config, driver);
     let builtin = choice.as_ref().is_ok_and(|choice| choice.driver == DriverKind::Builtin);
     let jail = artefacts.as_ref().ok().filter(|_| builtin).map(|found| jail(&found.kata_vmm, config));
     Findings { qemu, choice, artefacts, jail, host }

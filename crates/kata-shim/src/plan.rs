@@ -1,7 +1,7 @@
 //! Everything that can be wrong before the pod exists: the configuration, the programs and the guest image, the host.
 
 use kata_config::{ArtefactError, Artefacts, Config, ConfigErrors, Sources};
-use kata_hypervisor::host::{Choice, DriverKind, Host, HostError, choose};
+use kata_hypervisor::host::{Choice, Host, HostError, choose};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -25,8 +25,7 @@ impl Plan {
     pub(crate) fn make(sources: &Sources) -> Result<Self, PlanError> {
         let config = Config::load(sources).map_err(PlanError::Config)?;
         let choice = choose(&config, &Host::probe()).map_err(PlanError::Host)?;
-        let needs_qemu = choice.driver == DriverKind::Qemu;
-        let artefacts = Artefacts::locate(&config, needs_qemu).map_err(PlanError::Artefacts)?;
+        let artefacts = Artefacts::locate(&config, choice.driver.into()).map_err(PlanError::Artefacts)?;
         Ok(Self { config, artefacts, choice })
     }
 }

@@ -1,36 +1,31 @@
 //! How much goes through a pod's network per second with our runtime and with runc, on the same bridge under one containerd.
 //!
-//! `network-ratios COUNT` prints one JSON object: for each way the Gbit/s of `kata` and `runc`, measured by iperf3. Programs and
-//! image are named by the variables of the tests.
+//! `network-ratios COUNT DIRECTORY` prints one JSON object: for each way the Gbit/s of `kata` and `runc`, measured by the iperf3 of
+//! that directory, and where the host has `/dev/vhost-net` of `without` it, too. Programs, image and driver are named by the
+//! variables of the tests.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use kata_testkit::containerd::Version;
-use kata_testkit::cri::{Container, Cri, Pod};
+use kata_testkit::cri::{Container, Cri, Pod, handler};
+use kata_testkit::host::Host;
 
-const HANDLERS: [&str; 2] = ["kata", "runc"];
 /// The bridge's own address.
 const HOST: &str = "10.89.0.1";
 const SECONDS: u32 = 2;
 /// iperf3 in a container, with the libraries that came along.
 const IPERF: &str = "/iperf/loader --library-path /iperf /iperf/iperf3";
 
-/// A directory of the host with iperf3 and all that it needs.
-fn program(cri: &Cri) -> PathBuf {
-    let dir = cri.host().scratch("iperf");
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::copy("/usr/bin/iperf3", dir.join("iperf3")).expect("iperf3 is installed");
-    let needs = Command::new("ldd").arg("/usr/bin/iperf3").output().unwrap();
-    let needs = String::from_utf8(needs.stdout).unwrap();
-    for library in needs.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new) {
-        let name = library.file_name().unwrap();
-        let loader = name.to_string_lossy().starts_with("ld-");
-        std::fs::copy(library, dir.join(if loader { "loader".as_ref() } else { name })).unwrap();
-    }
-    dir
+/// The handler `without`, whose machine monitor moves the packets itself.
+fn without_vhost(host: &Host) -> String {
+    let file = host.scratch("without.toml");
+    host.configure_at(&file, "[runtime]\n[hypervisor.qemu]\ndisable_vhost_net = true\n");
+    let options =
+        "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.without.options]\nConfigPath = ";
+    handler(Version::V1, "without", "io.containerd.kata.v2", &format!("{options}{file:?}\n"))
 }
 
 fn start<'a>(pod: &'a Pod<'a>, program: &Path, script: &str) -> Container<'a> {
@@ -48,12 +43,15 @@ fn main() {
     let count: usize = std::env::args()
         .nth(1)
         .and_then(|word| word.parse().ok())
-        .expect("the argument is the number of runs");
-    let cri = Cri::new(Version::V1).expect("the variables of the tests are set");
-    let program = program(&cri);
-    let mut on_host = cri.containerd().beside("iperf3").args(["-s"]).stdout(Stdio::null()).spawn().unwrap();
+        .expect("the first argument is the number of runs");
+    let program = PathBuf::from(std::env::args().nth(2).expect("the second is the directory with iperf3"));
+    let cri = Cri::with_handlers(Version::V1, without_vhost).expect("the variables of the tests are set");
+    let mut on_host = cri.containerd().beside(program.join("loader"));
+    on_host.arg("--library-path").arg(&program).arg(program.join("iperf3")).arg("-s");
+    let mut on_host = on_host.stdout(Stdio::null()).spawn().unwrap();
     let mut figures: BTreeMap<&str, BTreeMap<&str, Vec<f64>>> = BTreeMap::new();
-    for handler in HANDLERS {
+    let vhost = std::fs::File::options().read(true).write(true).open("/dev/vhost-net").is_ok();
+    for handler in ["kata", "runc", "without"].into_iter().filter(|name| vhost || *name != "without") {
         let [client, server] =
             ["client", "server"].map(|name| cri.pod(&format!("{name}-{handler}")).handler(handler).run());
         let address = server.address();

@@ -5,6 +5,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::driver::Driver;
 use crate::leaks;
 
 /// Ids that each test's children run under: disjoint, so that what is left over names its test.
@@ -49,9 +50,9 @@ impl Host {
     /// The same in another file. `KATA_TEST_HYPERVISOR` names the driver where the test does not.
     pub fn configure_at(&self, path: &Path, text: &str) {
         let mut ids = format!("[runtime]\nuid_range = \"{}-{}\"\n", self.ids.start, self.ids.end - 1);
-        let driver = std::env::var("KATA_TEST_HYPERVISOR").ok();
-        if let Some(driver) = driver.filter(|_| !text.contains("hypervisor_name")) {
-            ids.push_str(&format!("hypervisor_name = \"{driver}\"\n"));
+        let named = std::env::var_os("KATA_TEST_HYPERVISOR").is_some() && !text.contains("hypervisor_name");
+        if named {
+            ids.push_str(&format!("hypervisor_name = \"{}\"\n", Driver::under_test().name()));
         }
         let text =
             if text.contains("[runtime]") { text.replacen("[runtime]\n", &ids, 1) } else { ids + text };
@@ -185,8 +186,10 @@ impl Drop for Host {
     }
 }
 
-/// Waits until `probe` finds something; fails the test when `patience` is over.
+/// Waits until `probe` finds something; fails the test when `patience` is over. In the lab, where machines are emulated within an
+/// emulated one, everybody has more of it.
 pub fn wait_for<T>(what: &str, patience: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
+    let patience = if std::env::var_os("KATA_TEST_LAB").is_some() { patience * 4 } else { patience };
     let begin = Instant::now();
     loop {
         if let Some(found) = probe() {

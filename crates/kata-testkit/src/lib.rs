@@ -12,6 +12,7 @@ use std::path::Path;
 
 pub mod containerd;
 pub mod cri;
+pub mod driver;
 pub mod fake_agent;
 pub mod host;
 pub mod leaks;

@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use kata_testkit::containerd::{Containerd, Events, IMAGE, Version, send};
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{stderr, stdout, wait_for};
 use kata_testkit::with_each_containerd;
 use rustix::process::Signal;
@@ -146,7 +147,8 @@ fn part_gets(rig: &Containerd, part: &str, signal: Signal, reason: &[&str]) {
 }
 
 fn killed_machine_is_an_exit_with_the_reason(rig: &mut Containerd) {
-    part_gets(rig, "qemu-system", Signal::KILL, &["qemu", "killed"]);
+    let driver = Driver::under_test();
+    part_gets(rig, driver.program(), Signal::KILL, &[driver.process(), "killed"]);
 }
 
 fn killed_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
@@ -154,7 +156,8 @@ fn killed_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
 }
 
 fn stopped_machine_is_an_exit_with_the_reason(rig: &mut Containerd) {
-    part_gets(rig, "qemu-system", Signal::STOP, &["qemu"]);
+    let driver = Driver::under_test();
+    part_gets(rig, driver.program(), Signal::STOP, &[driver.process()]);
 }
 
 fn stopped_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
@@ -162,11 +165,15 @@ fn stopped_file_server_is_an_exit_with_the_reason(rig: &mut Containerd) {
 }
 
 fn killed_vsock_device_is_an_exit_with_the_reason(rig: &mut Containerd) {
-    part_gets(rig, "kata-vmm", Signal::KILL, &["vsock"]);
+    if Driver::under_test().has_vsock_process() {
+        part_gets(rig, "kata-vmm", Signal::KILL, &["vsock"]);
+    }
 }
 
 fn stopped_vsock_device_is_an_exit_with_the_reason(rig: &mut Containerd) {
-    part_gets(rig, "kata-vmm", Signal::STOP, &["vsock", "health_timeout_ms"]);
+    if Driver::under_test().has_vsock_process() {
+        part_gets(rig, "kata-vmm", Signal::STOP, &["vsock", "health_timeout_ms"]);
+    }
 }
 
 fn stopped_owner_is_cleaned_up_after_within_containerds_bound(rig: &mut Containerd) {
@@ -198,7 +205,8 @@ fn cancelled_create_leaves_nothing(rig: &mut Containerd) {
     }
     let words = rig.run(&["--rm", IMAGE, "half", "echo", "no"]);
     let mut client = rig.ctr(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    rig.host().wait_for("the machine", || rig.host().pids_of("qemu-system").first().copied());
+    rig.host()
+        .wait_for("the machine", || rig.host().pids_of(Driver::under_test().program()).first().copied());
     client.kill().unwrap();
     assert_eq!(stdout(&client.wait_with_output().unwrap()), "");
     wait_for("the task to be gone", NOTICED, || rig.status("half").is_none().then_some(()));

@@ -4,6 +4,7 @@
 use std::os::unix::net::UnixStream;
 
 use kata_testkit::containerd::Containerd;
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{stderr, stdout};
 use kata_testkit::with_each_containerd;
 
@@ -32,7 +33,7 @@ fn further_container_joins_the_pods_owner_and_machine(rig: &mut Containerd) {
     }
     of_pod(rig, "pod");
     of_pod(rig, "side");
-    for part in ["qemu-system", "containerd-shim"] {
+    for part in [Driver::under_test().program(), "containerd-shim"] {
         assert_eq!(rig.host().pids_of(part).len(), 1, "one {part} for both");
     }
     // One kernel, the namespaces that a pod shares, and those that are a container's own.

@@ -3,6 +3,7 @@
 
 use kata_testkit::containerd::Version;
 use kata_testkit::cri::{Code, Cri, Status};
+use kata_testkit::driver::Driver;
 use rustix::process::Signal;
 
 fn v2(test: fn(&mut Cri)) {
@@ -84,7 +85,7 @@ fn dead_pod_says_why_it_died() {
     v2(|cri| {
         let pod = cri.pod("pod").run();
         let main = pod.container("main").idle().start();
-        let vmm = cri.host().pids_of("qemu-system")[0];
+        let vmm = cri.host().pids_of(Driver::under_test().program())[0];
         kata_testkit::containerd::send(vmm, Signal::KILL);
         assert_eq!(main.wait().exit_code, 255);
         let late = pod.container("late").idle().try_start().err().unwrap();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use kata_testkit::containerd::{Containerd, Version, send};
 use kata_testkit::cri::{Cri, Pod, PodPlan, api, handler};
+use kata_testkit::driver::Driver;
 use rustix::process::Signal;
 
 /// How long the death of a machine may go unnoticed at most.
@@ -98,7 +99,7 @@ fn pod_outlives_containerd_and_a_dead_machine_is_told_with_the_reason() {
         let pod = pod(cri, "dies").run();
         let main = pod.container("main").idle().start();
         let begin = Instant::now();
-        let machines = cri.host().pids_of("qemu-system-x86_64");
+        let machines = cri.host().pids_of(Driver::under_test().program());
         machines.iter().for_each(|pid| send(*pid, Signal::KILL));
         assert_eq!(main.wait().exit_code, 255);
         cri.host().wait_for("the pod not to be ready", || (!pod.is_ready()).then_some(()));

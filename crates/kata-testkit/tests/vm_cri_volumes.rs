@@ -71,6 +71,20 @@ fn raw_block_volume_is_a_device_of_the_container_and_of_no_other() {
     assert!(data.begins_with("from the pod.") && kept.begins_with("only to be read"));
 }
 
+#[test]
+fn disk_that_the_host_loses_is_an_error_of_that_disk_and_the_pod_lives() {
+    let Some(cri) = Cri::new(Version::V2) else { return };
+    let data = LoopDevice::new(cri.host().scratch("data.img"), "there");
+    let pod = cri.pod("loses").run();
+    let main = with_device(pod.container("main").idle(), &data, "/dev/data", "rwm").start();
+    assert_eq!(main.sh("head -c 5 /dev/data").text(), "there");
+    std::fs::File::options().write(true).open(&data.file).unwrap().set_len(0).unwrap();
+    let lost = main.sh("dd if=/dev/data bs=512 skip=6144 count=1 of=/dev/null");
+    assert!(lost.code != 0 && lost.stderr.contains("I/O error"), "{lost:?}");
+    assert_eq!(main.sh("echo lives").text(), "lives\n");
+    pod.remove();
+}
+
 /// kubelet's directory of a volume, with one key where it has a text.
 fn volume(cri: &Cri, plugin: &str, name: &str, text: Option<&str>) -> PathBuf {
     let path = cri.host().scratch("pods/4711/volumes").join(plugin).join(name);

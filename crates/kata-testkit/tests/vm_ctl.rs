@@ -7,6 +7,7 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use kata_testkit::containerd::{Containerd, Version};
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{Host, stderr, stdout, wait_for};
 use serde_json::Value;
 
@@ -56,7 +57,11 @@ fn list_and_inspect_tell_what_a_pod_is() {
     assert_eq!(pod["config"]["hypervisor"]["qemu"]["default_memory"], 2048);
     assert!(Path::new(pod["paths"]["owner_log"].as_str().unwrap()).exists());
     assert!(
-        pod["made_on_host"].as_array().unwrap().iter().any(|it| it["process"]["name"] == "qemu"),
+        pod["made_on_host"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|it| it["process"]["name"] == Driver::under_test().process()),
         "{pod}"
     );
     assert!(pod["timeline"].as_array().unwrap().len() > 5);
@@ -349,7 +354,7 @@ fn check_tells_everything_about_the_host_and_can_be_strict() {
         "/dev/kvm",
         "nested",
         "tun",
-        "vhost",
+        "vhost-net",
         "cgroups",
         "hugepages",
         "IOMMU",
@@ -399,7 +404,11 @@ fn env_and_version_tell_what_a_pod_is_made_of() {
     let env = json(&host.output(["env", "--json"]));
     assert_eq!(env["config"]["file"], host.config().display().to_string());
     assert_eq!(env["directories"]["run"], host.run_dir().display().to_string());
-    assert!(env["host"]["memory_mib"].as_u64().unwrap() > 0 && env["vmm"]["driver"] == "qemu", "{env}");
+    assert!(
+        env["host"]["memory_mib"].as_u64().unwrap() > 0
+            && env["vmm"]["driver"] == Driver::under_test().name(),
+        "{env}"
+    );
     assert!(done(&host.output(["env"])).contains("host.kernel"));
 
     let parts = json(&host.output(["version", "--all", "--json"]));

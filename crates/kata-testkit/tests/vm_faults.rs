@@ -5,6 +5,7 @@ use std::io::Read;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{Host, stderr, stdout};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -32,7 +33,7 @@ fn missing_kernel_is_named() {
 #[test]
 fn missing_machine_emulator_is_named() {
     let Some(host) = Host::new() else { return };
-    host.configure("[hypervisor.qemu]\npath = \"/no/such/qemu\"\n");
+    host.configure("[hypervisor.qemu]\npath = \"/no/such/qemu\"\n[runtime]\nhypervisor_name = \"qemu\"\n");
     says(&host.sh(&[], "true"), &["/no/such/qemu"]);
 }
 
@@ -79,10 +80,11 @@ fn machine_killed_while_booting_is_told() {
     let Some(host) = Host::new() else { return };
     let image = host.image();
     let child = host.ctl(["run", "--rm", &image, "true"]).stderr(Stdio::piped()).spawn().unwrap();
-    let machine = host.wait_for("the machine", || host.pids_of("qemu-system").first().copied());
+    let machine =
+        host.wait_for("the machine", || host.pids_of(Driver::under_test().program()).first().copied());
     kill(machine);
     let output = child.wait_with_output().unwrap();
-    says(&output, &["qemu", "killed"]);
+    says(&output, &[Driver::under_test().process(), "killed"]);
 }
 
 /// Runs a container that says when it is up, kills one process of the pod, and answers what the client said then.
@@ -97,7 +99,9 @@ fn killed_while_running(host: &Host, program: &str) -> (Output, Duration) {
     let mut up = [0; 3];
     child.stdout.as_mut().unwrap().read_exact(&mut up).unwrap();
     let begin = Instant::now();
-    for pid in host.pids_of(program) {
+    let parts = host.pids_of(program);
+    assert!(!parts.is_empty(), "no {program} runs");
+    for pid in parts {
         let _ = kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL);
     }
     let output = child.wait_with_output().unwrap();
@@ -107,7 +111,7 @@ fn killed_while_running(host: &Host, program: &str) -> (Output, Duration) {
 #[test]
 fn machine_killed_while_running_ends_the_pod_with_the_reason() {
     let Some(host) = Host::new() else { return };
-    let (output, after) = killed_while_running(&host, "qemu-system");
+    let (output, after) = killed_while_running(&host, Driver::under_test().program());
     says(&output, &["VMM", "killed"]);
     assert!(after < Duration::from_secs(5), "{after:?}");
 }
@@ -122,7 +126,7 @@ fn file_server_killed_while_running_ends_the_pod_with_the_reason() {
 
 #[test]
 fn vsock_device_killed_while_running_ends_the_pod_with_the_reason() {
-    let Some(host) = Host::new() else { return };
+    let Some(host) = Host::new().filter(|_| Driver::under_test().has_vsock_process()) else { return };
     let (output, after) = killed_while_running(&host, "kata-vmm");
     says(&output, &["vsock"]);
     assert!(after < Duration::from_secs(5), "{after:?}");

@@ -6,8 +6,10 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use kata_testkit::containerd::Version;
+use kata_testkit::cri::{Container, Cri, handler};
 use kata_testkit::host::{Host, stderr, stdout};
 
 /// Whether this is the lab, where all of it has to be there; says (and counts) if not.
@@ -26,20 +28,22 @@ fn accelerator_kvm_boots_a_guest_that_sees_kvms_clock() {
     }
     let host = Host::new().unwrap();
     let clock = "cat /sys/devices/system/clocksource/clocksource0/available_clocksource";
-    let output = host.sh(&["--timing", "--memory", "256M", "--set", "runtime.accelerator=kvm"], clock);
+    let kvm = ["--hypervisor", "qemu", "--set", "runtime.accelerator=kvm"];
+    let output = host.sh(&[&["--timing", "--memory", "256M"][..], &kvm].concat(), clock);
     assert!(stdout(&output).contains("kvm-clock"), "{}{}", stdout(&output), stderr(&output));
     assert!(stderr(&output).contains("qemu with kvm"), "{}", stderr(&output));
 }
 
 #[test]
-fn accelerator_is_kvm_without_being_asked_for_and_tcg_if_asked_for() {
+fn built_in_monitor_is_taken_without_being_asked_for_and_qemu_where_emulation_is() {
     if !in_the_lab() {
         return;
     }
     let host = Host::new().unwrap();
+    host.configure("[runtime]\nhypervisor_name = \"auto\"\n");
     let output = host.output(["check"]);
-    assert!(stdout(&output).contains("qemu with kvm"), "{}{}", stdout(&output), stderr(&output));
-    host.configure("[runtime]\naccelerator = \"tcg\"\n");
+    assert!(stdout(&output).contains("builtin with kvm"), "{}{}", stdout(&output), stderr(&output));
+    host.configure("[runtime]\nhypervisor_name = \"auto\"\naccelerator = \"tcg\"\n");
     let output = host.output(["check"]);
     assert!(stdout(&output).contains("accelerator = \"tcg\""), "{}{}", stdout(&output), stderr(&output));
 }
@@ -93,6 +97,107 @@ fn vhost_devices_and_all_controllers_of_cgroup_v2_are_there() {
     for controller in ["cpuset", "cpu", "io", "memory", "pids"] {
         assert!(controllers.split_whitespace().any(|one| one == controller), "{controllers}");
     }
+}
+
+/// Each driver, and its program.
+const DRIVERS: [(&str, &str); 2] = [("qemu", "qemu-system"), ("builtin", "kata-vmm")];
+
+/// A containerd with a handler for each driver, of the driver's name.
+fn with_each_driver(settings: &str) -> Cri {
+    let handlers = |host: &Host| {
+        DRIVERS
+            .map(|(driver, _)| {
+                let file = host.scratch(&format!("{driver}.toml"));
+                host.configure_at(&file, &format!("[runtime]\nhypervisor_name = \"{driver}\"\n{settings}"));
+                let options =
+                    format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{driver}.options]");
+                handler(
+                    Version::V1,
+                    driver,
+                    "io.containerd.kata.v2",
+                    &format!("{options}\nConfigPath = {file:?}\n"),
+                )
+            })
+            .concat()
+    };
+    Cri::with_handlers(Version::V1, handlers).unwrap()
+}
+
+/// The kernel's threads that move packets for a process, each with the processor time that it had, in ticks.
+fn movers(process: u32) -> Vec<u64> {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let stat = |thread: &Path| std::fs::read_to_string(thread.join("stat")).unwrap_or_default();
+    let stats = threads.map(|thread| stat(&thread.unwrap().path()));
+    stats
+        .filter(|stat| stat.contains(" (vhost-"))
+        .map(|stat| {
+            // User and system time (proc_pid_stat(5), 14 and 15): the third field follows the name.
+            let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+            fields.iter().skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+        })
+        .collect()
+}
+
+#[test]
+fn hosts_kernel_moves_the_packets_of_each_drivers_pod_and_its_disks_are_held_to_their_limits() {
+    if !in_the_lab() {
+        return;
+    }
+    let cri = with_each_driver(
+        "emptydir_mode = \"block-plain\"\n[hypervisor.qemu]\ndisk_rate_limiter_bw_max_rate = 33554432\n",
+    );
+    for (driver, program) in DRIVERS {
+        let volume = cri.host().scratch(&format!("pods/{driver}/volumes/kubernetes.io~empty-dir/dir"));
+        std::fs::create_dir_all(&volume).unwrap();
+        let pod = cri.pod(driver).handler(driver).run();
+        let serve = "dd if=/dev/zero of=/dev/shm/data bs=1M count=48; httpd -f -p 80 -h /dev/shm";
+        let main = pod.container("main").mount(&volume, "/dir").sh(serve).start();
+        let monitor = *cri.host().pids_of(program).first().unwrap();
+        assert_eq!(movers(monitor).len(), 1, "{driver}");
+
+        let source = format!("http://{}/data", pod.address());
+        cri.host().wait_for("the server", || {
+            let mut fetch = cri.containerd().beside("busybox");
+            let fetched = fetch.args(["wget", "-qO", "/dev/null", &source]).stderr(Stdio::null()).status();
+            fetched.unwrap().success().then_some(())
+        });
+        assert!(movers(monitor).first().is_some_and(|ticks| *ticks > 0), "{driver}: it did no work");
+        late_interface_is_reached(&cri, &main, driver, monitor);
+        disk_is_no_faster_than_its_limit(&main, driver);
+        pod.remove();
+    }
+}
+
+fn late_interface_is_reached(cri: &Cri, main: &Container<'_>, driver: &str, monitor: u32) {
+    let outside = |line: &str| {
+        let output = cri.containerd().beside("ip").args(line.split(' ')).output().unwrap();
+        assert!(output.status.success(), "{line}: {}", stderr(&output));
+    };
+    let owner = *cri.host().pids_of("containerd-shim-kata").first().unwrap();
+    let namespace = format!("/proc/{owner}/ns/net");
+    outside("link add late0 type veth peer name eth1");
+    outside("addr add 10.90.0.1/24 dev late0");
+    outside("link set late0 up");
+    outside(&format!("link set eth1 netns {namespace}"));
+    for line in ["ip addr add 10.90.0.2/24 dev eth1", "ip link set eth1 up"] {
+        let inside = Command::new("nsenter").arg(format!("--net={namespace}")).args(line.split(' ')).status();
+        assert!(inside.unwrap().success(), "{line}");
+    }
+    cri.host()
+        .wait_for("the late interface", || (main.sh("ping -c 1 -W 5 10.90.0.1").code == 0).then_some(()));
+    assert_eq!(movers(monitor).len(), 2, "{driver}");
+    outside("link del late0");
+    cri.host().wait_for("it to go", || (movers(monitor).len() == 1).then_some(()));
+}
+
+fn disk_is_no_faster_than_its_limit(main: &Container<'_>, driver: &str) {
+    let begin = Instant::now();
+    let wrote =
+        main.sh("dd if=/dev/zero of=/dir/data bs=1M count=16 conv=fsync; grep -c ' /dir ext4 ' /proc/mounts");
+    let took = begin.elapsed();
+    assert!(wrote.stdout.ends_with("1\n"), "{driver}: {wrote:?}");
+    // 16 MiB at 4 MiB a second, less what may pass at once.
+    assert!(took > Duration::from_millis(3500), "{driver}: {took:?}");
 }
 
 /// A verity device over files in a directory of its own; closed when dropped.

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{Host, stderr, stdout};
 
 fn detached(host: &Host, name: &str, script: &str) {
@@ -131,7 +132,7 @@ fn kill_ends_the_pod_and_its_status_stays_readable() {
     assert!(host.output(["kill", "-s", "USR1", "brief"]).status.success());
     host.wait_for("the pod's end", || ps(&host, true).contains("exited (9)").then_some(()));
     assert!(!ps(&host, false).contains("brief"));
-    assert!(host.pids_of("qemu-system").is_empty(), "a stopped pod keeps no machine");
+    assert!(host.pids_of(Driver::under_test().program()).is_empty(), "a stopped pod keeps no machine");
     let text = stdout(&host.output(["ps", "-a", "--json"]));
     assert!(text.contains("\"exit_code\": 9") || text.contains("\"exit_code\":9"), "{text}");
     assert!(host.output(["rm", "brief"]).status.success());

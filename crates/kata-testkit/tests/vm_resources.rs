@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use kata_testkit::containerd::{Containerd, Docker, Events, Version};
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{stderr, stdout};
 
 const IDLE: &str = "exec sleep 1000";
@@ -59,7 +60,7 @@ fn memory_cgroup(path: &str) -> PathBuf {
 }
 
 fn vmm(rig: &Containerd) -> u32 {
-    let found = rig.host().pids_of("qemu-system");
+    let found = rig.host().pids_of(Driver::under_test().program());
     assert_eq!(found.len(), 1, "{found:?}");
     found.first().copied().unwrap()
 }
@@ -87,7 +88,7 @@ fn a_small_pod_can_use_all_it_was_promised_in_its_own_cgroup() {
     assert!((100..184).contains(&total), "{total} MiB");
 
     // All of the pod is in its cgroup, and the owner too.
-    for name in ["qemu-system", "containerd-shim", "kata-virtiofsd", "kata-vmm"] {
+    for name in [Driver::under_test().program(), "containerd-shim", "kata-virtiofsd", "kata-vmm"] {
         for pid in rig.host().pids_of(name) {
             assert_eq!(cgroup_of(pid, "memory"), group, "{name}");
         }
@@ -146,9 +147,9 @@ fn virtual_processors_are_pinned_and_apart_from_the_rest_where_that_is_asked_for
     rig.host().configure("[hypervisor.qemu]\ndefault_memory = 256\n[runtime]\nsandbox_cgroup_only = false\nenable_vcpus_pinning = true\n");
     let group = format!("/kt-apart-{}/pinned", std::process::id());
     rig.detached(&["--cgroup", &group, "--cpuset-cpus", "0"], "pinned", IDLE);
-    let qemu = vmm(&rig);
+    let machine = vmm(&rig);
     assert_eq!(
-        cgroup_of(qemu, "memory"),
+        cgroup_of(machine, "memory"),
         if Path::new("/sys/fs/cgroup/memory").is_dir() {
             "/kata_overhead/pinned".to_owned()
         } else {
@@ -156,11 +157,11 @@ fn virtual_processors_are_pinned_and_apart_from_the_rest_where_that_is_asked_for
         }
     );
     for name in ["containerd-shim", "kata-virtiofsd", "kata-vmm"] {
-        for pid in rig.host().pids_of(name) {
+        for pid in rig.host().pids_of(name).into_iter().filter(|pid| *pid != machine) {
             assert_eq!(cgroup_of(pid, "memory"), "/kata_overhead/pinned", "{name}");
         }
     }
-    let apart: Vec<String> = std::fs::read_dir(format!("/proc/{qemu}/task"))
+    let apart: Vec<String> = std::fs::read_dir(format!("/proc/{machine}/task"))
         .unwrap()
         .flatten()
         .map(|task| task.path())

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use kata_testkit::driver::Driver;
 use kata_testkit::host::{Host, stderr, stdout};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -284,7 +285,7 @@ fn interrupt_while_the_machine_boots_leaves_nothing() {
     let Some(host) = Host::new() else { return };
     let image = host.image();
     let mut child = host.ctl(["run", "--rm", &image, "sleep", "1000"]).spawn().unwrap();
-    host.wait_for("the machine", || (!host.pids_of("qemu-system").is_empty()).then_some(()));
+    host.wait_for("the machine", || (!host.pids_of(Driver::under_test().program()).is_empty()).then_some(()));
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert!(!child.wait().unwrap().success());
     assert_eq!(host.leftovers(Duration::from_secs(5)), Vec::<String>::new());
@@ -313,7 +314,7 @@ fn timing_names_the_stages_and_the_choice() {
     let Some(host) = Host::new() else { return };
     let output = host.sh(&["--timing"], "true");
     let text = stderr(&output);
-    for word in ["qemu", "kernel", "agent", "container"] {
+    for word in [Driver::under_test().name(), "kernel", "agent", "container"] {
         assert!(text.contains(word), "no {word} in {text}");
     }
 }
@@ -321,7 +322,8 @@ fn timing_names_the_stages_and_the_choice() {
 #[test]
 fn microvm_machine_runs_a_container_too() {
     let Some(host) = Host::new() else { return };
-    let output = host.sh(&["--set", "hypervisor.qemu.machine_type=microvm"], "echo small");
+    let output =
+        host.sh(&["--hypervisor", "qemu", "--set", "hypervisor.qemu.machine_type=microvm"], "echo small");
     assert_eq!(stdout(&output), "small\n", "{}", stderr(&output));
 }
 
@@ -336,7 +338,7 @@ fn newer_qemu_runs_a_container_on_both_machines() {
     let path = format!("hypervisor.qemu.path={}", qemu.display());
     for machine in ["q35", "microvm"] {
         let machine = format!("hypervisor.qemu.machine_type={machine}");
-        let output = host.sh(&["--set", &path, "--set", &machine], "echo new");
+        let output = host.sh(&["--hypervisor", "qemu", "--set", &path, "--set", &machine], "echo new");
         assert_eq!(stdout(&output), "new\n", "{}", stderr(&output));
     }
 }

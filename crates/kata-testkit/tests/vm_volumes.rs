@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kata_config::direct_volume::Entry;
 use kata_testkit::containerd::{Containerd, Version};
@@ -198,7 +198,8 @@ fn volumes_on_disks_are_file_systems_of_the_guest() {
     if !rig.has_machines() {
         return;
     }
-    rig.host().configure("[runtime]\nemptydir_mode = \"block-plain\"\n");
+    let limit = "[hypervisor.qemu]\ndisk_rate_limiter_bw_max_rate = 33554432\n";
+    rig.host().configure(&format!("[runtime]\nemptydir_mode = \"block-plain\"\n{limit}"));
     let dir = self::volume(&rig, "kubernetes.io~empty-dir", "dir");
     std::fs::set_permissions(&dir, PermissionsExt::from_mode(0o777)).unwrap();
     let (csi, device) = (rig.host().scratch("csi"), rig.host().scratch("device"));
@@ -224,6 +225,11 @@ fn volumes_on_disks_are_file_systems_of_the_guest() {
     say(&rig, "pod", "echo kept > /csi/file; echo x > /dir/file");
     assert_eq!(entry.sandbox().unwrap().unwrap(), "pod");
     assert!(volume(&["stats", "pod", path]).contains("TOTAL"));
+
+    // 8 MiB at 4 MiB a second, less what may pass at once.
+    let begin = Instant::now();
+    say(&rig, "pod", "dd if=/dev/zero of=/dir/much bs=1M count=8 conv=fsync; rm /dir/much");
+    assert!(begin.elapsed() > Duration::from_millis(1700), "{:?}", begin.elapsed());
 
     // Both outlive a container; what it wrote to the direct volume outlives the pod.
     of_pod(&rig, "side", &[], &mounts);

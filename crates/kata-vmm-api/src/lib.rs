@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// Longest line, in bytes. A longer one ends the connection.
 pub const MAX_LINE: usize = 64 * 1024;
 /// Most descriptors that come with one line; the kernel takes no more than 253.
-pub const MAX_DESCRIPTORS: usize = 64;
+pub const MAX_DESCRIPTORS: usize = 128;
 
 /// Number of a descriptor among those that came with the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use initrd::{initrd, kernel_and_busybox};
+use initrd::{initrd, stock_kernel};
 use monitor::{monitor, request};
 
 /// Counts, and says with each number what was random just then, what time it is, and what the disk holds. It touches 24 MiB first.
@@ -29,6 +29,7 @@ export PATH=/bin
 /bin/busybox mkdir -p /bin /proc /sys /dev /ram
 /bin/busybox --install -s /bin
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev; mount -t tmpfs none /ram
+/modules
 dd if=/dev/urandom of=/ram/weight bs=1M count=24 2>/dev/null
 sum=$(md5sum < /ram/weight)
 driver=$(ls -d /sys/bus/*/drivers/vmgenid 2>/dev/null | wc -l)
@@ -44,6 +45,8 @@ while :; do
     sleep 0.1
 done
 "#;
+
+const DRIVERS: &[&str] = &["virtio_blk", "vmw_vsock_virtio_transport", "virtio_balloon", "virtio_mem"];
 
 const SHAPE: &str =
     r#""cpus":2,"max-cpus":3,"memory":{"size-mib":192,"max-mib":320,"reporting":true},"console":2"#;
@@ -166,7 +169,7 @@ fn refused_by_guest(sockets: &Path) {
 
 #[test]
 fn guest_goes_on_from_its_snapshot_twice_and_each_is_another() {
-    let Some((kernel, busybox)) = kernel_and_busybox() else { return };
+    let Some(kernel) = stock_kernel() else { return };
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let disk = |name: &str, content: &str| {
@@ -176,7 +179,7 @@ fn guest_goes_on_from_its_snapshot_twice_and_each_is_another() {
         File::open(at(name)).unwrap()
     };
     let create = |name: &str| File::options().read(true).write(true).create_new(true).open(at(name)).unwrap();
-    let initrd = initrd(&busybox, SCRIPT, &at("initrd"));
+    let initrd = initrd(SCRIPT, DRIVERS, &at("initrd"));
     let kernel = File::open(kernel).unwrap();
 
     let started = Instant::now();

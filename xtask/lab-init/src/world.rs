@@ -15,7 +15,7 @@ use rustix::system::finit_module;
 use thiserror::Error;
 
 /// What no kernel loads by itself when it is first used.
-const MODULES: &[&str] = &["kvm_amd", "vhost_vsock", "vhost_net", "tun", "loop", "dm_mod"];
+const MODULES: &[&str] = &["kvm_amd", "vhost_vsock", "vhost_net", "tun", "loop", "dm_mod", "erofs"];
 /// The program, where a service can start it.
 const SERVICE_PROGRAM: &str = "/run/lab/init";
 const SERVICE: &str = "[Unit]\nDescription=The lab's command\nAfter=dbus.service\n\

@@ -1,13 +1,15 @@
 //! What containers do with files and networks, beside the same under runc.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde::Deserialize;
 
 use super::Bench;
 use super::table::{Row, Samples};
 use crate::Chores;
-use crate::shell::ChoreError;
+use crate::shell::{self, ChoreError, at, tree};
 
 /// A comparison, measured by an example of kata-testkit.
 pub struct Comparison {
@@ -44,32 +46,67 @@ pub const NETWORK: Comparison = Comparison {
     ],
 };
 
+/// Where [`prepare`] puts iperf3.
+fn iperf() -> PathBuf {
+    tree().join("target/bench/iperf")
+}
+
+/// Copies iperf3 with all that it needs to where containers can be given it, and the lab has it too.
+pub fn prepare() -> Chores {
+    let dir = iperf();
+    std::fs::create_dir_all(&dir).map_err(at("create", &dir))?;
+    let program = Path::new("/usr/bin/iperf3");
+    let copy =
+        |from: &Path, name: &str| std::fs::copy(from, dir.join(name)).map(drop).map_err(at("copy", from));
+    copy(program, "iperf3")?;
+    let needs = shell::output(Command::new("ldd").arg(program))?;
+    for library in needs.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new) {
+        let name = library.file_name().unwrap_or_default().to_string_lossy();
+        copy(library, if name.starts_with("ld-") { "loader" } else { &name })?;
+    }
+    Ok(())
+}
+
 /// Samples of one kind, as the examples print them.
 #[derive(Deserialize)]
 struct Figures {
     kata: Vec<f64>,
     runc: Vec<f64>,
+    /// Ours without the host's vhost-net, where there is one.
+    #[serde(default)]
+    without: Vec<f64>,
 }
 
 impl Comparison {
     /// Its rows: of each kind the ratio, and the figure itself.
     pub fn measure(&self, bench: &Bench) -> Chores<Vec<Row>> {
+        self.measure_on(bench, None)
+    }
+
+    /// The same with pods of a driver, which then is named in the rows.
+    pub fn measure_on(&self, bench: &Bench, driver: Option<&str>) -> Chores<Vec<Row>> {
+        let on = driver.map_or_else(String::new, |driver| format!("{driver}: "));
         let mut figures: BTreeMap<String, Figures> =
-            bench.example(self.example, &[&bench.runs.to_string()])?;
+            bench.example_on(driver, self.example, &[&bench.runs.to_string(), &iperf().to_string_lossy()])?;
         let mut rows = Vec::new();
         for (kind, what) in self.kinds {
-            let Figures { kata, runc } = figures
+            let Figures { kata, runc, without } = figures
                 .remove(*kind)
                 .ok_or_else(|| ChoreError::Found(format!("{} measured no {kind:?}", self.example)))?;
-            let ratios = kata.iter().zip(&runc).map(|(kata, runc)| kata / runc).collect();
+            let beside = |ours: &[f64]| ours.iter().zip(&runc).map(|(ours, runc)| ours / runc).collect();
             let row = |what: String, unit, samples| Row {
                 what,
                 unit,
                 samples: Samples::new(samples),
                 budget: None,
             };
-            rows.push(row(format!("{what} {}", self.ratio), "", ratios));
-            rows.push(row((*what).to_owned(), self.unit, kata));
+            rows.push(row(format!("{on}{what} {}", self.ratio), "", beside(&kata)));
+            rows.push(row(format!("{on}{what}"), self.unit, kata));
+            if !without.is_empty() {
+                let what = format!("{on}{what}, without vhost-net");
+                rows.push(row(format!("{what} {}", self.ratio), "", beside(&without)));
+                rows.push(row(what, self.unit, without));
+            }
         }
         Ok(rows)
     }

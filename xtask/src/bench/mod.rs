@@ -60,13 +60,24 @@ impl Bench {
 
     /// Runs an example of kata-testkit, which [`prepare`] has built, and reads what it prints.
     fn example<T: DeserializeOwned>(&self, name: &'static str, args: &[&str]) -> Chores<T> {
+        self.example_on(None, name, args)
+    }
+
+    /// The same with pods of a driver; without, of the one that is chosen by itself.
+    fn example_on<T: DeserializeOwned>(
+        &self,
+        driver: Option<&str>,
+        name: &'static str,
+        args: &[&str],
+    ) -> Chores<T> {
         let program = tree().join("target").join(Profile::Quick.name()).join("examples").join(name);
         let text = shell::output(
             Command::new(program)
                 .args(args)
                 .env("KATA_TEST_PROGRAMS", &self.products.dir)
                 .env("KATA_TEST_IMAGE", tree().join("target/images/busybox"))
-                .env("KATA_TEST_CONTAINERD", Path::new("/usr/bin/containerd")),
+                .env("KATA_TEST_CONTAINERD", Path::new("/usr/bin/containerd"))
+                .envs(driver.map(|driver| ("KATA_TEST_HYPERVISOR", driver))),
         )?;
         serde_json::from_str(&text).map_err(|source| ChoreError::Json { what: name, source })
     }
@@ -81,6 +92,7 @@ pub fn prepare(kernel: &str) -> Chores {
     let products = products::build(Profile::Release, kernel, false)?;
     demo::busybox_image()?;
     boot::prepare(&products)?;
+    beside_runc::prepare()?;
     shell::run(
         cargo()
             .args(["build", "--quiet", "--profile", Profile::Quick.name(), "-p", "kata-testkit"])
@@ -94,12 +106,16 @@ fn bench(runs: usize, accelerator: Accelerator) -> Chores<Bench> {
     Ok(Bench { products, image, runs, accelerator })
 }
 
-/// Measures starts alone, with KVM and what [`prepare`] has built, and prints the table: for the lab.
+/// Measures starts and networks, with KVM and what [`prepare`] has built, and prints the table: for the lab.
 pub fn run_in_lab(runs: usize) -> Chores {
     let bench = bench(runs, Accelerator::Kvm)?;
     let mut rows = starts(&bench, &[1])?;
     say("the built-in VMM, beside QEMU's microvm");
     rows.extend(builtin::measure(&bench)?);
+    for driver in ["qemu", "builtin"] {
+        say(&format!("network with {driver}, beside runc"));
+        rows.extend(beside_runc::NETWORK.measure_on(&bench, Some(driver))?);
+    }
     println!("{}", table::render(&rows, &bench)?);
     Ok(())
 }

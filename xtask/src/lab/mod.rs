@@ -71,7 +71,7 @@ pub enum Lab {
         /// Passed on to the test runner, e.g. a part of a test's name; instead of the choice of the lab.
         filter: Vec<String>,
     },
-    /// Measure starts under nested KVM, beside runc and a bare machine, and print the table.
+    /// Measure starts and networks under nested KVM, beside runc and a bare machine, and print the table.
     Bench {
         /// Runs of each measurement.
         #[arg(long, default_value_t = 5)]

@@ -12,6 +12,7 @@ use std::process::Command;
 use super::{Options, prepare};
 use crate::products::Profile;
 use crate::shell::{self, ChoreError, at, cargo, tree};
+use crate::unpacked::NEWER_CONTAINERD;
 use crate::{Chores, packages, say, suite};
 
 /// The runner's profile in `.config/nextest.toml`.
@@ -32,13 +33,15 @@ pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
     for (name, path) in suite::prepare()? {
         environment.push(format!("{name}={}", path.display()));
     }
+    environment.extend(newer_containerd());
     // Which driver runs the pods: the same tests for each.
     environment
         .extend(std::env::var("KATA_TEST_HYPERVISOR").map(|name| format!("KATA_TEST_HYPERVISOR={name}")));
     say("building the tests");
     let command = runner(all, filter)?;
     let lab = prepare()?;
-    let options = Options::with_timeout(if all { TIME_OF_ALL } else { TIME_OF_CHOICE });
+    let choice = !all && filter.is_empty();
+    let options = Options::with_timeout(if choice { TIME_OF_CHOICE } else { TIME_OF_ALL });
     let report = suite::report(PROFILE);
     if report.exists() {
         std::fs::remove_file(&report).map_err(at("remove", &report))?;
@@ -56,6 +59,26 @@ pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
     };
     suite::tell_report(PROFILE)?;
     Ok(status)
+}
+
+/// The variable that says where containerd 2 is, copied into the source tree, which is all that the lab sees of this machine.
+fn newer_containerd() -> Option<String> {
+    let copied = NEWER_CONTAINERD.program().and_then(|containerd| {
+        let dir = tree().join("target/lab/newer-containerd");
+        std::fs::create_dir_all(&dir).map_err(at("create", &dir))?;
+        for program in [containerd.clone(), containerd.with_file_name("ctr")] {
+            let copy = dir.join(program.file_name().unwrap_or_default());
+            std::fs::copy(&program, &copy).map_err(at("copy to", &copy))?;
+        }
+        Ok(dir.join("containerd"))
+    });
+    match copied {
+        Ok(program) => Some(format!("{}={}", suite::NEWER_CONTAINERD_VARIABLE, program.display())),
+        Err(error) => {
+            say(&format!("{} stays unset: {}", suite::NEWER_CONTAINERD_VARIABLE, shell::chain(&error)));
+            None
+        }
+    }
 }
 
 /// The runner's command line, with everything that it needs in the source tree.

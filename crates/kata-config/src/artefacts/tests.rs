@@ -54,15 +54,16 @@ fn what_lies_beside_the_executable_comes_before_the_installation() {
     }
     let installed = places.image("opt/share/kata/guest-image");
     let beside = places.program("exe/kata-vmm");
-    let found = places.search.artefacts(&Config::default(), true).unwrap();
+    let found = places.search.artefacts(&Config::default(), HypervisorChoice::Qemu).unwrap();
     assert_eq!(found.vmm, qemu);
-    let without = places.search.artefacts(&Config::default(), false).unwrap();
-    assert_eq!(without.vmm, without.kata_vmm);
     assert_eq!(found.kata_vmm, beside);
     assert_eq!(found.virtiofsd, Some(places.dir.path().join("opt/libexec/kata-virtiofsd")));
     assert_eq!(found.guest_image, Some(installed));
     let image = places.image("exe/guest-image");
-    assert_eq!(places.search.artefacts(&Config::default(), true).unwrap().guest_image, Some(image));
+    assert_eq!(
+        places.search.artefacts(&Config::default(), HypervisorChoice::Qemu).unwrap().guest_image,
+        Some(image)
+    );
 }
 
 #[test]
@@ -92,7 +93,7 @@ fn a_directory_that_others_can_write_to_is_not_trusted() {
         error.contains("exe/kata-vmm (not trusted: exe has mode 777, others can write to it)"),
         "{error}"
     );
-    assert!(places.search.guest_image().unwrap_err().to_string().contains("not trusted"));
+    assert!(places.search.guest_image(&Config::default()).unwrap_err().to_string().contains("not trusted"));
 }
 
 #[test]
@@ -130,6 +131,25 @@ fn what_is_not_needed_is_not_looked_for() {
     config.hypervisor.qemu.shared_fs = SharedFs::None;
     config.hypervisor.qemu.kernel = Some("/k".into());
     config.hypervisor.qemu.initrd = Some("/i".into());
-    let found = places.search.artefacts(&config, true).unwrap();
+    let found = places.search.artefacts(&config, config.runtime.hypervisor_name).unwrap();
     assert_eq!((found.virtiofsd, found.guest_image), (None, None));
+}
+
+#[test]
+fn the_chosen_drivers_program_comes_from_its_section_or_the_search_path_and_never_from_qemus() {
+    let places = places();
+    let own = places.program("exe/kata-vmm");
+    let found = places.program("path/cloud-hypervisor");
+    let mut config = Config::default();
+    config.hypervisor.qemu.path = Some("/opt/qemu".into());
+    config.runtime.hypervisor_name = HypervisorChoice::Builtin;
+    assert_eq!(places.search.vmm(&config, config.runtime.hypervisor_name).unwrap(), own);
+    config.runtime.hypervisor_name = HypervisorChoice::Clh;
+    assert_eq!(places.search.vmm(&config, config.runtime.hypervisor_name).unwrap(), found);
+    config.hypervisor.cloud_hypervisor.path = Some("/opt/clh".into());
+    let error = places.search.vmm(&config, config.runtime.hypervisor_name).unwrap_err().to_string();
+    assert!(error.ends_with("/opt/clh (not there; named by hypervisor.cloud-hypervisor.path)"), "{error}");
+    config.runtime.hypervisor_name = HypervisorChoice::Firecracker;
+    let error = places.search.vmm(&config, config.runtime.hypervisor_name).unwrap_err().to_string();
+    assert!(error.starts_with("firecracker not found"), "{error}");
 }

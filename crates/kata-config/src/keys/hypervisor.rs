@@ -112,14 +112,8 @@ pub(super) const KEYS: &[Key] = &[
         .annotated()
         .reach(Path("valid_vhost_user_store_paths"))
         .inert(),
-    key("disk_rate_limiter_bw_max_rate", COUNT, "0", "Bandwidth of disks; 0 is without a bound.").unit("bit/s"),
-    key("disk_rate_limiter_bw_one_time_burst", COUNT, "0", "What of the bandwidth may be used at once at first.").unit("bit").inert(),
-    key("disk_rate_limiter_ops_max_rate", COUNT, "0", "Operations on disks; 0 is without a bound.").unit("1/s"),
-    key("disk_rate_limiter_ops_one_time_burst", COUNT, "0", "What of the operations may be used at once at first.").inert(),
-    // Network.
-    key("disable_vhost_net", Boolean, "false", "Serves the network without the host kernel's vhost-net, as this version always does.")
-        .harmless(&["true"])
-        .annotated(),
+    key("disk_rate_limiter_bw_one_time_burst", COUNT, "0", "What of the bandwidth may be used at once at first.").unit("bit"),
+    key("disk_rate_limiter_ops_one_time_burst", COUNT, "0", "What of the operations may be used at once at first."),
     // Confinement and confidence.
     key("rootless", Boolean, "false", "Runs the machine monitor as a user of its own, as this version always does: see runtime.uid_range.")
         .harmless(&["true"])

@@ -25,7 +25,7 @@ use crate::{Config, settings};
 
 /// Section of the keys that drivers have.
 const HYPERVISOR: &str = "hypervisor.*";
-/// The one driver that this version has; its section is the one that is acted on.
+/// The driver whose section is always read: the others' are read over it where they are chosen.
 pub(crate) const OWN_DRIVER: &str = "qemu";
 
 /// How a value gets into a [`Config`].
@@ -392,7 +392,7 @@ pub fn all() -> impl Iterator<Item = &'static Key> {
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) key: &'static Key,
-    /// Whether this version ever looks at the section.
+    /// Whether the section is read as it stands, and not only where its driver is chosen.
     pub(crate) read: bool,
 }
 
@@ -407,6 +407,14 @@ pub(crate) fn find(path: &str) -> Option<Place> {
 /// The key that `path` names, in whichever driver's section.
 pub fn lookup(path: &str) -> Option<&'static Key> {
     find(path).map(|place| place.key).or_else(|| all().find(|key| key.path() == path))
+}
+
+/// Whether this version has the driver whose section has this name.
+pub(crate) fn is_own(driver: &str) -> bool {
+    driver == OWN_DRIVER
+        || [crate::HypervisorChoice::CloudHypervisor, crate::HypervisorChoice::Firecracker]
+            .iter()
+            .any(|choice| choice.sections().contains(&driver))
 }
 
 /// Name of the driver in a section's path.

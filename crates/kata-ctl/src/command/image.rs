@@ -82,7 +82,7 @@ fn directory(args: &ImageArgs) -> Result<PathBuf, Failure> {
         return Ok(dir.clone());
     }
     let config = Config::load(&Sources::default())?;
-    Artefacts::locate(&config, false)?.guest_image.ok_or_else(|| {
+    Artefacts::guest_image(&config)?.ok_or_else(|| {
         Failure::text(
             "the configuration names a kernel and a root itself, and no image is used; give a directory",
         )

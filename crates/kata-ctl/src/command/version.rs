@@ -66,8 +66,8 @@ fn of_image(config: &Config) -> Vec<Part> {
     let unknown = |note: String| {
         ["agent", "guest kernel"].map(|name| Part { name, version: None, note: note.clone() }).into()
     };
-    let dir = match Artefacts::locate(config, false) {
-        Ok(artefacts) => artefacts.guest_image,
+    let dir = match Artefacts::guest_image(config) {
+        Ok(dir) => dir,
         Err(error) => return unknown(chain(&error)),
     };
     let Some(dir) = dir else {

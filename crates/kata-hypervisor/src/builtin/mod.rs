@@ -15,26 +15,23 @@ mod client;
 mod spec;
 
 use std::fs::File;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_vmm_api::{Answer, Command, FailureKind, Info, MachineSpec};
-use tokio::net::UnixStream;
-use tokio::task::JoinHandle;
 
 pub use client::BuiltinError;
 use client::{Client, Descriptors};
 
-use crate::life::{Life, kill};
+use crate::files::socket_pair;
+use crate::life::{SETTLE, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo,
-    Size, Template, Vm, VmExit, VmSpec,
+    Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size,
+    Template, Vm, VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -54,33 +51,26 @@ const COMMAND_BOUND: Duration = Duration::from_secs(10);
 const REMOVAL_BOUND: Duration = Duration::from_secs(15);
 /// For the guest to take memory: the VMM waits on as long as it gets further.
 const RESIZE_BOUND: Duration = Duration::from_secs(60);
-/// A process whose socket is closed ends: this long its end is waited for, to learn why.
-const SETTLE: Duration = Duration::from_millis(300);
 /// Open files of the VMM: a connection of the guest's takes one.
 const OPEN_FILES: u64 = 16 * 1024;
 
 /// A virtual machine run by `kata-vmm`.
 pub(crate) struct BuiltinVm {
-    life: Arc<Life>,
-    state: Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    started: bool,
-    /// How large the machine can become.
-    most: Option<Size>,
-    vmm: Option<Vmm>,
+    vmm: Vmm<Handle>,
+    /// How large the machine can become, where it can grow.
+    most: OnceLock<Size>,
+    /// What disks that are added are held to.
+    disk_limits: OnceLock<DiskLimits>,
 }
 
 /// A VMM that runs the guest.
-#[derive(Clone)]
-struct Vmm {
+#[derive(Clone, Debug)]
+struct Handle {
     client: Client,
     child: Child,
 }
 
-impl Vmm {
+impl Handle {
     /// Makes the machine: from the template if there is one that it takes. What it refused has changed nothing.
     async fn create(
         &self,
@@ -108,67 +98,64 @@ impl Vmm {
 
 impl BuiltinVm {
     pub(crate) fn new() -> Self {
-        Self { life: Arc::default(), state: Mutex::default() }
+        Self { vmm: Vmm::default(), most: OnceLock::new(), disk_limits: OnceLock::new() }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What it says of itself once it runs a machine that may grow.
+    #[cfg(test)]
+    pub(crate) fn as_if_running() -> Capabilities {
+        let vm = Self::new();
+        let _ = vm.most.set(Size::default());
+        vm.capabilities()
     }
 
     /// Starts the process and has it run the guest. What runs when it fails is in `life`.
-    async fn start(&self, mut spec: VmSpec, record: &Record) -> Result<(Vmm, Origin), HypervisorError> {
+    async fn start(&self, mut spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         let kvm = open_kvm(Path::new(KVM))?;
         let listener = vsock::bind(&spec.vsock, record)?;
         let (api, api_end) = socket_pair(&spec)?;
         let (console, console_end) = socket_pair(&spec)?;
         let program = spec.program.clone();
         let child = spawn(&spec, api_end, kvm, record)?;
-        self.life.adopt(&child);
-        let console = tokio::spawn(capture(console, self.life.console.clone(), "console".to_owned()));
-        tokio::spawn(supervise(Arc::clone(&self.life), child.clone(), console));
+        self.vmm.life.adopt(&child);
+        let console = tokio::spawn(capture(console, self.vmm.life.console.clone(), "console".to_owned()));
+        let (life, subject) = (Arc::clone(&self.vmm.life), child.clone());
+        tokio::spawn(async move { life.supervise(subject, vec![console]).await });
 
-        let vmm = Vmm { client: Client::new(api), child };
+        let handle = Handle { client: Client::new(api), child };
         let template = spec.template.take();
         let (machine, descriptors) = spec::machine(spec, console_end, listener.into())?;
-        let booted = match vmm.create(machine, descriptors, template).await {
+        let booted = match handle.create(machine, descriptors, template).await {
             Ok(origin) => {
                 let boot = Command::Boot;
-                vmm.client.execute(boot, Descriptors::default(), COMMAND_BOUND).await.map(|_| origin)
+                handle.client.execute(boot, Descriptors::default(), COMMAND_BOUND).await.map(|_| origin)
             }
             Err(error) => Err(error),
         };
         match booted {
-            Ok(origin) => Ok((vmm, origin)),
-            Err(error) => Err(self.explain(error, program, &vmm.child).await),
+            Ok(origin) => {
+                self.vmm.runs(handle);
+                Ok(origin)
+            }
+            Err(error) => Err(self.explain(error, &program, &handle.child).await),
         }
     }
 
     /// Why the guest does not run: a VMM that is gone has said why.
-    async fn explain(&self, error: BuiltinError, program: PathBuf, child: &Child) -> HypervisorError {
-        if self.life.stopping() {
-            return HypervisorError::Ended(VmExit::Stopped);
-        }
+    async fn explain(&self, error: BuiltinError, program: &Path, child: &Child) -> HypervisorError {
         match error {
             BuiltinError::Closed { .. } | BuiltinError::Socket { .. } => {
-                match tokio::time::timeout(SETTLE, child.wait()).await {
-                    Ok(exit) => HypervisorError::Refused { program, exit, output: child.output_tail() },
-                    Err(_) => error.into(),
-                }
+                self.vmm.explain(error.into(), program, child).await
             }
+            _ if self.vmm.life.stopping() => HypervisorError::Ended(VmExit::Stopped),
             BuiltinError::NoAnswer { bound, .. } => HypervisorError::Unresponsive {
-                program,
+                program: program.to_owned(),
                 bound,
                 waits_for: "the virtio-fs process to speak vhost-user, or the host is overloaded",
                 output: child.output_tail(),
             },
             error => error.into(),
         }
-    }
-
-    fn vmm(&self, operation: &'static str) -> Result<Vmm, HypervisorError> {
-        self.life.check()?;
-        let vmm = self.state().vmm.clone();
-        vmm.ok_or(HypervisorError::WrongState { operation, state: "is not started" })
     }
 
     async fn command(
@@ -178,7 +165,7 @@ impl BuiltinVm {
         descriptors: Descriptors,
         bound: Duration,
     ) -> Result<Answer, HypervisorError> {
-        let vmm = self.vmm(operation)?;
+        let vmm = self.vmm.control(operation)?;
         let answer = vmm.client.execute(command, descriptors, bound).await;
         match answer {
             Err(BuiltinError::Refused(failure)) if failure.kind == FailureKind::Unsupported => {
@@ -186,7 +173,7 @@ impl BuiltinVm {
             }
             // Its end says more than a closed socket, if it has one.
             Err(error @ (BuiltinError::Closed { .. } | BuiltinError::Socket { .. })) => {
-                match tokio::time::timeout(SETTLE, self.life.exited()).await {
+                match tokio::time::timeout(SETTLE, self.vmm.life.exited()).await {
                     Ok(exit) => Err(HypervisorError::Ended(exit)),
                     Err(_) => Err(error.into()),
                 }
@@ -210,24 +197,14 @@ impl BuiltinVm {
 
     /// Refuses what the machine was not made for, before anything is done.
     fn check_growth(&self, size: Size) -> Result<(), HypervisorError> {
-        let Some(most) = self.state().most else {
-            return Err(HypervisorError::Unsupported {
-                operation: "growing while it runs",
-                driver: format!("{DRIVER} of fixed size; set runtime.static_sandbox_resource_mgmt to false"),
-            });
-        };
-        let too_large = |wanted, most, next| Err(HypervisorError::TooLarge { wanted, most, next });
-        if size.vcpus > most.vcpus {
-            let (wanted, most) =
-                (format!("{} virtual CPUs", size.vcpus), format!("it can have {}", most.vcpus));
-            return too_large(wanted, most, "see hypervisor.qemu.default_maxvcpus");
+        match self.most.get() {
+            Some(most) => size.check_within(*most),
+            None => Err(HypervisorError::unsupported(
+                "growing while it runs",
+                &format!("{DRIVER} of fixed size"),
+                "set runtime.static_sandbox_resource_mgmt to false",
+            )),
         }
-        if size.memory_mib > most.memory_mib {
-            let wanted = format!("{} MiB of memory", size.memory_mib);
-            let most = format!("it can have {} MiB", most.memory_mib);
-            return too_large(wanted, most, "see hypervisor.qemu.default_maxmemory");
-        }
-        Ok(())
     }
 
     async fn info(&self, operation: &'static str) -> Result<Info, HypervisorError> {
@@ -241,7 +218,7 @@ impl BuiltinVm {
 #[async_trait]
 impl Vm for BuiltinVm {
     fn capabilities(&self) -> Capabilities {
-        let grows = self.state().most.is_some();
+        let grows = self.most.get().is_some();
         Capabilities {
             hotplug_cpu: grows,
             hotplug_memory: grows,
@@ -254,28 +231,22 @@ impl Vm for BuiltinVm {
     }
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
-        check(&spec)?;
-        if std::mem::replace(&mut self.state().started, true) {
-            return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
-        }
-        self.state().most = spec.growth.map(|_| {
+        spec.check_on_kvm(DRIVER)?;
+        self.vmm.begin()?;
+        let _ = self.disk_limits.set(spec.disk_limits);
+        if spec.growth.is_some() {
             let Growth { vcpus, memory_mib, .. } = spec::most(&spec);
-            Size { vcpus, memory_mib }
-        });
-        match self.start(spec, record).await {
-            Ok((vmm, origin)) => {
-                self.state().vmm = Some(vmm);
-                Ok(origin)
-            }
-            Err(error) => {
-                self.life.abandon().await;
-                Err(error)
-            }
+            let _ = self.most.set(Size { vcpus, memory_mib });
         }
+        let outcome = self.start(spec, record).await;
+        if outcome.is_err() {
+            self.vmm.life.abandon().await;
+        }
+        outcome
     }
 
     async fn exited(&self) -> VmExit {
-        self.life.exited().await
+        self.vmm.life.exited().await
     }
 
     async fn pause(&self) -> Result<(), HypervisorError> {
@@ -294,14 +265,15 @@ impl Vm for BuiltinVm {
 
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
         const OPERATION: &str = "adding a disk";
-        self.vmm(OPERATION)?;
-        let (spec, descriptors) = spec::disk(&disk)?;
+        self.vmm.control(OPERATION)?;
+        let limits = self.disk_limits.get().copied().unwrap_or_default();
+        let (spec, descriptors) = spec::disk(&disk, limits)?;
         self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors).await
     }
 
     async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
         const OPERATION: &str = "adding a network interface";
-        self.vmm(OPERATION)?;
+        self.vmm.control(OPERATION)?;
         if let Some(reason) = nic.fault() {
             return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
         }
@@ -331,44 +303,22 @@ impl Vm for BuiltinVm {
         }
         let info = self.info(OPERATION).await?;
         let now = Size { vcpus: info.size.cpus, memory_mib: info.size.memory_mib };
-        let vmm = self.vmm(OPERATION)?;
+        let vmm = self.vmm.control(OPERATION)?;
         Ok(Layout { size: now, vcpu_threads: host_threads(vmm.child.pid(), &info.cpu_threads) })
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {
-        self.life.abandon().await;
+        self.vmm.life.abandon().await;
         Ok(())
     }
 
     fn console_tail(&self) -> String {
-        self.life.console.text()
+        self.vmm.life.console.text()
     }
 
     fn processes(&self) -> Vec<ProcessInfo> {
-        self.life.processes()
+        self.vmm.life.processes()
     }
-}
-
-/// What makes no machine whatever the host can do.
-fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
-    let reason = match spec {
-        VmSpec { vcpus: 0, .. } => "it has no virtual CPU",
-        VmSpec { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
-        VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
-        VmSpec { accelerator: Accelerator::Tcg, .. } => {
-            return Err(HypervisorError::Unsupported {
-                operation: "emulation (TCG)",
-                driver: format!("{DRIVER}; set runtime.hypervisor_name to \"qemu\""),
-            });
-        }
-        _ => match spec.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
-            Some((nic, reason)) => {
-                return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
-            }
-            None => return Ok(()),
-        },
-    };
-    Err(HypervisorError::InvalidSpec { id: spec.id.clone(), reason: reason.to_owned() })
 }
 
 /// Opened here, so that nobody else needs to be let at it.
@@ -394,35 +344,6 @@ fn spawn(spec: &VmSpec, api: OwnedFd, kvm: OwnedFd, record: &Record) -> Result<C
         .open_files(OPEN_FILES);
     let next = "see whether kata-vmm is installed and complete";
     spawn.spawn(record).map_err(|source| HypervisorError::Start { name: NAME, next, source })
-}
-
-fn socket_pair(spec: &VmSpec) -> Result<(UnixStream, OwnedFd), HypervisorError> {
-    let pair = || {
-        let (ours, theirs) = StdUnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        Ok((UnixStream::from_std(ours)?, theirs.into()))
-    };
-    let fault = |source: io::Error| HypervisorError::File {
-        what: "socket pair of",
-        path: spec.run_dir.clone(),
-        source,
-    };
-    pair().map_err(fault)
-}
-
-/// Waits until the VMM has ended, and publishes why.
-async fn supervise(life: Arc<Life>, child: Child, console: JoinHandle<()>) {
-    let exit = child.wait().await;
-    let stopping = life.stopping();
-    kill(&child);
-    // A reader that does not come to an end has nothing more to say.
-    let _ = tokio::time::timeout(SETTLE, console).await;
-    let verdict = match stopping {
-        true => VmExit::Stopped,
-        false => life.verdict(exit, &child.output_tail(), false),
-    };
-    tracing::debug!(%verdict, "virtual machine has ended");
-    life.end(verdict);
 }
 
 /// A refusal that is about the device `id`.

@@ -1,17 +1,18 @@
 //! From a [`VmSpec`] to what the VMM is told: descriptors instead of paths.
 
-use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use kata_vmm_api::{
-    DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, SnapshotSpec, Start, VsockSpec,
+    Descriptor, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, SnapshotSpec, Start,
+    VsockSpec,
 };
 
 use super::client::Descriptors;
-use crate::files::DiskFile;
-use crate::vm::{Disk, Growth, HypervisorError, Nic, Template, VmSpec};
+use crate::files::{DiskFile, open_for};
+use crate::process::Identity;
+use crate::vm::{Disk, DiskLimits, Growth, HypervisorError, Nic, Template, VmSpec};
 
 /// Name of the root disk among the devices.
 const IMAGE: &str = "image";
@@ -36,18 +37,25 @@ pub(super) fn machine(
     let mut disks = Vec::new();
     if let Some(path) = spec.image {
         let file = DiskFile::open(&path, true)?.fd;
-        disks.push(disk_spec(IMAGE, descriptors.add(file), true));
+        disks.push(disk_spec(IMAGE, descriptors.add(file), true, spec.disk_limits));
     }
+    let shared_fs = match spec.shared_fs {
+        Some(shared) => {
+            let socket = descriptors.add(shared.connect(&spec.run_dir)?);
+            Some(SharedFsSpec { tag: shared.tag, socket })
+        }
+        None => None,
+    };
     let console = Some(descriptors.add(console));
     let vsock = Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name });
-    let shared_fs =
-        spec.shared_fs.map(|shared| SharedFsSpec { tag: shared.tag, socket: descriptors.add(shared.socket) });
     let nics = spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect();
+    // It reads what it is given, and opens nothing anew.
+    let root = Identity { uid: 0, gid: 0, groups: Vec::new() };
     // Last of all: a machine that starts from a template has other descriptors instead.
     let start = Start::Kernel(KernelSpec {
-        kernel: descriptors.add(file("guest kernel", &spec.kernel)?),
+        kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
         initrd: match &spec.initrd {
-            Some(path) => Some(descriptors.add(file("initrd", path)?)),
+            Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
             None => None,
         },
         command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
@@ -108,10 +116,10 @@ pub(super) fn snapshot(Template { state, memory }: Template, descriptors: &mut D
 }
 
 /// A disk that is added, and its descriptor.
-pub(super) fn disk(disk: &Disk) -> Result<(DiskSpec, Descriptors), HypervisorError> {
+pub(super) fn disk(disk: &Disk, limits: DiskLimits) -> Result<(DiskSpec, Descriptors), HypervisorError> {
     let mut descriptors = Descriptors::default();
     let file = descriptors.add(DiskFile::open(&disk.path, disk.readonly)?.fd);
-    Ok((disk_spec(&disk.id, file, disk.readonly), descriptors))
+    Ok((disk_spec(&disk.id, file, disk.readonly, limits), descriptors))
 }
 
 /// A network interface that is added, and its descriptors.
@@ -127,13 +135,19 @@ pub(super) fn nic(nic: Nic) -> Result<(NicSpec, Descriptors), HypervisorError> {
     }
 }
 
-fn disk_spec(id: &str, file: kata_vmm_api::Descriptor, readonly: bool) -> DiskSpec {
-    DiskSpec { id: id.to_owned(), file, readonly, bytes_per_second: None, requests_per_second: None }
+fn disk_spec(id: &str, file: Descriptor, readonly: bool, limits: DiskLimits) -> DiskSpec {
+    DiskSpec {
+        id: id.to_owned(),
+        file,
+        readonly,
+        bytes_per_second: limits.bytes_per_second.map(NonZeroU64::get),
+        requests_per_second: limits.requests_per_second.map(NonZeroU64::get),
+    }
 }
 
-fn nic_spec(Nic { id, mac, mtu, queues }: Nic, descriptors: &mut Descriptors) -> NicSpec {
-    let queues = queues.into_iter().map(|queue| descriptors.add(queue)).collect();
-    NicSpec { id, mac, mtu, queues, vhost: Vec::new() }
+fn nic_spec(Nic { id, mac, mtu, queues, vhost }: Nic, descriptors: &mut Descriptors) -> NicSpec {
+    let mut add = |files: Vec<OwnedFd>| files.into_iter().map(|file| descriptors.add(file)).collect();
+    NicSpec { id, mac, mtu, queues: add(queues), vhost: add(vhost) }
 }
 
 /// The spec's parameters, and how the machine is reset: there is no keyboard controller, and looking for one takes a kernel more
@@ -142,13 +156,4 @@ fn nic_spec(Nic { id, mac, mtu, queues }: Nic, descriptors: &mut Descriptors) ->
 fn command_line(params: &[String], grows: bool) -> String {
     let memory = grows.then_some("memhp_default_state=online");
     params.iter().map(String::as_str).chain(["reboot=t"]).chain(memory).collect::<Vec<_>>().join(" ")
-}
-
-fn file(what: &'static str, path: &Path) -> Result<File, HypervisorError> {
-    let fault = |source| HypervisorError::File { what, path: path.to_owned(), source };
-    let file = File::open(path).map_err(fault)?;
-    match file.metadata().map_err(fault)?.is_dir() {
-        true => Err(fault(std::io::Error::from(std::io::ErrorKind::IsADirectory))),
-        false => Ok(file),
-    }
 }

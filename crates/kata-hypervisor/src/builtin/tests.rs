@@ -1,13 +1,17 @@
 //! The driver against a peer at its socket, and against programs that are no VMM.
 
+use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
 
 use kata_vmm_api::{Command, Failure, MachineSpec, Reply, Request, Start};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::net::UnixStream;
 
 use super::*;
 use crate::process::{Exit, Identity};
-use crate::vm::{Backing, Growth, Machine};
+use crate::vm::{Accelerator, Backing, Growth, Machine, SharedFs};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -45,6 +49,7 @@ impl Bench {
             vsock: at("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
             template: None,
@@ -101,8 +106,8 @@ async fn running() -> (BuiltinVm, StdUnixStream, Bench) {
     let (client, peer) = pair();
     let child = Spawn::new("sleep", "/bin/sleep").arg("600").spawn(&bench.record).unwrap();
     let vm = BuiltinVm::new();
-    vm.life.adopt(&child);
-    *vm.state() = State { started: true, most: None, vmm: Some(Vmm { client, child }) };
+    vm.vmm.life.adopt(&child);
+    vm.vmm.runs(Handle { client, child });
     (vm, peer, bench)
 }
 
@@ -114,16 +119,39 @@ async fn machine_is_described_by_descriptors_alone() {
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1400,
         queues: vec![null(), null()],
+        vhost: vec![null(), null()],
     };
-    let spec =
-        VmSpec { image: Some(bench.dir.path().join("image")), nics: vec![nic("eth0")], ..bench.spec() };
+    let limits = DiskLimits { bytes_per_second: NonZeroU64::new(1 << 20), requests_per_second: None };
+    let image = Some(bench.dir.path().join("image"));
+    let spec = VmSpec { image, nics: vec![nic("eth0")], disk_limits: limits, ..bench.spec() };
     let (machine, descriptors) = spec::machine(spec, null(), null()).unwrap();
     insta::assert_json_snapshot!(machine);
     let (client, peer) = pair();
     let server = tokio::task::spawn_blocking(move || serve(&peer, done));
     let command = Command::Create(Box::new(machine));
     client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
-    assert_eq!(server.await.unwrap(), (command, 7));
+    assert_eq!(server.await.unwrap(), (command, 9));
+}
+
+#[test]
+fn shared_files_come_over_a_connection_that_is_made_for_the_monitor() {
+    let bench = Bench::new();
+    let path = bench.dir.path().join("daemon");
+    let daemon = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let socket = rustix::fs::open(&path, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    daemon.set_nonblocking(true).unwrap();
+    let shared_fs = Some(SharedFs { tag: "share".to_owned(), socket });
+    let (machine, descriptors) = spec::machine(VmSpec { shared_fs, ..bench.spec() }, null(), null()).unwrap();
+    assert_eq!(machine.shared_fs.unwrap().tag, "share");
+    daemon.accept().unwrap();
+    drop((descriptors, daemon));
+
+    let socket = null();
+    let shared_fs = Some(SharedFs { tag: "share".to_owned(), socket });
+    let spec = VmSpec { shared_fs, ..bench.spec() };
+    let error = spec::machine(spec, null(), null()).unwrap_err().to_string();
+    assert!(error.starts_with("virtio-fs socket of"), "{error}");
 }
 
 #[test]
@@ -164,7 +192,7 @@ async fn machine_grows_and_tells_what_came_of_it() {
     });
     let fixed = vm.resize(wanted).await.unwrap_err();
     assert!(fixed.to_string().contains("growing while it runs"), "{fixed}");
-    vm.state().most = Some(Size { vcpus: 4, memory_mib: 512 });
+    vm.most.set(Size { vcpus: 4, memory_mib: 512 }).unwrap();
     let layout = vm.resize(wanted).await.unwrap();
     assert_eq!(layout.size, Size { vcpus: 3, memory_mib: 256 });
     for size in [Size { vcpus: 5, ..wanted }, Size { memory_mib: 513, ..wanted }] {
@@ -180,12 +208,15 @@ async fn machine_grows_and_tells_what_came_of_it() {
 #[tokio::test]
 async fn device_is_found_by_the_number_of_its_slot() {
     let (vm, peer, bench) = running().await;
+    let limits = DiskLimits { bytes_per_second: None, requests_per_second: NonZeroU64::new(50) };
+    vm.disk_limits.set(limits).unwrap();
     let slot = |id| format!("{{\"id\":{id},\"done\":{{\"slot\":17}}}}\n").into_bytes();
     let server = tokio::task::spawn_blocking(move || serve(&peer, slot));
     let disk = Disk { id: "data".to_owned(), path: bench.dir.path().join("image"), readonly: true };
     assert_eq!(vm.add_disk(disk).await.unwrap(), PciPath("11".to_owned()));
     let (command, descriptors) = server.await.unwrap();
-    assert!(matches!(command, Command::AddDisk(disk) if disk.readonly && disk.id == "data"));
+    assert!(matches!(command, Command::AddDisk(disk)
+        if disk.readonly && disk.id == "data" && disk.requests_per_second == Some(50)));
     assert_eq!(descriptors, 1);
     vm.stop().await.unwrap();
 }

@@ -2,7 +2,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::*;
 use crate::process::Identity;
-use crate::vm::{Accelerator, Backing, Machine as MachineType};
+use crate::vm::{Accelerator, Backing, DiskLimits, Machine as MachineType};
 
 struct Place {
     dir: tempfile::TempDir,
@@ -35,6 +35,7 @@ impl Place {
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
             template: None,
@@ -149,6 +150,7 @@ async fn devices_get_the_first_free_slot_and_are_known_until_they_are_removed() 
         mac: [2; 6],
         mtu: 1400,
         queues: vec![tempfile::tempfile().unwrap().into()],
+        vhost: Vec::new(),
     };
     assert_eq!(vm.add_nic(nic).await.unwrap().0, "10/02");
     assert_eq!(vm.with_nic("eth0", |nic| nic.mtu), Some(1400));

@@ -34,7 +34,7 @@ fn device_that_opens_is_usable_only_with_the_cpu_flags() {
 #[test]
 fn auto_takes_kvm_where_it_works_and_else_says_why_not() {
     let choice = choose(&config(AcceleratorChoice::Auto), &host(Kvm::Usable)).unwrap();
-    assert_eq!((choice.driver, choice.accelerator), (DriverKind::Qemu, Accelerator::Kvm));
+    assert_eq!((choice.driver, choice.accelerator), (DriverKind::Builtin, Accelerator::Kvm));
     for kvm in [
         Kvm::Absent,
         Kvm::NoAccess { reason: "Permission denied".to_owned() },
@@ -42,9 +42,23 @@ fn auto_takes_kvm_where_it_works_and_else_says_why_not() {
         Kvm::WrongVersion { version: 11 },
     ] {
         let choice = choose(&config(AcceleratorChoice::Auto), &host(kvm.clone())).unwrap();
-        assert_eq!(choice.accelerator, Accelerator::Tcg);
+        assert_eq!((choice.driver, choice.accelerator), (DriverKind::Qemu, Accelerator::Tcg));
         assert!(choice.reason.ends_with(&format!("because KVM {kvm}")), "{}", choice.reason);
     }
+}
+
+#[test]
+fn whoever_asks_for_what_only_qemu_has_gets_qemu() {
+    let takes_qemu = |change: fn(&mut Config)| {
+        let mut config = config(AcceleratorChoice::Auto);
+        change(&mut config);
+        choose(&config, &host(Kvm::Usable)).unwrap().driver == DriverKind::Qemu
+    };
+    assert!(takes_qemu(|config| config.hypervisor.qemu.path = Some("/usr/bin/qemu-system-x86_64".into())));
+    assert!(takes_qemu(|config| config.hypervisor.qemu.machine_type = MachineType::Microvm));
+    assert!(takes_qemu(|config| config.runtime.accelerator = AcceleratorChoice::Tcg));
+    assert!(takes_qemu(|config| config.runtime.hypervisor_name = HypervisorChoice::Qemu));
+    assert!(!takes_qemu(|config| config.hypervisor.qemu.default_vcpus = 2.0));
 }
 
 #[test]
@@ -72,7 +86,7 @@ fn builtin_is_taken_where_kvm_works_and_refused_with_the_reason_elsewhere() {
     let error = choose(&wanted(AcceleratorChoice::Auto), &host(Kvm::SoftwareOnly)).unwrap_err().to_string();
     assert!(error.contains("neither vmx nor svm") && error.contains("hypervisor_name"), "{error}");
     let error = choose(&wanted(AcceleratorChoice::Tcg), &host(Kvm::Usable)).unwrap_err();
-    assert!(matches!(error, HostError::BuiltinEmulates), "{error}");
+    assert!(matches!(error, HostError::NoEmulation { .. }), "{error}");
 }
 
 #[test]
@@ -120,4 +134,25 @@ fn probe_serialises_for_people_and_machines() {
 fn host_with(kvm: Kvm) -> Host {
     let version = QemuVersion { major: 7, minor: 2 };
     Host { qemu: Some(Qemu { path: "/usr/bin/qemu".into(), version }), ..host(kvm) }
+}
+
+#[test]
+fn drivers_that_cannot_emulate_are_chosen_by_name_alone_and_need_kvm() {
+    for (name, driver) in [
+        (HypervisorChoice::Clh, DriverKind::CloudHypervisor),
+        (HypervisorChoice::CloudHypervisor, DriverKind::CloudHypervisor),
+        (HypervisorChoice::Fc, DriverKind::Firecracker),
+        (HypervisorChoice::Firecracker, DriverKind::Firecracker),
+    ] {
+        let mut config = config(AcceleratorChoice::Auto);
+        config.runtime.hypervisor_name = name;
+        let choice = choose(&config, &host(Kvm::Usable)).unwrap();
+        assert_eq!((choice.driver, choice.accelerator), (driver, Accelerator::Kvm));
+        assert!(choice.reason.contains(name.as_str()), "{}", choice.reason);
+        let error = choose(&config, &host(Kvm::Absent)).unwrap_err().to_string();
+        assert!(error.contains("needs KVM, and KVM is absent") && error.contains("\"qemu\""), "{error}");
+        config.runtime.accelerator = AcceleratorChoice::Tcg;
+        let error = choose(&config, &host(Kvm::Usable)).unwrap_err().to_string();
+        assert!(error.contains("cannot emulate"), "{error}");
+    }
 }

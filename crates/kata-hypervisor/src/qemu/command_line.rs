@@ -18,8 +18,9 @@
 
 use std::os::fd::RawFd;
 
+use super::throttle;
 use crate::slots::BRIDGE_SLOT;
-use crate::vm::{Accelerator, Backing, Growth, Machine};
+use crate::vm::{Accelerator, Backing, DiskLimits, Growth, Machine};
 
 /// Identifier of the bridge of a q35 that devices are plugged into while it runs. The root bus itself takes none then.
 pub(super) const BRIDGE: &str = "bridge";
@@ -56,6 +57,7 @@ pub(super) struct Plan<'a> {
     pub kernel_params: &'a [String],
     pub shared_fs_tag: Option<&'a str>,
     pub nics: &'a [NicPlan],
+    pub disk_limits: DiskLimits,
     pub seccomp_sandbox: &'a str,
     /// Rate of the time stamp counter where the guest cannot be trusted to find it out, see [`super::clock`].
     pub tsc_khz: Option<u64>,
@@ -69,6 +71,8 @@ pub(super) struct NicPlan {
     pub mtu: u16,
     /// The tap, one descriptor a queue pair.
     pub fds: Vec<RawFd>,
+    /// `/dev/vhost-net`, as many or none.
+    pub vhost: Vec<RawFd>,
 }
 
 /// All of QEMU's arguments, without its own name.
@@ -217,12 +221,23 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
             "-blockdev",
             "driver=file,node-name=image-file,filename=/dev/fdset/1,read-only=on,locking=off",
         );
-        line.option("-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on");
+        match throttle::group("image-limits", plan.disk_limits) {
+            Some(group) => {
+                line.option("-blockdev", "driver=raw,node-name=image-raw,file=image-file,read-only=on");
+                line.option("-object", group.to_string());
+                line.option(
+                    "-blockdev",
+                    "driver=throttle,node-name=image,throttle-group=image-limits,file=image-raw,read-only=on",
+                );
+            }
+            None => {
+                line.option("-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on");
+            }
+        }
         line.option("-device", format!("virtio-blk-{bus},drive=image"));
     }
     for (index, nic) in plan.nics.iter().enumerate() {
-        let fds: Vec<String> = nic.fds.iter().map(ToString::to_string).collect();
-        line.option("-netdev", format!("tap,id=nic{index},fds={},vhost=off", fds.join(":")));
+        line.option("-netdev", network_back_end(index, nic));
         line.option("-device", network_device(plan.machine, index, nic));
     }
     if plan.machine == Machine::Q35 {
@@ -233,6 +248,16 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
             format!("pci-bridge,id={BRIDGE},bus=pcie.0,addr={BRIDGE_SLOT:x},chassis_nr=1,shpc=off,{room}"),
         );
     }
+}
+
+/// Where the kernel does not take its part over, QEMU says so and moves the packets itself.
+fn network_back_end(index: usize, nic: &NicPlan) -> String {
+    let list = |fds: &[RawFd]| fds.iter().map(ToString::to_string).collect::<Vec<_>>().join(":");
+    let vhost = match nic.vhost.as_slice() {
+        [] => "vhost=off".to_owned(),
+        vhost => format!("vhost=on,vhostfds={}", list(vhost)),
+    };
+    format!("tap,id=nic{index},fds={},{vhost}", list(&nic.fds))
 }
 
 fn network_device(machine: Machine, index: usize, nic: &NicPlan) -> String {

@@ -1,7 +1,7 @@
 //! Disks and network interfaces of a machine that runs.
 //!
 //! ```text
-//!   add_disk   add-fd ─▶ blockdev-add ─▶ device_add          on the bridge, in the slot's function 0
+//!   add_disk   add-fd ─▶ (object-add ─▶) blockdev-add ─▶ device_add      on the bridge, in the slot's function 0
 //!   add_nic    getfd ··▶ netdev_add ───▶ device_add
 //!   remove     device_del ─▶ the guest lets go ─▶ DEVICE_DELETED ─▶ the other steps' opposites, last first
 //! ```
@@ -9,7 +9,8 @@
 //! Each step is written down with its opposite before it is taken, as the pod's leak record does it. A failure half way and a removal
 //! work the list off in the same way, and what a caller that gave up has left can still be removed.
 //!
-//! QEMU opens no file by name: disks and taps are opened here and sent along. Everything that belongs to a device is named for
+//! The object is what holds a disk to its bounds, where it has any. QEMU opens no file by name: disks, taps and `/dev/vhost-net` are
+//! opened by others and sent along. Everything that belongs to a device is named for
 //! its slot, because QEMU takes no name over 31 characters for a disk.
 //!
 //! What the ways to offer slots cost, measured under TCG on a busy machine with a distribution's kernel 6.1: CPU seconds of a boot
@@ -35,9 +36,10 @@ use tokio::sync::broadcast::error::RecvError;
 use super::COMMAND_BOUND;
 use super::command_line::{BRIDGE, mac_address, vectors};
 use super::qmp::{Event, Qmp, QmpError};
+use super::throttle;
 use crate::files::DiskFile;
 use crate::slots::{self, Slots};
-use crate::vm::{Disk, HypervisorError, Nic, PciPath};
+use crate::vm::{Disk, DiskLimits, HypervisorError, Nic, PciPath};
 
 /// For the guest to let go of a device. It takes 0.2 s, and some more on a busy host.
 pub(super) const REMOVAL_BOUND: Duration = Duration::from_secs(10);
@@ -46,7 +48,11 @@ const SERIAL_LIMIT: usize = 20;
 
 /// The devices of a running machine that were added to it.
 #[derive(Debug, Default)]
-pub(super) struct Plugged(Slots<Device>);
+pub(super) struct Plugged {
+    slots: Slots<Device>,
+    /// What each disk is held to.
+    limits: DiskLimits,
+}
 
 /// One device: its name in QEMU, and how to undo what was done for it.
 #[derive(Debug)]
@@ -66,11 +72,16 @@ enum Undo {
 }
 
 impl Plugged {
+    /// None yet.
+    pub(super) fn new(limits: DiskLimits) -> Self {
+        Self { slots: Slots::default(), limits }
+    }
+
     /// Adds a disk. Comes back when QEMU has told the guest.
     pub(super) async fn add_disk(&mut self, qmp: &Qmp, disk: &Disk) -> Result<PciPath, HypervisorError> {
         let file = DiskFile::open(&disk.path, disk.readonly)?;
-        let (slot, device) = self.0.take(&disk.id, |slot| Device::new(format!("disk{slot}")))?;
-        let added = device.plug_disk(qmp, slot, disk, file).await;
+        let (slot, device) = self.slots.take(&disk.id, |slot| Device::new(format!("disk{slot}")))?;
+        let added = device.plug_disk(qmp, slot, disk, file, self.limits).await;
         self.settle(qmp, &disk.id, slot, added).await
     }
 
@@ -81,7 +92,7 @@ impl Plugged {
         }
         let id = nic.id.clone();
         // Not a name that an interface has which was there at the start.
-        let (slot, device) = self.0.take(&id, |slot| Device::new(format!("plugged-nic{slot}")))?;
+        let (slot, device) = self.slots.take(&id, |slot| Device::new(format!("plugged-nic{slot}")))?;
         let added = device.plug_nic(qmp, slot, nic).await;
         self.settle(qmp, &id, slot, added).await
     }
@@ -93,8 +104,8 @@ impl Plugged {
         id: &str,
         bound: Duration,
     ) -> Result<(), HypervisorError> {
-        self.0.get_mut(id)?.unplug(qmp, id, bound).await?;
-        self.0.free(id).map(drop)
+        self.slots.get_mut(id)?.unplug(qmp, id, bound).await?;
+        self.slots.free(id).map(drop)
     }
 
     /// Undoes what was done for a device that could not be added. Where that fails too, its slot stays taken.
@@ -120,20 +131,35 @@ impl Device {
         Self { name, undo: Vec::new() }
     }
 
-    async fn plug_disk(&mut self, qmp: &Qmp, slot: u8, disk: &Disk, file: DiskFile) -> Result<(), QmpError> {
+    async fn plug_disk(
+        &mut self,
+        qmp: &Qmp,
+        slot: u8,
+        disk: &Disk,
+        file: DiskFile,
+        limits: DiskLimits,
+    ) -> Result<(), QmpError> {
         let name = self.name.clone();
         // Set 1 is the image that the machine started from.
         let set = 100 + u32::from(slot);
         let undo = Undo::Command("remove-fd", json!({ "fdset-id": set }));
         self.step(qmp, "add-fd", json!({ "fdset-id": set }), Some(file.fd), undo).await?;
-        let node = json!({
+        let mut node = json!({
             "driver": if file.is_device { "host_device" } else { "file" },
-            "node-name": name,
             "filename": format!("/dev/fdset/{set}"),
             "read-only": disk.readonly,
             "discard": "unmap",
             "locking": "off",
         });
+        let group = format!("{name}-limits");
+        if let Some(throttle) = throttle::group(&group, limits) {
+            let undo = Undo::Command("object-del", json!({ "id": group }));
+            self.step(qmp, "object-add", throttle, None, undo).await?;
+            node = throttle::held(&node, &group, disk.readonly);
+        }
+        if let Some(node) = node.as_object_mut() {
+            node.insert("node-name".to_owned(), json!(name));
+        }
         let undo = Undo::Command("blockdev-del", json!({ "node-name": name }));
         self.step(qmp, "blockdev-add", node, None, undo).await?;
         let serial: String = disk.id.chars().take(SERIAL_LIMIT).collect();
@@ -144,14 +170,12 @@ impl Device {
     async fn plug_nic(&mut self, qmp: &Qmp, slot: u8, nic: Nic) -> Result<(), QmpError> {
         let name = self.name.clone();
         let queues = nic.queues.len();
-        let mut taps = Vec::new();
-        for (number, tap) in nic.queues.into_iter().enumerate() {
-            let tap_name = format!("{name}-tap{number}");
-            let undo = Undo::Descriptor(tap_name.clone());
-            self.step(qmp, "getfd", json!({ "fdname": tap_name }), Some(tap), undo).await?;
-            taps.push(tap_name);
+        let taps = self.hand_over(qmp, "tap", nic.queues).await?;
+        let vhost = self.hand_over(qmp, "vhost", nic.vhost).await?;
+        let mut netdev = json!({ "type": "tap", "id": name, "fds": taps, "vhost": !vhost.is_empty() });
+        if let (Some(netdev), false) = (netdev.as_object_mut(), vhost.is_empty()) {
+            netdev.insert("vhostfds".to_owned(), json!(vhost));
         }
-        let netdev = json!({ "type": "tap", "id": name, "fds": taps.join(":"), "vhost": false });
         let undo = Undo::Command("netdev_del", json!({ "id": name }));
         self.step(qmp, "netdev_add", netdev, None, undo).await?;
         let mut device = json!({
@@ -166,6 +190,18 @@ impl Device {
             device.insert("vectors".to_owned(), json!(vectors(queues)));
         }
         self.step(qmp, "device_add", placed(device, &name, slot), None, Undo::Device).await
+    }
+
+    /// Gives QEMU descriptors, which it then knows by the names that are answered.
+    async fn hand_over(&mut self, qmp: &Qmp, what: &str, files: Vec<OwnedFd>) -> Result<String, QmpError> {
+        let mut names = Vec::with_capacity(files.len());
+        for (number, file) in files.into_iter().enumerate() {
+            let name = format!("{}-{what}{number}", self.name);
+            let undo = Undo::Descriptor(name.clone());
+            self.step(qmp, "getfd", json!({ "fdname": name }), Some(file), undo).await?;
+            names.push(name);
+        }
+        Ok(names.join(":"))
     }
 
     /// Runs one command. Its opposite is written down first, and struck out where QEMU says that it has done nothing.

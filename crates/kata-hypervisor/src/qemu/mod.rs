@@ -11,22 +11,20 @@
 
 mod clock;
 mod command_line;
-
 mod hotplug;
 pub(crate) mod qmp;
 mod resize;
 mod supervisor;
+mod throttle;
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::Value;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::clock::Measurement;
@@ -35,16 +33,15 @@ use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
 use self::resize::Resizer;
 use self::supervisor::{LastWords, explain, listen, supervise};
-use crate::files::{open_for, with_kvm};
-use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, Tail, capture};
+use crate::files::{BootFiles, socket_pair, with_kvm};
+use crate::life::Life;
+use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, capture};
 use crate::vm::{
     Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo,
     Size, Vm, VmExit, VmSpec,
 };
 use crate::vsock::Sockets;
 
-/// How much of the guest's console is kept.
-const CONSOLE_LIMIT: usize = 64 * 1024;
 /// From QEMU's start to its greeting. It takes some 50 ms, and seconds on a host that swaps.
 const GREETING_BOUND: Duration = Duration::from_secs(30);
 /// For one command of the control protocol.
@@ -60,8 +57,7 @@ struct Shared {
     plugged: tokio::sync::Mutex<Plugged>,
     /// Changes of the size come one after the other, too.
     resizer: tokio::sync::Mutex<Resizer>,
-    console: Tail,
-    exit: watch::Sender<Option<VmExit>>,
+    life: Life,
 }
 
 #[derive(Default)]
@@ -70,32 +66,14 @@ struct State {
     machine: Option<Machine>,
     /// Whether CPUs and memory can be added.
     grows: (bool, bool),
-    stopping: bool,
     qmp: Option<Qmp>,
     listener: Option<JoinHandle<()>>,
     last_words: LastWords,
-    children: Vec<Child>,
 }
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes charge of a new process, or ends it where the machine is being stopped.
-    fn adopt(&self, child: &Child) {
-        let mut state = self.state();
-        state.children.push(child.clone());
-        if state.stopping {
-            kill(child);
-        }
-    }
-}
-
-/// Our own children can always be killed: only one that has changed to root without us could not.
-fn kill(child: &Child) {
-    if let Err(error) = child.kill() {
-        tracing::warn!(process = child.name(), pid = child.pid(), %error, "process cannot be killed");
     }
 }
 
@@ -113,12 +91,23 @@ impl QemuVm {
             state: Mutex::default(),
             plugged: tokio::sync::Mutex::default(),
             resizer: tokio::sync::Mutex::default(),
-            console: Tail::new(CONSOLE_LIMIT),
-            exit: watch::channel(None).0,
+            life: Life::default(),
         }))
     }
 
-    /// Starts both processes. Those that run when it fails are in `Shared::children`.
+    /// What it says of itself once it runs a `machine` that may grow.
+    #[cfg(test)]
+    pub(crate) fn as_if_running(machine: Machine) -> Capabilities {
+        let vm = Self::new();
+        {
+            let mut state = vm.0.state();
+            state.machine = Some(machine);
+            state.grows = (machine == Machine::Q35, machine == Machine::Q35);
+        }
+        vm.capabilities()
+    }
+
+    /// Starts both processes. Those that run when it fails are in `Shared::life`.
     async fn start(&self, spec: VmSpec, record: &Record) -> Result<Started, HypervisorError> {
         let clock = Measurement::begin().filter(|_| spec.accelerator == Accelerator::Tcg);
         let identity = match spec.accelerator {
@@ -128,7 +117,8 @@ impl QemuVm {
         let sockets = Sockets::bind(&spec.run_dir, &spec.vsock, record)?;
         let (qmp, qmp_end) = socket_pair(&spec)?;
         let (console, console_end) = socket_pair(&spec)?;
-        let files = Files::open(&spec, &identity)?;
+        let files = BootFiles::open(&spec, &identity)?;
+        let shared_fs = spec.shared_fs.as_ref().map(|fs| fs.connect(&spec.run_dir)).transpose()?;
         let (vsock, vsock_end) =
             sockets.start(&spec.vsock_program, &spec.identity, record).map_err(|source| {
                 HypervisorError::Start {
@@ -137,13 +127,13 @@ impl QemuVm {
                     source,
                 }
             })?;
-        self.0.adopt(&vsock);
+        self.0.life.adopt(&vsock);
 
         let tsc_khz = match clock {
             Some(clock) => clock.end().await,
             None => None,
         };
-        let ends = Ends { qmp: qmp_end, console: console_end, vsock: vsock_end };
+        let ends = Ends { qmp: qmp_end, console: console_end, vsock: vsock_end, shared_fs };
         let qemu = spawn_qemu(spec, identity, ends, files, tsc_khz, record).map_err(|source| {
             HypervisorError::Start {
                 name: "qemu",
@@ -151,14 +141,14 @@ impl QemuVm {
                 source,
             }
         })?;
-        self.0.adopt(&qemu);
+        self.0.life.adopt(&qemu);
         Ok(Started { qemu, vsock, qmp, console })
     }
 
     /// Comes back when the guest runs; whoever ends first meanwhile is found out about by [`explain`].
     async fn greet(&self, program: &Path, started: Started) -> Result<(), HypervisorError> {
         let Started { qemu, vsock, qmp, console } = started;
-        let console = tokio::spawn(capture(console, self.0.console.clone(), "console".to_owned()));
+        let console = tokio::spawn(capture(console, self.0.life.console.clone(), "console".to_owned()));
         tokio::spawn(supervise(Arc::clone(&self.0), qemu.clone(), vsock.clone(), console));
         let greeted = tokio::select! {
             greeted = Qmp::connect(qmp, GREETING_BOUND) => greeted,
@@ -173,30 +163,15 @@ impl QemuVm {
                 Ok(())
             }
             Err(error) => {
-                let stopping = self.0.state().stopping;
+                let stopping = self.0.life.stopping();
                 Err(explain(error, stopping, program, &qemu, &vsock).await)
             }
         }
     }
 
-    /// Ends every process and waits until they are gone.
-    async fn abandon(&self) {
-        let children = {
-            let mut state = self.0.state();
-            state.stopping = true;
-            state.children.clone()
-        };
-        children.iter().for_each(kill);
-        for child in children {
-            child.wait().await;
-        }
-    }
-
     /// The control channel of a machine that runs.
     fn control(&self, operation: &'static str) -> Result<Qmp, HypervisorError> {
-        if let Some(exit) = self.0.exit.borrow().clone() {
-            return Err(HypervisorError::Ended(exit));
-        }
+        self.0.life.check()?;
         let qmp = self.0.state().qmp.clone();
         qmp.ok_or(HypervisorError::WrongState { operation, state: "is not started" })
     }
@@ -210,10 +185,11 @@ impl QemuVm {
     fn hotplug_control(&self, operation: &'static str) -> Result<Qmp, HypervisorError> {
         let qmp = self.control(operation)?;
         match self.0.state().machine {
-            Some(machine) if !takes_devices(machine) => Err(HypervisorError::Unsupported {
+            Some(machine) if !takes_devices(machine) => Err(HypervisorError::unsupported(
                 operation,
-                driver: format!("QEMU's machine {machine}; set hypervisor.qemu.machine_type to \"q35\""),
-            }),
+                &format!("QEMU's machine {machine}"),
+                "set hypervisor.qemu.machine_type to \"q35\"",
+            )),
             _ => Ok(qmp),
         }
     }
@@ -252,23 +228,19 @@ impl Vm for QemuVm {
         let resizer = Resizer::new(&spec);
         self.0.state().grows = resizer.grows();
         *self.0.resizer.lock().await = resizer;
+        *self.0.plugged.lock().await = Plugged::new(spec.disk_limits);
         let outcome = match self.start(spec, record).await {
             Ok(started) => self.greet(&program, started).await,
             Err(error) => Err(error),
         };
         if outcome.is_err() {
-            self.abandon().await;
+            self.0.life.abandon().await;
         }
         outcome.map(|()| Origin::Kernel)
     }
 
     async fn exited(&self) -> VmExit {
-        let mut exit = self.0.exit.subscribe();
-        let ended = exit.wait_for(Option::is_some).await;
-        match ended.ok().and_then(|exit| exit.clone()) {
-            Some(exit) => exit,
-            None => std::future::pending().await,
-        }
+        self.0.life.exited().await
     }
 
     async fn pause(&self) -> Result<(), HypervisorError> {
@@ -300,81 +272,30 @@ impl Vm for QemuVm {
     }
 
     async fn stop(&self) -> Result<(), HypervisorError> {
-        self.abandon().await;
+        self.0.life.abandon().await;
         Ok(())
     }
 
     fn console_tail(&self) -> String {
-        self.0.console.text()
+        self.0.life.console.text()
     }
 
     fn processes(&self) -> Vec<ProcessInfo> {
-        let state = self.0.state();
-        let alive = state.children.iter().filter(|child| child.exit().is_none());
-        alive.map(|child| ProcessInfo { name: child.name().to_owned(), pid: child.pid() }).collect()
+        self.0.life.processes()
     }
 }
 
 /// What makes no machine whatever the host can do.
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
-    let reason = match spec {
-        VmSpec { vcpus: 0, .. } => "it has no virtual CPU",
-        VmSpec { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
-        VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => {
-            return Err(HypervisorError::Unsupported {
-                operation: "growing while it runs",
-                driver: "QEMU's machine microvm; set hypervisor.qemu.machine_type to \"q35\", or \
-                         runtime.static_sandbox_resource_mgmt to true"
-                    .to_owned(),
-            });
-        }
-        VmSpec { template: Some(_), .. } => {
-            return Err(HypervisorError::Unsupported {
-                operation: "starting from a template",
-                driver: "QEMU's driver; set runtime.hypervisor_name to \"builtin\"".to_owned(),
-            });
-        }
-        VmSpec { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
-        _ => match spec.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
-            Some((nic, reason)) => {
-                return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
-            }
-            None => return Ok(()),
-        },
-    };
-    Err(HypervisorError::InvalidSpec { id: spec.id.clone(), reason: reason.to_owned() })
-}
-
-fn socket_pair(spec: &VmSpec) -> Result<(UnixStream, OwnedFd), HypervisorError> {
-    let pair = || {
-        let (ours, theirs) = StdUnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        Ok((UnixStream::from_std(ours)?, theirs.into()))
-    };
-    pair().map_err(|source| HypervisorError::File {
-        what: "socket pair of",
-        path: spec.run_dir.clone(),
-        source,
-    })
-}
-
-/// The files that the guest boots from.
-struct Files {
-    kernel: OwnedFd,
-    initrd: Option<OwnedFd>,
-    image: Option<OwnedFd>,
-}
-
-impl Files {
-    fn open(spec: &VmSpec, identity: &Identity) -> Result<Self, HypervisorError> {
-        let open = |path: &Option<PathBuf>, what| {
-            path.as_ref().map(|path| open_for(identity, path, what)).transpose()
-        };
-        Ok(Self {
-            kernel: open_for(identity, &spec.kernel, "guest kernel")?,
-            initrd: open(&spec.initrd, "initrd")?,
-            image: open(&spec.image, "image")?,
-        })
+    spec.check()?;
+    spec.check_boots("QEMU's driver")?;
+    match spec {
+        VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => Err(HypervisorError::unsupported(
+            "growing while it runs",
+            "QEMU's machine microvm",
+            "set hypervisor.qemu.machine_type to \"q35\", or runtime.static_sandbox_resource_mgmt to true",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -383,19 +304,20 @@ struct Ends {
     qmp: OwnedFd,
     console: OwnedFd,
     vsock: OwnedFd,
+    shared_fs: Option<OwnedFd>,
 }
 
 fn spawn_qemu(
     spec: VmSpec,
     identity: Identity,
     ends: Ends,
-    files: Files,
+    files: BootFiles,
     tsc_khz: Option<u64>,
     record: &Record,
 ) -> Result<Child, SpawnError> {
     let mut spawn = Spawn::new("qemu", &spec.program);
     let mut give = |fd: OwnedFd| spawn.hand_over(fd);
-    let (shared_fs_tag, shared_fs) = spec.shared_fs.map(|fs| (fs.tag, fs.socket)).unzip();
+    let shared_fs_tag = spec.shared_fs.map(|fs| fs.tag);
     let fds = Fds {
         qmp: give(ends.qmp),
         console: give(ends.console),
@@ -403,15 +325,16 @@ fn spawn_qemu(
         kernel: give(files.kernel),
         initrd: files.initrd.map(&mut give),
         image: files.image.map(&mut give),
-        shared_fs: shared_fs.map(&mut give),
+        shared_fs: ends.shared_fs.map(&mut give),
     };
     let nics: Vec<NicPlan> = spec
         .nics
         .into_iter()
-        .map(|Nic { mac, mtu, queues, .. }| NicPlan {
+        .map(|Nic { mac, mtu, queues, vhost, .. }| NicPlan {
             mac,
             mtu,
             fds: queues.into_iter().map(&mut give).collect(),
+            vhost: vhost.into_iter().map(&mut give).collect(),
         })
         .collect();
     let args = command_line(&Plan {
@@ -425,6 +348,7 @@ fn spawn_qemu(
         kernel_params: &spec.kernel_params,
         shared_fs_tag: shared_fs_tag.as_deref(),
         nics: &nics,
+        disk_limits: spec.disk_limits,
         seccomp_sandbox: &spec.seccomp_sandbox,
         tsc_khz,
         fds,

@@ -125,22 +125,9 @@ impl Resizer {
     fn check(&self, size: Size, vcpus: u32) -> Result<(), HypervisorError> {
         let memory = self.memory_mib();
         let most = self.growth.unwrap_or(Growth { vcpus, memory_mib: memory, slots: 0 });
-        if size.vcpus > vcpus.max(most.vcpus) {
-            return Err(HypervisorError::TooLarge {
-                wanted: format!("{} virtual CPUs", size.vcpus),
-                most: format!("it can have {}", vcpus.max(most.vcpus)),
-                next: "see hypervisor.qemu.default_maxvcpus and runtime.static_sandbox_resource_mgmt",
-            });
-        }
+        size.check_within(Size { vcpus: vcpus.max(most.vcpus), memory_mib: memory.max(most.memory_mib) })?;
         if size.memory_mib <= memory {
             return Ok(());
-        }
-        if size.memory_mib > most.memory_mib {
-            return Err(HypervisorError::TooLarge {
-                wanted: format!("{} MiB of memory", size.memory_mib),
-                most: format!("it can have {} MiB", memory.max(most.memory_mib)),
-                next: "see hypervisor.qemu.default_maxmemory and runtime.static_sandbox_resource_mgmt",
-            });
         }
         if u32::try_from(self.modules.len()).map_or(true, |used| used >= most.slots) {
             return Err(HypervisorError::TooLarge {

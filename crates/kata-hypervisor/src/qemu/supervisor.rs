@@ -2,22 +2,15 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
 
+use super::Shared;
 use super::qmp::{Event, QmpError};
-use super::{Shared, kill};
-use crate::process::{Child, Exit, Tail};
+use crate::life::{Life, SETTLE, kill};
+use crate::process::{Child, Exit};
 use crate::vm::{HypervisorError, VmExit};
-
-/// When one process ends the other often does too. This long it is waited for, to learn which of them is the cause.
-const SETTLE: Duration = Duration::from_millis(300);
-/// How many of the console's last lines explain a panic.
-const PANIC_LINES: usize = 30;
-/// What every Linux kernel says first when it panics.
-const PANIC: &str = "Kernel panic - not syncing";
 
 /// What QEMU and the guest said about the end before it came.
 #[derive(Debug, Default)]
@@ -52,7 +45,7 @@ pub(super) async fn supervise(shared: Arc<Shared>, qemu: Child, vsock: Child, co
             Err(_) => Some(exit),
         },
     };
-    let stopping = shared.state().stopping;
+    let stopping = shared.life.stopping();
     kill(&qemu);
     kill(&vsock);
     let exit = qemu.wait().await;
@@ -67,26 +60,19 @@ pub(super) async fn supervise(shared: Arc<Shared>, qemu: Child, vsock: Child, co
         Some(exit) => {
             VmExit::BackEndLost { name: vsock.name().to_owned(), exit, output: vsock.output_tail() }
         }
-        None => verdict(exit, &qemu.output_tail(), &shared.state().last_words, &shared.console),
+        None => verdict(&shared.life, exit, &qemu.output_tail(), &shared.state().last_words),
     };
     tracing::debug!(%verdict, ?back_end_exit, "virtual machine has ended");
-    shared.exit.send_replace(Some(verdict));
+    shared.life.end(verdict);
 }
 
-fn verdict(exit: Exit, output: &str, last_words: &LastWords, console: &Tail) -> VmExit {
-    match exit {
-        Exit::Signal(signal) => VmExit::Signal(signal),
-        Exit::Unknown => VmExit::Code(-1, "its exit status was taken by another process".to_owned()),
-        // With -no-reboot a panic looks like any other reset; the console tells them apart.
-        Exit::Code(0) if last_words.panicked || console.text().contains(PANIC) => {
-            VmExit::GuestPanic(console.last_lines(PANIC_LINES))
-        }
+fn verdict(life: &Life, exit: Exit, output: &str, last_words: &LastWords) -> VmExit {
+    match life.verdict(exit, output, last_words.panicked) {
         // Somebody sent SIGTERM; QEMU's output names the sender.
-        Exit::Code(0) if last_words.reason.as_deref() == Some("host-signal") => {
+        VmExit::Clean if last_words.reason.as_deref() == Some("host-signal") => {
             VmExit::Code(0, output.to_owned())
         }
-        Exit::Code(0) => VmExit::Clean,
-        Exit::Code(code) => VmExit::Code(code, output.to_owned()),
+        verdict => verdict,
     }
 }
 

@@ -2,12 +2,14 @@
 //! entry note of a PVH kernel is enough to have the CPU running.
 
 use std::fs;
+use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::*;
 use crate::process::Exit;
-use crate::vm::{Backing, Machine};
+use crate::vm::{Backing, DiskLimits, Machine};
 
 const NOBODY: u32 = 65_534;
 
@@ -74,6 +76,7 @@ impl Bench {
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            disk_limits: DiskLimits::default(),
             identity: Identity { uid: NOBODY, gid: NOBODY, groups: Vec::new() },
             seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
                 .to_owned(),
@@ -275,7 +278,7 @@ async fn end_after(signal: rustix::process::Signal, process: &str) -> Option<VmE
     let bench = Bench::new(None)?;
     let vm = QemuVm::new();
     vm.boot(bench.spec(Machine::Q35, &kernel_that_says("", FOR_EVER)), &bench.record).await.unwrap();
-    let child = vm.0.state().children.iter().find(|child| child.name() == process).cloned().unwrap();
+    let child = vm.0.life.children().iter().find(|child| child.name() == process).cloned().unwrap();
     child.signal(signal).unwrap();
     let exit = tokio::time::timeout(Duration::from_secs(20), vm.exited()).await.unwrap();
     assert_eq!(vm.processes(), []);
@@ -408,7 +411,7 @@ fn tap(queues: usize) -> Vec<OwnedFd> {
 }
 
 fn nic(id: &str, last: u8, queues: usize) -> Nic {
-    Nic { id: id.to_owned(), mac: [2, 0, 0, 0, 0, last], mtu: 1400, queues: tap(queues) }
+    Nic { id: id.to_owned(), mac: [2, 0, 0, 0, 0, last], mtu: 1400, queues: tap(queues), vhost: Vec::new() }
 }
 
 async fn ask(vm: &QemuVm, command: &str) -> Value {
@@ -479,6 +482,44 @@ async fn devices_are_added_to_a_q35_and_a_guest_that_does_not_answer_keeps_them(
         ));
         vm.stop().await.unwrap();
         assert!(matches!(vm.add_disk(disk("d", true)).await.unwrap_err(), HypervisorError::Ended(_)));
+    }
+}
+
+#[tokio::test]
+async fn image_and_disks_that_are_added_are_held_to_their_limits() {
+    for program in programs() {
+        let Some(bench) = Bench::new(None) else { return };
+        let path = bench.dir.path().join("disk");
+        fs::write(&path, vec![0; 1 << 20]).unwrap();
+        let limits = DiskLimits {
+            bytes_per_second: NonZeroU64::new(1 << 20),
+            requests_per_second: NonZeroU64::new(50),
+        };
+        let spec = bench.spec(Machine::Q35, &kernel_that_says("", FOR_EVER));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        let vm = QemuVm::new();
+        let spec = VmSpec { program, image: Some(path.clone()), disk_limits: limits, ..spec };
+        vm.boot(spec, &bench.record).await.unwrap();
+        vm.add_disk(Disk { id: "a".to_owned(), path: path.clone(), readonly: false }).await.unwrap();
+        let disks = ask(&vm, "query-block").await;
+        let held: Vec<(&Value, &Value)> = disks
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|disk| (&disk["inserted"]["node-name"], &disk["inserted"]["drv"]))
+            .collect();
+        assert_eq!(held, [(&"image".into(), &"throttle".into()), (&"disk1".into(), &"throttle".into())]);
+        let qmp = vm.0.state().qmp.clone().unwrap();
+        for group in ["image-limits", "disk1-limits"] {
+            let limits = serde_json::json!({ "path": format!("/objects/{group}"), "property": "limits" });
+            let limits = qmp.execute("qom-get", limits, COMMAND_BOUND).await.unwrap();
+            assert_eq!(
+                (&limits["bps-total"], &limits["iops-total"]),
+                (&(1 << 20).into(), &50.into()),
+                "{group}"
+            );
+        }
+        vm.stop().await.unwrap();
     }
 }
 

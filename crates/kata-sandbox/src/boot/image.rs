@@ -1,9 +1,10 @@
 //! What a machine boots, as the configuration or the guest image has it. None of it is a pod's own.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use kata_config::{Artefacts, Config, MachineType};
-use kata_hypervisor::{Machine, Nic, Size, VmSpec};
+use kata_hypervisor::{DiskLimits, Machine, Nic, Size, VmSpec};
 use kata_image::manifest::Manifest;
 
 use super::BootError;
@@ -72,6 +73,7 @@ impl Guest {
             vsock: pod.hybrid.clone(),
             shared_fs,
             nics,
+            disk_limits: disk_limits(qemu),
             identity: pod.identity.clone(),
             seccomp_sandbox: qemu.seccomp_sandbox.clone(),
             template: None,
@@ -100,5 +102,13 @@ impl Guest {
         }
         params.extend(qemu.kernel_params.iter().cloned());
         params
+    }
+}
+
+/// What the configuration holds each disk to. It counts bits; so that a bound never becomes none, bytes round up.
+fn disk_limits(config: &kata_config::Qemu) -> DiskLimits {
+    DiskLimits {
+        bytes_per_second: NonZeroU64::new(config.disk_rate_limiter_bw_max_rate.div_ceil(8)),
+        requests_per_second: NonZeroU64::new(config.disk_rate_limiter_ops_max_rate),
     }
 }

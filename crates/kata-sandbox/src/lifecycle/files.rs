@@ -213,7 +213,13 @@ impl ContainerFiles {
             }
         };
         match root {
-            Some(root) if pod.share.is_none() => Err(StorageError::NoShare(root.path)),
+            Some(root) if pod.share.is_none() => {
+                let offers = pod.vm.capabilities();
+                Err(match offers.shared_fs || offers.hotplug_block {
+                    true => StorageError::NoShare(root.path),
+                    false => StorageError::NoWay { path: root.path, driver: pod.choice.driver },
+                })
+            }
             root => Ok(root),
         }
     }

@@ -6,12 +6,14 @@ use kata_hypervisor::{HypervisorError, Nic, Vm};
 
 use super::netlink::Netlink;
 use super::scan::{Endpoint, Scan, foreign_tap, scan};
+use super::vhost::Vhost;
 use super::{NetworkError, Wiring, macvtap, tap};
 use crate::agent_client::Agent;
 
 /// The endpoints that the machine has or is about to get.
 pub(super) struct Attachments {
     wiring: Wiring,
+    vhost: Vhost,
     all: Vec<Attachment>,
     /// The routes that the agent has.
     told: Vec<Route>,
@@ -50,7 +52,8 @@ struct Told {
 
 impl Attachments {
     pub(super) fn new(wiring: Wiring) -> Self {
-        Self { wiring, all: Vec::new(), told: Vec::new(), stale: false, released: false }
+        let vhost = Vhost::new(wiring.vhost);
+        Self { wiring, vhost, all: Vec::new(), told: Vec::new(), stale: false, released: false }
     }
 
     /// Attaches what is new. On an error nothing of it is left.
@@ -103,7 +106,7 @@ impl Attachments {
             });
             let Some(attachment) = self.all.last_mut() else { continue };
             match attachment.connect(netlink, self.wiring).await {
-                Ok(nic) => nics.push(nic),
+                Ok(nic) => nics.push(Nic { vhost: self.vhost.files(nic.queues.len()), ..nic }),
                 Err(error) => {
                     self.detach(first).await?;
                     return Err(error);
@@ -306,7 +309,7 @@ impl Attachment {
             }
         };
         tracing::info!(link = name, model = wiring.model.as_str(), given_tap, "joined");
-        Ok(Nic { id: self.endpoint.device(), mac, mtu, queues })
+        Ok(Nic { id: self.endpoint.device(), mac, mtu, queues, vhost: Vec::new() })
     }
 
     fn take_tap(&self, wiring: Wiring) -> Result<Vec<std::os::fd::OwnedFd>, NetworkError> {

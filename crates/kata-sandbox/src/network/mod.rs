@@ -18,7 +18,8 @@
 //! | `none` | a tap that is joined with nothing: whoever set the namespace up joins it |
 //! | a tap that was there | given to the machine as it is, in every model |
 //!
-//! The machine gets the tap; the agent is told of addresses, routes and neighbours. What is there is looked at while the pod
+//! The machine gets the tap, and with it `/dev/vhost-net` where the host has it: then packets go from the tap to the guest's memory
+//! and back without the machine monitor (`vhost`). The agent is told of addresses, routes and neighbours. What is there is looked at while the pod
 //! boots, at the start of each container (some clients, as `ctr run --cni` and Docker since 26, bring the interfaces between
 //! create and start), and whenever the kernel tells of a change (`watch`). Nobody waits for an interface: a namespace without
 //! any costs one listing.
@@ -36,12 +37,13 @@ mod macvtap;
 mod netlink;
 mod scan;
 mod tap;
+mod vhost;
 mod watch;
 
 use std::io;
 
 use kata_config::{Config, InternetworkingModel};
-use kata_hypervisor::{HypervisorError, Nic, Vm};
+use kata_hypervisor::{DriverKind, HypervisorError, Nic, Vm};
 use tokio::sync::Mutex;
 
 use self::attachments::Attachments;
@@ -199,17 +201,20 @@ pub(crate) struct Wiring {
     into_pod: u64,
     /// Bits a second out of the pod; zero is without a bound.
     out_of_pod: u64,
+    /// The host's kernel moves the packets, if it can.
+    vhost: bool,
 }
 
 impl Wiring {
-    /// As it is configured.
-    pub(crate) fn of(config: &Config) -> Self {
+    /// As it is configured, for a machine of this driver.
+    pub(crate) fn of(config: &Config, driver: DriverKind) -> Self {
         let qemu = &config.hypervisor.qemu;
         Self {
             model: config.runtime.internetworking_model,
             queues: u16::try_from(qemu.network_queues).unwrap_or(u16::MAX).max(1),
             into_pod: qemu.rx_rate_limiter_max_rate,
             out_of_pod: qemu.tx_rate_limiter_max_rate,
+            vhost: driver.takes_vhost() && !qemu.disable_vhost_net,
         }
     }
 }

@@ -13,7 +13,7 @@ const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
 
 /// As it is without any configuration.
 fn wiring() -> Wiring {
-    Wiring::of(&Config::default())
+    Wiring::of(&Config::default(), DriverKind::Qemu)
 }
 
 fn network() -> Network {

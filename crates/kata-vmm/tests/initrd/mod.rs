@@ -5,33 +5,60 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// Kernel with all drivers built in, and busybox, where KVM boots kernels: in the lab (`KATA_TEST_LAB`), given
-/// `KATA_TEST_TUNED_KERNEL`; `KATA_TEST_BUSYBOX` names a busybox without libraries, else `/usr/bin/busybox`. `None` otherwise, which
-/// is said.
-pub fn kernel_and_busybox() -> Option<(PathBuf, PathBuf)> {
-    let file = |variable, otherwise: &str| {
-        let path = std::env::var_os(variable).map_or_else(|| PathBuf::from(otherwise), PathBuf::from);
-        path.exists().then_some(path)
-    };
-    let found = file("KATA_TEST_TUNED_KERNEL", "").zip(file("KATA_TEST_BUSYBOX", "/usr/bin/busybox"));
-    let found = found.filter(|_| std::env::var_os("KATA_TEST_LAB").is_some());
-    if found.is_none() {
-        eprintln!("skipped: wants the lab, busybox, and KATA_TEST_TUNED_KERNEL");
+/// Where the lab's kernel has its modules.
+const MODULES: &str = "/lib/modules";
+/// A busybox without libraries.
+const BUSYBOX: &str = "/usr/bin/busybox";
+
+/// What the lab boots itself from, for KVM boots kernels there and hardly anywhere else where tests run. `None` elsewhere, which is
+/// said.
+pub fn stock_kernel() -> Option<PathBuf> {
+    if std::env::var_os("KATA_TEST_LAB").is_none() {
+        eprintln!("skipped: wants the lab");
+        return None;
     }
-    found
+    Some(PathBuf::from("/boot/vmlinuz"))
 }
 
-/// An initial RAM disk at this path, whose init is the script.
-pub fn initrd(busybox: &Path, script: &str, at: &Path) -> File {
+/// An initial RAM disk at this path, whose init is the script, with busybox and `/modules`, which loads these drivers of the stock
+/// kernel.
+pub fn initrd(script: &str, drivers: &[&str], at: &Path) -> File {
     let mut archive = Vec::new();
-    for directory in ["bin", "dev"] {
+    for directory in ["bin", "dev", "lib"] {
         entry(&mut archive, directory, 0o040_755, &[]);
     }
-    entry(&mut archive, "bin/busybox", 0o100_755, &std::fs::read(busybox).unwrap());
+    let mut load = String::from("#!/bin/busybox sh\n");
+    for module in modules(drivers) {
+        let name = format!("lib/{}", module.file_name().unwrap().to_str().unwrap());
+        load += &format!("/bin/busybox insmod /{name}\n");
+        entry(&mut archive, &name, 0o100_644, &std::fs::read(module).unwrap());
+    }
+    entry(&mut archive, "modules", 0o100_755, load.as_bytes());
+    entry(&mut archive, "bin/busybox", 0o100_755, &std::fs::read(BUSYBOX).unwrap());
     entry(&mut archive, "init", 0o100_755, script.as_bytes());
     entry(&mut archive, "TRAILER!!!", 0, &[]);
     std::fs::write(at, archive).unwrap();
     File::open(at).unwrap()
+}
+
+/// Files of these drivers and of what each needs, in the order in which they are loaded.
+fn modules(drivers: &[&str]) -> Vec<PathBuf> {
+    let version = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let directory = Path::new(MODULES).join(version.trim());
+    let dependencies = std::fs::read_to_string(directory.join("modules.dep")).unwrap();
+    let mut found: Vec<PathBuf> = Vec::new();
+    for driver in drivers {
+        let file = format!("/{driver}.ko:");
+        let line = dependencies.lines().find(|line| line.contains(&file)).expect(driver);
+        let all = line.split([':', ' ']).filter(|name| !name.is_empty()).map(|name| directory.join(name));
+        // A line names the driver first, and last what has to be loaded first.
+        for module in all.collect::<Vec<_>>().into_iter().rev() {
+            if !found.contains(&module) {
+                found.push(module);
+            }
+        }
+    }
+    found
 }
 
 /// An entry of a cpio archive (`newc`).

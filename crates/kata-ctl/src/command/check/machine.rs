@@ -7,13 +7,14 @@ use kata_image::manifest::Manifest;
 use serde_json::Value;
 
 use super::Finding;
+use crate::command::version;
 
 /// Less leaves no room for a virtual machine beside the host.
 const LITTLE_MEMORY_MIB: u64 = 512;
 
 pub fn findings(answer: &Value) -> Vec<Finding> {
     let always =
-        [kvm(answer), choice(answer), qemu(answer), artefacts(answer), guest_image(answer), memory(answer)];
+        [kvm(answer), choice(answer), vmm(answer), artefacts(answer), guest_image(answer), memory(answer)];
     always.into_iter().chain(jail(answer)).collect()
 }
 
@@ -58,6 +59,25 @@ fn choice(answer: &Value) -> Finding {
         }
         (_, _, why) => {
             Finding::failed("choice", why.unwrap_or("none"), "change the configuration as it says")
+        }
+    }
+}
+
+/// The chosen driver's program.
+fn vmm(answer: &Value) -> Finding {
+    let (name, section) = match text(answer, "/choice/driver") {
+        Some("cloud-hypervisor") => ("Cloud Hypervisor", "[hypervisor.cloud-hypervisor]"),
+        Some("firecracker") => ("Firecracker", "[hypervisor.firecracker]"),
+        _ => return qemu(answer),
+    };
+    match text(answer, "/artefacts/vmm") {
+        Some(path) => {
+            let version = version::of_program(path).unwrap_or_else(|| "unknown version".to_owned());
+            Finding::ok(name, format!("{version} at {path}"))
+        }
+        None => {
+            let why = text(answer, "/artefacts_error").unwrap_or("not found");
+            Finding::failed(name, why, &format!("install it, or set path in {section}"))
         }
     }
 }

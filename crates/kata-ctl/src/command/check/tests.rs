@@ -71,3 +71,22 @@ fn warnings_fail_only_where_they_are_asked_to() {
     assert!(!fine.has_failed(true));
     assert!(Report::of(vec![Finding::failed("x", "y", "z")]).has_failed(false));
 }
+
+#[test]
+fn program_of_another_driver_is_looked_for_in_the_place_of_qemu() {
+    let mut other = answer();
+    other["choice"]["driver"] = json!("firecracker");
+    other["qemu_error"] = json!("QEMU is not installed");
+    other["artefacts"]["vmm"] = json!("/no/such/firecracker");
+    let of = |answer: &Value| {
+        let findings = machine::findings(answer);
+        assert!(findings.iter().all(|finding| finding.what != "QEMU"));
+        findings.into_iter().find(|finding| finding.what == "Firecracker").unwrap()
+    };
+    assert_eq!(of(&other).found, "unknown version at /no/such/firecracker");
+    other["artefacts"] = Value::Null;
+    other["artefacts_error"] = json!("firecracker not found");
+    let missing = of(&other);
+    assert_eq!(missing.verdict, Verdict::Failed);
+    assert!(missing.remedy.unwrap().contains("[hypervisor.firecracker]"));
+}

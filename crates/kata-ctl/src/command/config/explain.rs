@@ -115,7 +115,9 @@ fn sections(key: &Key) -> String {
 
 fn status(key: &Key) -> &'static str {
     match (key.is_supported(), key.section.contains('*')) {
-        (true, true) => "supported in [hypervisor.qemu]; other drivers' sections are checked and not used",
+        (true, true) => {
+            "supported in [hypervisor.qemu] and in the section of the driver that is chosen; others are checked and not used"
+        }
         (true, false) => "supported",
         (false, _) => {
             "planned: a value that asks for nothing is noted, any other keeps a pod from being made"

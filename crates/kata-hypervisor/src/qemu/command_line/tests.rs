@@ -1,3 +1,5 @@
+use std::num::NonZeroU64;
+
 use super::*;
 
 const PARAMS: [&str; 3] = ["console=ttyS0", "quiet", "agent.log=debug"];
@@ -23,6 +25,7 @@ fn text_of<'a>(
         kernel_params: params,
         shared_fs_tag: Some("kataShared"),
         nics: &[],
+        disk_limits: DiskLimits::default(),
         seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         tsc_khz: (accelerator == Accelerator::Tcg).then_some(2_596_120),
         fds: Fds {
@@ -104,26 +107,50 @@ fn q35_with_an_image_and_without_files_shared() {
 fn nics() -> [NicPlan; 2] {
     let mac = [0x52, 0x54, 0x00, 0xab, 0x00, 0x01];
     [
-        NicPlan { mac, mtu: 1500, fds: vec![9] },
-        NicPlan { mac: [0x02, 0, 0, 0, 0, 0x0a], mtu: 9000, fds: vec![10, 11] },
+        NicPlan { mac, mtu: 1500, fds: vec![9], vhost: Vec::new() },
+        NicPlan { mac: [0x02, 0, 0, 0, 0, 0x0a], mtu: 9000, fds: vec![10, 11], vhost: Vec::new() },
     ]
 }
 
 /// The lines of the network interfaces alone.
-fn network_lines(machine: Machine) -> String {
-    let (nics, params) = (nics(), PARAMS.map(str::to_owned));
-    let all = text_of(machine, Accelerator::Kvm, &params, |plan| plan.nics = &nics);
+fn network_lines(machine: Machine, nics: &[NicPlan]) -> String {
+    let params = PARAMS.map(str::to_owned);
+    let all = text_of(machine, Accelerator::Kvm, &params, |plan| plan.nics = nics);
     all.lines().filter(|line| line.contains("nic")).map(|line| format!("{line}\n")).collect()
 }
 
 #[test]
 fn q35_starts_with_network_interfaces() {
-    insta::assert_snapshot!(network_lines(Machine::Q35));
+    insta::assert_snapshot!(network_lines(Machine::Q35, &nics()));
 }
 
 #[test]
 fn microvm_starts_with_network_interfaces() {
-    insta::assert_snapshot!(network_lines(Machine::Microvm));
+    insta::assert_snapshot!(network_lines(Machine::Microvm, &nics()));
+}
+
+#[test]
+fn kernel_moves_the_packets_of_interfaces_that_have_its_descriptors() {
+    let mut nics = nics();
+    nics[0].vhost = vec![12];
+    nics[1].vhost = vec![13, 14];
+    for machine in [Machine::Q35, Machine::Microvm] {
+        let lines = network_lines(machine, &nics);
+        assert!(lines.contains("-netdev tap,id=nic0,fds=9,vhost=on,vhostfds=12\n"), "{lines}");
+        assert!(lines.contains("-netdev tap,id=nic1,fds=10:11,vhost=on,vhostfds=13:14\n"), "{lines}");
+    }
+}
+
+#[test]
+fn image_is_held_to_the_limits_of_disks() {
+    insta::assert_snapshot!(text(Machine::Q35, Accelerator::Kvm, |plan| {
+        plan.fds.initrd = None;
+        plan.fds.image = Some(7);
+        plan.disk_limits = DiskLimits {
+            bytes_per_second: NonZeroU64::new(1 << 20),
+            requests_per_second: NonZeroU64::new(50),
+        };
+    }));
 }
 
 #[test]

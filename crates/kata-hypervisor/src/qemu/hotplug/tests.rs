@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::num::NonZeroU64;
 
 use super::*;
 use crate::qemu::qmp::tests::{BOUND, Peer, pair};
@@ -19,7 +20,7 @@ fn file() -> tempfile::NamedTempFile {
 fn nic(id: &str, queues: usize) -> Nic {
     let tap = || File::open("/dev/null").unwrap().into();
     let queues = std::iter::repeat_with(tap).take(queues).collect();
-    Nic { id: id.to_owned(), mac: [2, 0, 0, 0, 0, 0xa], mtu: 1450, queues }
+    Nic { id: id.to_owned(), mac: [2, 0, 0, 0, 0, 0xa], mtu: 1450, queues, vhost: Vec::new() }
 }
 
 /// Agrees to so many commands. What it has heard, and the descriptors that came along.
@@ -87,6 +88,43 @@ async fn network_interface_has_a_descriptor_a_queue() {
     let (added, (commands, fds)) = tokio::join!(plugged.add_nic(&qmp, nic("eth0", 2)), agree(&mut peer, 4));
     assert_eq!((added.unwrap().0.as_str(), fds.len()), ("10/01", 2));
     insta::assert_json_snapshot!(commands);
+}
+
+#[tokio::test]
+async fn network_interface_whose_packets_the_kernel_moves_has_two_descriptors_a_queue() {
+    let (qmp, _events, mut peer) = pair().await;
+    let mut plugged = Plugged::default();
+    let nic = Nic { vhost: nic("", 2).queues, ..nic("eth0", 2) };
+    let (added, (commands, fds)) = tokio::join!(plugged.add_nic(&qmp, nic), agree(&mut peer, 6));
+    assert_eq!((added.unwrap().0.as_str(), fds.len()), ("10/01", 4));
+    insta::assert_json_snapshot!(commands);
+}
+
+#[tokio::test]
+async fn network_interface_with_another_number_of_descriptors_of_vhost_is_refused() {
+    let (qmp, _events, _peer) = pair().await;
+    let nic = Nic { vhost: nic("", 1).queues, ..nic("eth0", 2) };
+    let error = Plugged::default().add_nic(&qmp, nic).await.unwrap_err();
+    assert!(matches!(&error, HypervisorError::InvalidDevice { reason, .. } if reason.contains("vhost-net")));
+}
+
+#[tokio::test]
+async fn disk_is_held_to_its_limits_until_it_goes() {
+    let (qmp, _events, mut peer) = pair().await;
+    let limits = DiskLimits { bytes_per_second: NonZeroU64::new(1 << 20), requests_per_second: None };
+    let (file, mut plugged) = (file(), Plugged::new(limits));
+    let disk = disk(&file, "a", false);
+    let (added, (commands, _)) = tokio::join!(plugged.add_disk(&qmp, &disk), agree(&mut peer, 4));
+    added.unwrap();
+    insta::assert_json_snapshot!(commands);
+    let play = async {
+        agree(&mut peer, 1).await;
+        say_deleted(&mut peer, "disk1").await;
+        agree(&mut peer, 3).await.0
+    };
+    let (removed, undone) = tokio::join!(plugged.remove(&qmp, "a", BOUND), play);
+    removed.unwrap();
+    assert_eq!(names(&undone), ["blockdev-del", "object-del", "remove-fd"]);
 }
 
 #[tokio::test]

@@ -43,12 +43,15 @@ fn what_is_asked_for_and_not_done_is_lost_and_told_last() {
 #[test]
 fn a_driver_that_is_not_there_goes_with_its_section() {
     let (result, fates) = migrated(
-        "[hypervisor.clh]\npath = \"/x\"\n[hypervisor.clh.factory]\nenable_template = false\n[runtime]\nhypervisor_name = \"clh\"\n",
+        "[hypervisor.dragonball]\npath = \"/x\"\n[hypervisor.dragonball.factory]\nenable_template = false\n[runtime]\nhypervisor_name = \"dragonball\"\n",
     );
     assert_eq!(result, "");
     assert_eq!(
         fates,
-        [(Fate::Dropped, "hypervisor.clh".to_owned()), (Fate::Lost, "runtime.hypervisor_name".to_owned()),]
+        [
+            (Fate::Dropped, "hypervisor.dragonball".to_owned()),
+            (Fate::Lost, "runtime.hypervisor_name".to_owned()),
+        ]
     );
 }
 
