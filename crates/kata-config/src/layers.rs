@@ -24,7 +24,8 @@ static SEARCH: [&str; 6] = [
     "/opt/kata/share/defaults/kata-containers/runtime-rs",
 ];
 
-const TEMPLATE: &str = "hypervisor.qemu.factory.enable_template";
+/// What the keys end with that ask for templates.
+const ENABLE_TEMPLATE: &str = ".factory.enable_template";
 
 /// The key that opts in to what is off by default.
 const OPT_IN: &str = "runtime.deprecated_opt_in";
@@ -499,7 +500,10 @@ impl Layers {
         }
         if let Some(obstacle) = self.config.template_obstacle() {
             let words = format!("not carried out {obstacle}; change that, or leave this out");
-            self.fault(self.origin_of(TEMPLATE), TEMPLATE, Fault::Alone(words));
+            // In whichever driver's section.
+            let written = self.entries.keys().find(|key| key.ends_with(ENABLE_TEMPLATE));
+            let path = written.cloned().unwrap_or_else(|| format!("hypervisor.qemu{ENABLE_TEMPLATE}"));
+            self.fault(self.origin_of(&path), &path, Fault::Alone(words));
         }
         for (path, error) in annotations::bad_patterns(&self.config.hypervisor.qemu) {
             self.fault(self.origin_of(path), path, Fault::Invalid(error));
