@@ -86,14 +86,15 @@ pub struct AgentSection {
     pub kata: KataAgent,
 }
 
-/// A section: its struct, its defaults and its rows of the table of keys, from one text.
+/// A section: its struct, its defaults and its rows of the table of keys, from one text. A section `with`
+/// one within has it as its last field; the rows of that are its own.
 ///
 /// Each field is followed by its default and by what the table says of it beyond the type. A field's place in [`Config`]
 /// is the key's place in the file, so the three cannot drift apart.
 macro_rules! settings {
     (
         $(#[$meta:meta])*
-        pub struct $name:ident in $section:literal: |$config:ident| $place:expr;
+        pub struct $name:ident in $section:literal: |$config:ident| $place:expr $(, with $inside:ident: $inside_type:ty)?;
         $(
             $(#[doc = $doc:literal])+
             $(#[serde($($serde:tt)+)])?
@@ -104,6 +105,7 @@ macro_rules! settings {
         #[derive(Clone, Debug, PartialEq, Serialize)]
         pub struct $name {
             $($(#[doc = $doc])+ $(#[serde($($serde)+)])? pub $field: $type,)+
+            $(#[doc = concat!("`[", $section, ".", stringify!($inside), "]`")] pub $inside: $inside_type,)?
         }
 
         impl $name {
@@ -123,7 +125,7 @@ macro_rules! settings {
 
         impl Default for $name {
             fn default() -> Self {
-                Self { $($field: $default),+ }
+                Self { $($field: $default,)+ $($inside: <$inside_type>::default())? }
             }
         }
     };
@@ -136,12 +138,14 @@ const UPSTREAMS_DAEMON: &[&str] = &[
     "\"/usr/libexec/kata-qemu/virtiofsd\"",
     "\"/usr/lib/qemu/virtiofsd\"",
 ];
+/// Drivers of upstream's that have templates, and so this section.
+const TEMPLATE: &[&str] = &["qemu", "clh", "cloud-hypervisor", "dragonball"];
 /// What it is given there by default.
 const UPSTREAMS_ARGUMENTS: &str = "[\"--thread-pool-size=1\", \"-o\", \"announce_submounts\"]";
 
 settings! {
     /// `[hypervisor.qemu]`
-    pub struct Qemu in "hypervisor.*": |config| config.hypervisor.qemu;
+    pub struct Qemu in "hypervisor.*": |config| config.hypervisor.qemu, with factory: Factory;
 
     /// The machine monitor's program.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -241,6 +245,17 @@ settings! {
     /// Files that the annotations `kernel`, `image`, `initrd` and `firmware` may name, as glob patterns. Upstream takes any
     /// file of the host once the annotation is enabled.
     valid_asset_paths: Vec<String> = Vec::new(), { .ours() };
+}
+
+settings! {
+    /// `[hypervisor.qemu.factory]`
+    pub struct Factory in "hypervisor.*.factory": |config| config.hypervisor.qemu.factory;
+
+    /// Starts pods as copies of a machine that has booted, which `kata-ctl factory init` makes. A pod that none fits starts as
+    /// ever. Pods of one template share what lies where in their memory. Needs `runtime.hypervisor_name = "builtin"`.
+    enable_template: bool = false, { .on(TEMPLATE) };
+    /// Directory of those machines' memory and state. It has to be root's alone; on a tmpfs it costs memory of the host.
+    template_path: PathBuf = PathBuf::from("/run/vc/vm/template"), { .on(TEMPLATE) };
 }
 
 impl Qemu {

@@ -375,3 +375,23 @@ fn vcpus_round_up_and_stay_within_the_host() {
     assert_eq!(count("-1", 4), 4);
     assert_eq!(count("2", 0), 1);
 }
+
+#[test]
+fn templates_are_carried_out_by_the_built_in_monitor_alone() {
+    let etc = Etc::with("[hypervisor.qemu.factory]\nenable_template = true\n");
+    let place = "configuration.toml:2: hypervisor.qemu.factory.enable_template: not carried out";
+    let expected = [
+        (vec![], "unless runtime.hypervisor_name is \"builtin\""),
+        (
+            vec!["runtime.hypervisor_name=builtin", "hypervisor.qemu.enable_hugepages=true"],
+            "with hypervisor.qemu.enable_hugepages",
+        ),
+    ];
+    for (overrides, why) in expected {
+        assert_eq!(faults(&etc, &overrides), [format!("{place} {why}; change that, or leave this out")]);
+    }
+    let config = etc.load(&["runtime.hypervisor_name=builtin"]).unwrap();
+    assert!(config.hypervisor.qemu.factory.enable_template);
+    assert_eq!(config.hypervisor.qemu.factory.template_path, Path::new("/run/vc/vm/template"));
+    assert!(etc.read().config.hypervisor.qemu.factory.enable_template);
+}

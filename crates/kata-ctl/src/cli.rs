@@ -22,7 +22,10 @@ pub use config::{
     ConfigValidateArgs,
 };
 pub use deprecations::{DeprecationsCommand, UseIn, UseInFile};
-pub use host::{BundleArgs, CheckArgs, CompletionArgs, EnvArgs, ManArgs, Profile, VersionArgs};
+pub use host::{
+    BundleArgs, CheckArgs, CompletionArgs, EnvArgs, FactoryArgs, FactoryCommand, FactoryStatusArgs, ManArgs,
+    Profile, VersionArgs,
+};
 pub use look::{
     ConsoleArgs, CpArgs, EventsArgs, InspectArgs, ListArgs, LogsArgs, PsArgs, Refresh, SourceName, StatsArgs,
     TopArgs,
@@ -97,6 +100,9 @@ pub enum Command {
     /// Build, describe and verify the guest image that pods boot
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Make, look at or remove the machines that pods start as copies of
+    #[command(subcommand)]
+    Factory(FactoryCommand),
     /// Print a pod's metrics
     Metrics(MetricsArgs),
     /// Serve the metrics of all pods, and a status page

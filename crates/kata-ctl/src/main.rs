@@ -77,6 +77,10 @@ fn execute(cli: Cli, began: Instant) -> Outcome {
         Command::Config(command) => command::config::run(&command, policy.as_deref()),
         Command::Deprecations(command) => command::deprecations::run(&command, deprecated),
         Command::Env(args) => command::env::run(&args),
+        Command::Factory(mut command) => {
+            command.args_mut().set.extend(policy);
+            command::factory::run(&command)
+        }
         Command::Version(args) => command::version::run(&args),
         Command::Bundle(args) => on_runtime(command::bundle::run(&args)),
         Command::Completion(args) => command::manual::completion(&args),

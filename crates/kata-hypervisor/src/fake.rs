@@ -5,12 +5,15 @@
 //!   code under test ◀── <spec.vsock>_1028 ── FakeVm::dial(1028) ◀── the test
 //! ```
 //!
+//! A snapshot of it is a line of text, and it starts from no other.
+//!
 //! The host's side of the vsock device is real: a socket at `spec.vsock` with the handshake of the other drivers. Only what
 //! a guest would do is up to the test.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,7 +28,8 @@ use crate::process::{Exit, Record, Tail};
 use crate::qemu::qmp::QmpError;
 use crate::slots::{self, Slots};
 use crate::vm::{
-    Capabilities, Disk, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+    Capabilities, Disk, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Template, Vm,
+    VmExit, VmSpec,
 };
 use crate::vsock::{self, CONNECT_LINE_LIMIT};
 
@@ -40,6 +44,9 @@ pub struct Incoming {
     pub stream: UnixStream,
 }
 
+/// What a snapshot of a fake machine has in both its files.
+const SNAPSHOT: &str = "a fake machine stands still\n";
+
 type Callback = Arc<dyn Fn(Incoming) + Send + Sync>;
 
 #[derive(Clone, Default)]
@@ -49,6 +56,7 @@ struct Script {
     boot_fails: Option<String>,
     stop_fails: bool,
     no_hotplug: bool,
+    no_snapshot: bool,
     no_share: bool,
     plugging_fails: Option<String>,
     sockets: HashMap<u32, PathBuf>,
@@ -135,6 +143,13 @@ impl FakeVm {
     #[must_use]
     pub fn without_hotplug(self) -> Self {
         lock(&self.0.script).no_hotplug = true;
+        self
+    }
+
+    /// It cannot be written to files, nor started from them.
+    #[must_use]
+    pub fn without_snapshots(self) -> Self {
+        lock(&self.0.script).no_snapshot = true;
         self
     }
 
@@ -277,15 +292,16 @@ impl Vm for FakeVm {
             hotplug_memory: hotplug,
             hotplug_block: hotplug,
             hotplug_network: hotplug,
-            ..Capabilities::default()
+            snapshot: !lock(&self.0.script).no_snapshot,
         }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, mut spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         if lock(&self.0.spec).is_some() {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
         }
         let program = spec.program.clone();
+        let origin = spec.template.take().map_or(Origin::Kernel, origin);
         let listener = vsock::bind(&spec.vsock, record)?;
         let socket =
             |source| HypervisorError::File { what: "vsock socket", path: spec.vsock.clone(), source };
@@ -299,7 +315,8 @@ impl Vm for FakeVm {
             self.end(VmExit::Code(1, output.clone()));
             return Err(HypervisorError::Refused { program, exit: Exit::Code(1), output });
         }
-        self.running("boot")
+        self.running("boot")?;
+        Ok(origin)
     }
 
     async fn exited(&self) -> VmExit {
@@ -321,6 +338,18 @@ impl Vm for FakeVm {
         self.running("resume")?;
         self.0.paused.send_replace(false);
         Ok(())
+    }
+
+    async fn snapshot(&self, into: Template) -> Result<(), HypervisorError> {
+        const OPERATION: &str = "snapshot";
+        self.running(OPERATION)?;
+        if !self.is_paused() {
+            return Err(HypervisorError::WrongState { operation: OPERATION, state: "is not paused" });
+        }
+        let Template { mut state, mut memory } = into;
+        let written =
+            state.write_all(SNAPSHOT.as_bytes()).and_then(|()| memory.write_all(SNAPSHOT.as_bytes()));
+        written.map_err(|source| HypervisorError::File { what: "snapshot", path: PathBuf::new(), source })
     }
 
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
@@ -379,6 +408,18 @@ impl Vm for FakeVm {
 
     fn processes(&self) -> Vec<ProcessInfo> {
         Vec::new()
+    }
+}
+
+/// Whether the template is one of a fake machine.
+fn origin(Template { mut state, mut memory }: Template) -> Origin {
+    let whole = |file: &mut File| {
+        let mut text = String::new();
+        file.read_to_string(&mut text).is_ok_and(|_| text == SNAPSHOT)
+    };
+    match whole(&mut state) && whole(&mut memory) {
+        true => Origin::Template,
+        false => Origin::Instead("it is no snapshot of a fake machine".to_owned()),
     }
 }
 

@@ -39,7 +39,7 @@ pub use qemu::qmp::QmpError;
 pub use rest::ApiError;
 pub use vm::{
     Accelerator, Backing, Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Machine, Nic,
-    PciPath, ProcessInfo, SharedFs, Size, Vm, VmExit, VmSpec,
+    Origin, PciPath, ProcessInfo, SharedFs, Size, Template, Vm, VmExit, VmSpec,
 };
 pub use vsock::VsockError;
 

@@ -1,6 +1,7 @@
 //! What every driver takes, offers and reports.
 
 use std::fmt;
+use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -118,6 +119,26 @@ pub struct DiskLimits {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciPath(pub String);
 
+/// The files of a machine that stands still: empty ones for [`Vm::snapshot`] to fill, or filled ones to start from.
+#[derive(Debug)]
+pub struct Template {
+    /// What its processors and devices hold.
+    pub state: File,
+    /// Its memory. A machine that starts from it never writes to it.
+    pub memory: File,
+}
+
+/// How a machine came to run its guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It booted the kernel.
+    Kernel,
+    /// It goes on where the template stood.
+    Template,
+    /// It booted the kernel, for the template is of no use to it: why.
+    Instead(String),
+}
+
 /// One virtual machine, as it is to be started.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -162,6 +183,9 @@ pub struct VmSpec {
     pub identity: Identity,
     /// Argument of QEMU's `-sandbox`; empty switches its system call filter off.
     pub seccomp_sandbox: String,
+    /// What to start from instead of the kernel, if it is of use: made by [`Vm::snapshot`] of a machine of the same specification,
+    /// but for names and sockets. Needs [`Capabilities::snapshot`].
+    pub template: Option<Template>,
 }
 
 impl VmSpec {
@@ -188,6 +212,14 @@ impl VmSpec {
         }
         let next = "unset hypervisor.qemu.disk_rate_limiter_*, or set runtime.hypervisor_name to \"qemu\" or \"builtin\"";
         Err(HypervisorError::unsupported("holding disks to limits", driver, next))
+    }
+
+    /// What a `driver` that has no templates does not start.
+    pub(crate) fn check_boots(&self, driver: &str) -> Result<(), HypervisorError> {
+        match &self.template {
+            None => Ok(()),
+            Some(_) => Err(HypervisorError::unsupported("starting from a template", driver, BUILTIN_HAS)),
+        }
     }
 
     /// Like [`VmSpec::check`], for a `driver` that cannot emulate.
@@ -263,6 +295,9 @@ pub struct Layout {
     /// The threads of the host that its CPUs run on, in the order of the CPUs; empty where the driver cannot tell.
     pub vcpu_threads: Vec<u32>,
 }
+
+/// What to do where a driver has no templates.
+const BUILTIN_HAS: &str = "set runtime.hypervisor_name to \"builtin\"";
 
 /// What a driver can do on the machine it was asked for. Everything not listed as `true` answers
 /// [`HypervisorError::Unsupported`].
@@ -582,9 +617,9 @@ pub trait Vm: Send + Sync {
     /// What this driver can do. Depends on the machine type, so it is complete only after [`Vm::boot`] was called.
     fn capabilities(&self) -> Capabilities;
 
-    /// Starts the machine and comes back once the VMM runs the guest. On an error nothing is left running. A future dropped
-    /// half way leaves what `record` names; [`Vm::stop`] ends it.
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError>;
+    /// Starts the machine and comes back once the VMM runs the guest, with how it came to. A template that cannot be used is no
+    /// error. On an error nothing is left running. A future dropped half way leaves what `record` names; [`Vm::stop`] ends it.
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError>;
 
     /// Resolves when the VMM has ended and says why. Never resolves for a machine that was not started.
     async fn exited(&self) -> VmExit;
@@ -594,6 +629,16 @@ pub trait Vm: Send + Sync {
 
     /// Lets a paused guest go on.
     async fn resume(&self) -> Result<(), HypervisorError>;
+
+    /// Writes a paused machine into two empty files. It stays paused.
+    async fn snapshot(&self, into: Template) -> Result<(), HypervisorError> {
+        drop(into);
+        Err(HypervisorError::unsupported(
+            "writing a machine to files",
+            "this virtual machine monitor",
+            BUILTIN_HAS,
+        ))
+    }
 
     /// Adds a disk to the running machine, and answers where the guest finds it. The guest may take a moment to notice.
     /// On an error the machine is as it was; a future dropped half way leaves a device that [`Vm::remove_device`] takes away.

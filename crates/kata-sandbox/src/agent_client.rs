@@ -3,17 +3,17 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use kata_api::agent::{
     ARPNeighbors, AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
     CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetDiagnosticDataRequest,
     GetIPTablesRequest, GetMetricsRequest, GetOOMEventRequest, GuestDetailsRequest, OnlineCPUMemRequest,
     PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    ResizeVolumeRequest, ResumeContainerRequest, Routes, SetIPTablesRequest, SetPolicyRequest,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
+    ReseedRandomDevRequest, ResizeVolumeRequest, ResumeContainerRequest, Routes, SetGuestDateTimeRequest,
+    SetIPTablesRequest, SetPolicyRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WriteStreamRequest,
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::csi::VolumeStatsResponse;
@@ -201,6 +201,23 @@ impl Agent {
         bound: Duration,
     ) -> Result<(), AgentError> {
         done("CreateSandbox", bound, self.service.create_sandbox(within(bound), request)).await
+    }
+
+    /// Sets the guest's clock.
+    pub(crate) async fn set_time(&self, now: SystemTime) -> Result<(), AgentError> {
+        let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let request = SetGuestDateTimeRequest {
+            sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+            usec: i64::from(now.subsec_micros()),
+            ..Default::default()
+        };
+        done("SetGuestDateTime", PROMPT, self.service.set_guest_date_time(within(PROMPT), &request)).await
+    }
+
+    /// Mixes `entropy` into the guest's random numbers.
+    pub(crate) async fn reseed(&self, entropy: &[u8]) -> Result<(), AgentError> {
+        let request = ReseedRandomDevRequest { data: entropy.to_vec(), ..Default::default() };
+        done("ReseedRandomDev", PROMPT, self.service.reseed_random_dev(within(PROMPT), &request)).await
     }
 
     /// Has the guest set up the interface with this hardware address, which may be about to appear.

@@ -2,10 +2,13 @@
 //!
 //! ```text
 //!   ready listener ── hooks, network │ kata-virtiofsd ── VMM ── guest ── announcement on port 1028 ── connect port 1024 ── CreateSandbox
+//!                                                         └ from a template: connect port 1024 ── clock, random numbers, network ┘
 //! ```
 //!
 //! Whatever ends this is told with its layer and its cause: the VMM's end, the daemon's end, the agent's refusal, or,
 //! where nothing at all comes, what the guest's console says.
+
+mod image;
 
 use std::fmt;
 use std::io;
@@ -13,17 +16,18 @@ use std::net::Shutdown;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use kata_api::agent::{CreateSandboxRequest, KernelModule, Storage};
 use kata_api::{Announcement, guest, ports};
-use kata_config::MachineType;
 use kata_hypervisor::process::{Child, Exit, FIRST_FD, Spawn, SpawnError};
-use kata_hypervisor::{DiskLimits, HypervisorError, Machine, Nic, VmExit, VmSpec};
-use kata_image::manifest::{Manifest, ManifestError};
+use kata_hypervisor::{Growth, HypervisorError, Nic, Origin, Size, VmExit, VmSpec};
+use kata_image::manifest::ManifestError;
 use rustix::fs::{Mode, OFlags};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
+
+pub(crate) use image::Guest;
 
 use crate::agent_client::{Agent, AgentError, guest_text};
 use crate::hooks::{self, HookError};
@@ -32,7 +36,8 @@ use crate::lifecycle::{self, Pod};
 use crate::network::NetworkError;
 use crate::resources::ResourceError;
 use crate::storage::Share;
-use crate::timeline::{Layer, Timeline};
+use crate::template::{self, Chosen};
+use crate::timeline::{BOOTED, COPIED, Layer, Timeline};
 
 /// Longest announcement that is read.
 const ANNOUNCEMENT_MAX: u64 = 64 * 1024;
@@ -130,6 +135,20 @@ pub enum BootError {
     /// The agent announced itself with something that is no announcement.
     #[error("the agent reported with {0:?}, which is no announcement")]
     Announcement(String),
+    /// The agent of a machine that started from a template does not become a pod's of its own.
+    #[error("the agent cannot {what}, which a machine that started from a template needs{console}")]
+    Copy {
+        /// `set the clock`, `take new random numbers`.
+        what: &'static str,
+        /// Its answer.
+        #[source]
+        source: AgentError,
+        /// The guest's last words.
+        console: Excerpt,
+    },
+    /// The host has no random numbers.
+    #[error("the host gives no random numbers, which a machine that started from a template needs")]
+    Random(#[source] io::Error),
     /// The agent refused the sandbox.
     #[error("the agent refused to set up the sandbox{console}")]
     Refused {
@@ -198,57 +217,195 @@ pub(crate) fn ready_listener(pod: &Pod) -> Result<UnixListener, BootError> {
     make().map_err(|source| BootError::Socket { path, source })
 }
 
+/// A machine whose agent is there, and nothing of the pod's own in it.
+pub(crate) struct Up {
+    pub(crate) agent: Agent,
+    pub(crate) agent_version: String,
+    pub(crate) guest_kernel: String,
+    virtiofsd: Option<Child>,
+    /// Interfaces that it did not start with.
+    nics: Vec<Nic>,
+    /// It started from a template.
+    copied: bool,
+}
+
 /// Boots the pod's machine and prepares its agent.
 pub(crate) async fn boot(pod: &Pod, ready: UnixListener) -> Result<Booted, BootError> {
     let mut timeline = pod.timeline.fork();
-    let guest = Guest::find(pod)?;
+    let guest = Guest::find(&pod.config, &pod.artefacts)?;
+    let template = template::choose(pod, &guest);
     // The daemon gets going while the kernel answers about the network, or a hook runs.
     let (mut daemon_timeline, mut network_timeline) = (timeline.fork(), timeline.fork());
-    let (nics, (virtiofsd, shared_fs)) =
-        tokio::try_join!(attach_network(pod, &mut network_timeline), async {
-            share_files(pod, &mut daemon_timeline)
-        })?;
+    let (nics, shared) = tokio::try_join!(attach_network(pod, &mut network_timeline), async {
+        share_files(pod, &mut daemon_timeline)
+    })?;
     timeline.merge(daemon_timeline);
     timeline.merge(network_timeline);
-    let start = Instant::now();
-    let announces = guest.announces;
-    if let Err(error) = pod.vm.boot(guest.vm_spec(pod, shared_fs, nics), &pod.record).await {
-        // A VMM that cannot reach the daemon says so in its own words; the daemon's are better.
-        let killed = matches!(&error, HypervisorError::Refused { exit: Exit::Signal(9), .. });
-        let oom = lifecycle::oom_of(pod, killed);
-        let failure = daemon_failure(virtiofsd.as_ref()).await.filter(|_| oom.is_empty());
-        return Err(failure.unwrap_or_else(|| BootError::Vmm { source: Box::new(error), oom }));
+    let up = bring_up(pod, &ready, guest, shared, nics, template, &mut timeline).await?;
+    let virtiofsd = up.virtiofsd.clone();
+    let (agent_version, guest_kernel) = (up.agent_version.clone(), up.guest_kernel.clone());
+    let agent = alive(pod, virtiofsd.as_ref(), make_own(pod, up, &mut timeline)).await?;
+    Ok(Booted { agent, agent_version, guest_kernel, virtiofsd, timeline })
+}
+
+/// Boots a machine for others to be copies of: it has the pod's devices, but for network and disks.
+pub(crate) async fn for_template(
+    pod: &Pod,
+    ready: &UnixListener,
+    guest: Guest,
+    size: Size,
+    growth: Growth,
+) -> Result<Up, BootError> {
+    let mut timeline = pod.timeline.fork();
+    let shared = share_files(pod, &mut timeline)?;
+    pod.resources.started_with(size).await;
+    let spec = VmSpec { growth: Some(growth), ..guest.vm_spec(pod, size, shared.1, Vec::new()) };
+    start(pod, spec, shared.0.as_ref(), &mut timeline).await?;
+    let reached = reach_agent(pod, ready, guest.announces, Instant::now(), &mut timeline);
+    let (agent, announcement) = alive(pod, shared.0.as_ref(), in_time(pod, reached)).await?;
+    Ok(Up::booted(agent, announcement, shared.0, Vec::new()).await)
+}
+
+/// Starts the machine and waits for its agent: from the template if there is one that is of use, else by booting.
+async fn bring_up(
+    pod: &Pod,
+    ready: &UnixListener,
+    guest: Guest,
+    (virtiofsd, shared_fs): Shared,
+    nics: Vec<Nic>,
+    template: Option<Chosen>,
+    timeline: &mut Timeline,
+) -> Result<Up, BootError> {
+    let daemon = virtiofsd.as_ref();
+    let Some(Chosen { files, about, size, growth }) = template else {
+        let spec = guest.vm_spec(pod, pod.resources.start(), shared_fs, nics);
+        start(pod, spec, daemon, timeline).await?;
+        let reached = reach_agent(pod, ready, guest.announces, Instant::now(), timeline);
+        let (agent, announcement) = alive(pod, daemon, in_time(pod, reached)).await?;
+        return Ok(Up::booted(agent, announcement, virtiofsd, Vec::new()).await);
+    };
+    pod.resources.started_with(size).await;
+    let spec = guest.vm_spec(pod, size, shared_fs, Vec::new());
+    let spec = VmSpec { growth: Some(growth), template: Some(files), ..spec };
+    if let Origin::Instead(reason) = start(pod, spec, daemon, timeline).await? {
+        template::warn_cold(&pod.id, &reason);
+        let reached = reach_agent(pod, ready, guest.announces, Instant::now(), timeline);
+        let (agent, announcement) = alive(pod, daemon, in_time(pod, reached)).await?;
+        return Ok(Up::booted(agent, announcement, virtiofsd, nics).await);
     }
-    timeline.add(Layer::Vmm, "start", start);
+    let begin = Instant::now();
+    let agent = alive(pod, daemon, in_time(pod, async { Ok(dial(pod).await) })).await?;
+    timeline.add(Layer::Agent, "connect", begin);
+    let agent = if about.announced { agent.announced() } else { agent };
+    let (agent_version, guest_kernel) = (about.agent_version, about.guest_kernel);
+    Ok(Up { agent, agent_version, guest_kernel, virtiofsd, nics, copied: true })
+}
+
+impl Up {
+    async fn booted(
+        agent: Agent,
+        announcement: Option<Announcement>,
+        virtiofsd: Option<Child>,
+        nics: Vec<Nic>,
+    ) -> Self {
+        let (agent_version, guest_kernel) = match announcement {
+            Some(announcement) => (guest_text(&announcement.agent_version), guest_text(&announcement.kernel)),
+            None => (agent.version().await.unwrap_or_default(), String::new()),
+        };
+        Self { agent, agent_version, guest_kernel, virtiofsd, nics, copied: false }
+    }
+}
+
+/// Has the VMM run the machine, and puts it where it belongs.
+async fn start(
+    pod: &Pod,
+    spec: VmSpec,
+    daemon: Option<&Child>,
+    timeline: &mut Timeline,
+) -> Result<Origin, BootError> {
+    let start = Instant::now();
+    let origin = match pod.vm.boot(spec, &pod.record).await {
+        Ok(origin) => origin,
+        Err(error) => {
+            // A VMM that cannot reach the daemon says so in its own words; the daemon's are better.
+            let killed = matches!(&error, HypervisorError::Refused { exit: Exit::Signal(9), .. });
+            let oom = lifecycle::oom_of(pod, killed);
+            let failure = daemon_failure(daemon).await.filter(|_| oom.is_empty());
+            return Err(failure.unwrap_or_else(|| BootError::Vmm { source: Box::new(error), oom }));
+        }
+    };
+    let stage = if origin == Origin::Template { COPIED } else { BOOTED };
+    timeline.add(Layer::Vmm, stage, start);
     pod.resources.settle(&*pod.vm).await?;
-    let vmm_ran = Instant::now();
+    Ok(origin)
+}
+
+/// Makes the guest this pod's: all that is not the same in every machine.
+async fn make_own(pod: &Pod, up: Up, timeline: &mut Timeline) -> Result<Agent, BootError> {
+    let Up { agent, virtiofsd, nics, copied, .. } = up;
+    let console = || Excerpt::console(&pod.vm.console_tail());
+    if copied {
+        let start = Instant::now();
+        let failed = |what| move |source| BootError::Copy { what, source, console: console() };
+        // Before anything in the guest draws from them.
+        agent.reseed(&entropy()?).await.map_err(failed("take new random numbers"))?;
+        agent.set_time(SystemTime::now()).await.map_err(failed("set the clock"))?;
+        timeline.add(Layer::Agent, "clock and random numbers", start);
+    }
+    if let Some(network) = pod.network.as_ref().filter(|_| !nics.is_empty()) {
+        let start = Instant::now();
+        network.insert(&*pod.vm, nics).await?;
+        timeline.add(Layer::Vmm, "plug in network", start);
+    }
+    let start = Instant::now();
     let bound = pod.config.agent.kata.reconnect_bound();
+    agent
+        .create_sandbox(&sandbox_request(pod, virtiofsd.is_some()), bound)
+        .await
+        .map_err(|source| BootError::Refused { source, console: console() })?;
+    timeline.add(Layer::Agent, "create sandbox", start);
+    let start = Instant::now();
+    if let Some(network) = &pod.network
+        && network.tell(&agent).await?
+    {
+        timeline.add(Layer::Agent, "network", start);
+    }
+    let start = Instant::now();
+    if pod.resources.grow_to_start(&*pod.vm, &agent).await? {
+        timeline.add(Layer::Vmm, "grow", start);
+    }
+    Ok(agent)
+}
+
+/// Bytes that nobody else has.
+fn entropy() -> Result<[u8; 64], BootError> {
+    let mut bytes = [0; 64];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(64) => Ok(bytes),
+        Ok(_) => Err(BootError::Random(io::ErrorKind::UnexpectedEof.into())),
+        Err(error) => Err(BootError::Random(error.into())),
+    }
+}
+
+/// Bounds the wait for an agent.
+async fn in_time<T>(pod: &Pod, reached: impl Future<Output = Result<T, BootError>>) -> Result<T, BootError> {
+    let bound = pod.config.agent.kata.reconnect_bound();
+    let reached = tokio::time::timeout(bound, reached).await;
+    reached.map_err(|_| BootError::NoAgent { bound, console: Excerpt::console(&pod.vm.console_tail()) })?
+}
+
+/// Does `work` as long as the machine and the daemon live.
+async fn alive<T>(
+    pod: &Pod,
+    daemon: Option<&Child>,
+    work: impl Future<Output = Result<T, BootError>>,
+) -> Result<T, BootError> {
     tokio::select! {
         biased;
-        reached = tokio::time::timeout(bound, reach_agent(pod, &ready, announces, vmm_ran, &mut timeline)) => {
-            let console = || Excerpt::console(&pod.vm.console_tail());
-            let (agent, announcement) = reached.map_err(|_| BootError::NoAgent { bound, console: console() })??;
-            let start = Instant::now();
-            agent
-                .create_sandbox(&sandbox_request(pod, virtiofsd.is_some()), bound)
-                .await
-                .map_err(|source| BootError::Refused { source, console: console() })?;
-            timeline.add(Layer::Agent, "create sandbox", start);
-            let start = Instant::now();
-            if let Some(network) = &pod.network && network.tell(&agent).await? {
-                timeline.add(Layer::Agent, "network", start);
-            }
-            let (agent_version, guest_kernel) = match announcement {
-                Some(announcement) => {
-                    (guest_text(&announcement.agent_version), guest_text(&announcement.kernel))
-                }
-                None => (agent.version().await.unwrap_or_default(), String::new()),
-            };
-            Ok(Booted { agent, agent_version, guest_kernel, virtiofsd, timeline })
-        }
+        done = work => done,
         exit = pod.vm.exited() => Err(vmm_exited(pod, exit)),
         // It also ends when the VMM does, which then is the cause.
-        error = watch_daemon(virtiofsd.as_ref()) => match tokio::time::timeout(GRACE, pod.vm.exited()).await {
+        error = watch_daemon(daemon) => match tokio::time::timeout(GRACE, pod.vm.exited()).await {
             Ok(exit) => Err(vmm_exited(pod, exit)),
             Err(_) => Err(error),
         }
@@ -299,11 +456,11 @@ async fn attach_network(pod: &Pod, timeline: &mut Timeline) -> Result<Vec<Nic>, 
     Ok(nics)
 }
 
-/// The virtio-fs daemon and the machine's end of it, where files are shared.
-fn share_files(
-    pod: &Pod,
-    timeline: &mut Timeline,
-) -> Result<(Option<Child>, Option<kata_hypervisor::SharedFs>), BootError> {
+/// The virtio-fs daemon and the machine's end of it.
+type Shared = (Option<Child>, Option<kata_hypervisor::SharedFs>);
+
+/// Starts the daemon where files are shared.
+fn share_files(pod: &Pod, timeline: &mut Timeline) -> Result<Shared, BootError> {
     let Some(share) = &pod.share else { return Ok((None, None)) };
     let start = Instant::now();
     let (child, socket) = spawn_virtiofsd(pod, share)?;
@@ -338,102 +495,6 @@ fn spawn_virtiofsd(pod: &Pod, share: &Share) -> Result<(Child, OwnedFd), BootErr
         .open_files(u64::from(u32::MAX))
         .spawn(&pod.record)?;
     Ok((child, way))
-}
-
-/// What the machine boots.
-struct Guest {
-    kernel: PathBuf,
-    initrd: Option<PathBuf>,
-    image: Option<PathBuf>,
-    root_type: Option<String>,
-    announces: bool,
-}
-
-impl Guest {
-    /// The configuration's own files, else those of the guest image.
-    fn find(pod: &Pod) -> Result<Self, BootError> {
-        let qemu = &pod.config.hypervisor.qemu;
-        let manifest = pod.artefacts.guest_image.as_deref().map(Manifest::load).transpose()?;
-        let manifest = manifest.as_ref();
-        let kernel = qemu.kernel.clone().or_else(|| manifest.map(Manifest::kernel_path));
-        let own_root = qemu.initrd.is_some() || qemu.image.is_some();
-        let of_image = manifest.filter(|_| !own_root);
-        let initrd = qemu.initrd.clone().or_else(|| of_image.and_then(Manifest::initrd_path));
-        let image = qemu.image.clone().or_else(|| of_image.and_then(Manifest::image_path));
-        if initrd.is_none() && image.is_none() {
-            return Err(BootError::NoImage("initrd"));
-        }
-        Ok(Self {
-            kernel: kernel.ok_or(BootError::NoImage("kernel"))?,
-            initrd,
-            image,
-            root_type: of_image.and_then(|manifest| Some(manifest.image.as_ref()?.fstype.clone())),
-            // An agent that nobody vouches for is dialled, and may still announce itself first.
-            announces: of_image.is_some_and(|manifest| manifest.agent.announces),
-        })
-    }
-
-    fn vm_spec(self, pod: &Pod, shared_fs: Option<kata_hypervisor::SharedFs>, nics: Vec<Nic>) -> VmSpec {
-        let qemu = &pod.config.hypervisor.qemu;
-        let size = pod.resources.start();
-        VmSpec {
-            id: pod.id.clone(),
-            run_dir: pod.run_dir.clone(),
-            program: pod.artefacts.vmm.clone(),
-            vsock_program: pod.artefacts.kata_vmm.clone(),
-            machine: match qemu.machine_type {
-                MachineType::Q35 => Machine::Q35,
-                MachineType::Microvm => Machine::Microvm,
-            },
-            accelerator: pod.choice.accelerator,
-            kernel_params: self.kernel_params(pod),
-            kernel: self.kernel,
-            initrd: self.initrd,
-            image: self.image,
-            vcpus: size.vcpus,
-            memory_mib: size.memory_mib,
-            growth: pod.resources.growth(),
-            backing: pod.resources.backing(),
-            vsock: pod.hybrid.clone(),
-            shared_fs,
-            nics,
-            disk_limits: disk_limits(qemu),
-            identity: pod.identity.clone(),
-            seccomp_sandbox: qemu.seccomp_sandbox.clone(),
-        }
-    }
-
-    /// Ours first: of a parameter that is given twice, the kernel takes the later one, which is the user's.
-    fn kernel_params(&self, pod: &Pod) -> Vec<String> {
-        let (qemu, agent) = (&pod.config.hypervisor.qemu, &pod.config.agent.kata);
-        // Distributions' kernels test all their ciphers at each boot, which mainline does not, and a machine of seconds need not.
-        // A kernel that has lost a process in a fault goes on, and whoever waits for that process waits for ever: it shall end.
-        let own = ["console=ttyS0", "panic=1", "oops=panic", "reboot=k", "cryptomgr.notests"];
-        let mut params: Vec<String> = own.map(str::to_owned).to_vec();
-        if !qemu.enable_debug {
-            params.push("quiet".to_owned());
-        }
-        if self.image.is_some() {
-            params.extend(["root=/dev/vda", "ro"].map(str::to_owned));
-            params.extend(self.root_type.as_ref().map(|fs| format!("rootfstype={fs}")));
-        }
-        if agent.enable_debug {
-            params.push("agent.log=debug".to_owned());
-        }
-        if agent.debug_console_enabled {
-            params.push("agent.debug_console".to_owned());
-        }
-        params.extend(qemu.kernel_params.iter().cloned());
-        params
-    }
-}
-
-/// What the configuration holds each disk to. It counts bits; so that a bound never becomes none, bytes round up.
-fn disk_limits(config: &kata_config::Qemu) -> DiskLimits {
-    DiskLimits {
-        bytes_per_second: NonZeroU64::new(config.disk_rate_limiter_bw_max_rate.div_ceil(8)),
-        requests_per_second: NonZeroU64::new(config.disk_rate_limiter_ops_max_rate),
-    }
 }
 
 /// Waits for the agent's announcement and connects; an agent that does not announce itself is dialled meanwhile.

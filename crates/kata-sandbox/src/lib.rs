@@ -37,6 +37,7 @@ mod state;
 mod stdio;
 mod storage;
 mod teardown;
+pub mod template;
 mod timeline;
 
 pub use agent_client::AGENT_CALLS;

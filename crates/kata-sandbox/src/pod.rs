@@ -12,7 +12,7 @@ use kata_hypervisor::host::Choice;
 use serde::{Deserialize, Serialize};
 
 use crate::resources::ResourceSpec;
-use crate::timeline::Stage;
+use crate::timeline::{BOOTED, COPIED, Layer, Stage};
 
 /// What it takes to launch a pod.
 #[derive(Clone, Debug)]
@@ -252,6 +252,17 @@ pub struct Inspection {
     pub containers: Vec<ContainerView>,
     /// Why the pod ended, where it did not end by request.
     pub fault: Option<String>,
+}
+
+impl Inspection {
+    /// Whether the machine started as a copy of a [template](crate::template); `None` before it runs.
+    pub fn started_from_template(&self) -> Option<bool> {
+        self.timeline.iter().find_map(|stage| match (stage.layer, stage.name.as_str()) {
+            (Layer::Vmm, BOOTED) => Some(false),
+            (Layer::Vmm, COPIED) => Some(true),
+            _ => None,
+        })
+    }
 }
 
 /// A container as [`Inspection`] and `state.json` show it.

@@ -57,20 +57,7 @@ impl Sandbox {
     /// # Errors
     /// Only where nothing was begun: the pod's directory is unusable, or no identity is free. Nothing is left then.
     pub async fn launch(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<Self, SandboxError> {
-        check_id(&spec.id)?;
-        make_dir(&spec.run_dir).map_err(|source| run_dir_error(&spec.run_dir, source))?;
-        let record = spec.run_dir.join(RECORD);
-        if record.exists() {
-            return Err(SandboxError::LeftOver(record));
-        }
-        let run_dir = spec.run_dir.clone();
-        let begun = begin(spec, vm);
-        if begun.is_err()
-            && let Err(error) = teardown::release(&run_dir)
-        {
-            tracing::error!(%error, "a pod that could not be begun left something behind");
-        }
-        let (pod, ready) = begun?;
+        let (pod, ready) = begin(spec, vm)?;
         let ends = lifecycle::start(pod.clone(), ready);
         Ok(Self { pod, post: ends.post, link: ends.link, events: ends.events })
     }
@@ -296,8 +283,25 @@ impl Sandbox {
     }
 }
 
-/// Everything that can be made without waiting.
-fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
+/// Everything that can be made without waiting. On an error nothing of it is left.
+pub(crate) fn begin(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
+    check_id(&spec.id)?;
+    make_dir(&spec.run_dir).map_err(|source| run_dir_error(&spec.run_dir, source))?;
+    let record = spec.run_dir.join(RECORD);
+    if record.exists() {
+        return Err(SandboxError::LeftOver(record));
+    }
+    let run_dir = spec.run_dir.clone();
+    let begun = assemble(spec, vm);
+    if begun.is_err()
+        && let Err(error) = teardown::release(&run_dir)
+    {
+        tracing::error!(%error, "a pod that could not be begun left something behind");
+    }
+    begun
+}
+
+fn assemble(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListener), SandboxError> {
     let SandboxSpec { id, hostname, config, artefacts, run_dir, started, choice, network, resources } = spec;
     if config.hypervisor.qemu.shared_fs == SharedFs::VirtioFs && !vm.capabilities().shared_fs {
         return Err(SandboxError::Driver {

@@ -7,6 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent_client::guest_text;
 
+/// The stage in which a machine is started that boots.
+pub(crate) const BOOTED: &str = "start";
+/// The stage that one has instead which goes on where its template stood.
+pub(crate) const COPIED: &str = "restore";
+
 /// Who spent the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -16,7 +16,9 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use kata_hypervisor::fake::FakeVm;
 use kata_hypervisor::process::Record;
-use kata_hypervisor::{Capabilities, Disk, HypervisorError, Nic, PciPath, ProcessInfo, Vm, VmExit, VmSpec};
+use kata_hypervisor::{
+    Capabilities, Disk, HypervisorError, Nic, Origin, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
+};
 use kata_sandbox::{ErrorKind, Event, NetworkSpec, Sandbox, SandboxError, Stdio};
 use kata_testkit::netns::Netns;
 use oci_spec::runtime::{Hook, HookBuilder, HooksBuilder};
@@ -121,7 +123,7 @@ impl Vm for Slotted {
         Capabilities { hotplug_network: self.nics.is_some(), ..self.vm.capabilities() }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         self.vm.boot(spec, record).await
     }
 
@@ -201,6 +203,32 @@ async fn interface_of_the_namespace_is_the_guests_before_its_first_container() {
     assert_eq!(network.neighbours[0].lladdr, "02:00:00:00:00:07");
     let stages = pod.inspect().await.timeline;
     assert_eq!(stages.iter().filter(|stage| stage.name == "network").count(), 2, "{stages:?}");
+    soon(pod.shutdown()).await.unwrap();
+    world.assert_clean();
+    world.rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn interfaces_of_a_copied_machine_are_plugged_in_before_the_agent_is_told() {
+    let Some(mut world) = Pod::new().await else { return };
+    world.add_interface();
+    let factory = &mut world.rig.config.hypervisor.qemu.factory;
+    factory.enable_template = true;
+    factory.template_path = world.rig.dir.path().join("template");
+    let making =
+        kata_sandbox::template::make(world.rig.spec(), Box::new(world.rig.guest()), std::future::pending());
+    let (made, ()) = soon(async { tokio::join!(making, world.rig.announce()) }).await;
+    made.unwrap();
+    assert_eq!(world.rig.vm.with_spec(|spec| spec.nics.len()), Some(0));
+    world.rig.vm = FakeVm::new();
+    let pod = world.rig.launch().await.unwrap();
+    soon(pod.ready()).await.unwrap();
+    assert_eq!(pod.inspect().await.started_from_template(), Some(true));
+    assert_eq!(world.rig.vm.with_spec(|spec| spec.nics.len()), Some(0));
+    assert_eq!(world.rig.vm.with_nic("eth0", |nic| nic.mac), Some([2, 0, 0, 0, 0, 1]));
+    assert_eq!(world.calls(), ["CreateSandbox", "UpdateInterface", "UpdateRoutes", "AddARPNeighbors"]);
+    let known = world.rig.agent.network().interfaces;
+    assert!(!known[0].device_path.is_empty(), "{known:?}");
     soon(pod.shutdown()).await.unwrap();
     world.assert_clean();
     world.rig.assert_clean().await;

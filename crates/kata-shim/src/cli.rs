@@ -32,6 +32,9 @@ pub(crate) enum Verb {
     Delete(DeleteArgs),
     /// Tell what this host can run pods with
     Host(HostArgs),
+    /// Make, look at or remove the machines that pods start as copies of; answers with JSON
+    #[command(subcommand)]
+    Template(TemplateVerb),
     /// Own a pod for containerd, whose `start` runs this
     // stays: nobody else runs it
     #[command(hide = true)]
@@ -95,6 +98,25 @@ pub(crate) struct HostArgs {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateVerb {
+    /// Boot a machine and keep it
+    Make(SourceArgs),
+    /// Tell what is kept, and whether pods can start from it
+    Status(TemplateStatusArgs),
+    /// Remove all that is kept
+    Destroy(SourceArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TemplateStatusArgs {
+    #[command(flatten)]
+    pub(crate) sources: SourceArgs,
+    /// Read all of its content
+    #[arg(long)]
+    pub(crate) verify: bool,
 }
 
 #[derive(Debug, Args)]
@@ -170,5 +192,6 @@ mod tests {
         assert!(parse("pod --id x --client-pid 0").is_err());
         assert!(parse("delete --id x").is_ok());
         assert!(parse("host --json").is_ok());
+        assert!(parse("template status --verify --set a.b=1").is_ok());
     }
 }

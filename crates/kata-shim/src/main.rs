@@ -33,6 +33,7 @@ mod slot;
 mod spans;
 mod starts;
 mod task;
+mod template;
 mod trace;
 
 use std::process::ExitCode;
@@ -56,6 +57,10 @@ fn main() -> ExitCode {
         }
         Verb::Delete(args) => cli::exit(delete::run(&args.id), |_| cli::FAILED),
         Verb::Host(args) => cli::exit(host::run(&args), |_| cli::FAILED),
+        Verb::Template(verb) => {
+            trace::close_inherited();
+            cli::exit(template::run(&verb, started), |_| cli::FAILED)
+        }
         Verb::Serve(args) => {
             trace::close_inherited();
             cli::exit(serve::run(&args, started), |_| cli::FAILED)

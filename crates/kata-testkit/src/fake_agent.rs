@@ -27,10 +27,10 @@ use kata_api::agent::{
     AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest, CreateSandboxRequest,
     DestroySandboxRequest, Empty, ExecProcessRequest, GetOOMEventRequest, GuestDetailsRequest,
     GuestDetailsResponse, OOMEvent, OnlineCPUMemRequest, PauseContainerRequest, ReadStreamRequest,
-    ReadStreamResponse, RemoveContainerRequest, ResumeContainerRequest, Routes, SignalProcessRequest,
-    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
-    WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    ReadStreamResponse, RemoveContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, Routes,
+    SetGuestDateTimeRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
 use kata_api::files::{RemoveRequest, RemoveResponse};
@@ -547,6 +547,24 @@ impl AgentService for Service {
 
     async fn online_cpu_mem(&self, _: &TtrpcContext, _: OnlineCPUMemRequest) -> ttrpc::Result<Empty> {
         self.enter("OnlineCPUMem").map(|_| Empty::new())
+    }
+
+    async fn reseed_random_dev(
+        &self,
+        _: &TtrpcContext,
+        request: ReseedRandomDevRequest,
+    ) -> ttrpc::Result<Empty> {
+        assert!(request.data.iter().any(|byte| *byte != 0), "no entropy");
+        self.enter("ReseedRandomDev").map(|_| Empty::new())
+    }
+
+    async fn set_guest_date_time(
+        &self,
+        _: &TtrpcContext,
+        request: SetGuestDateTimeRequest,
+    ) -> ttrpc::Result<Empty> {
+        assert!(request.sec > 1_700_000_000, "{} is no time of ours", request.sec);
+        self.enter("SetGuestDateTime").map(|_| Empty::new())
     }
 
     async fn tty_win_resize(&self, _: &TtrpcContext, _: TtyWinResizeRequest) -> ttrpc::Result<Empty> {

@@ -266,3 +266,70 @@ fn verity_device_reads_what_was_hashed_and_refuses_what_was_changed() {
     device.read_exact_at(&mut block, 0).unwrap();
     assert!(device.read_exact_at(&mut block, 4096).is_err(), "a changed block is read");
 }
+
+/// What a pod's stages say of how its machine came to run.
+fn restored(host: &Host, name: &str) -> bool {
+    let analysis = host.output(["analyze", "--json", name]);
+    let text = stdout(&analysis);
+    assert!(text.contains("\"restore\"") != text.contains("\"start\""), "{text}{}", stderr(&analysis));
+    text.contains("\"restore\"")
+}
+
+#[test]
+fn pods_start_as_copies_of_one_machine_and_are_their_own() {
+    if !in_the_lab() {
+        return;
+    }
+    let host = Host::new().unwrap();
+    let store = host.scratch("template");
+    let configure = |share: &str| {
+        host.configure(&format!(
+            "[runtime]\nhypervisor_name = \"builtin\"\n[hypervisor.qemu]\ndefault_memory = 256\n\
+             shared_fs = \"{share}\"\n[hypervisor.qemu.factory]\nenable_template = true\ntemplate_path = \"{}\"\n",
+            store.display()
+        ));
+    };
+    configure("virtio-fs");
+    assert_eq!(host.output(["factory", "status"]).status.code(), Some(1));
+    let made = host.output(["factory", "init"]);
+    assert!(made.status.success(), "{}", stderr(&made));
+    let status = host.output(["factory", "status", "--verify"]);
+    assert_eq!(status.status.code(), Some(0), "{}{}", stdout(&status), stderr(&status));
+
+    let script = "hostname; cat /proc/sys/kernel/random/uuid; date +%s; ls /bin/busybox; exec sleep 1000";
+    let said = ["one", "two"].map(|name| {
+        let image = host.image();
+        let run = host.output(["run", "-d", "--name", name, image.as_str(), "sh", "-c", script]);
+        assert!(run.status.success(), "{}{}", stderr(&run), host.owner_log(name));
+        let lines = host.wait_for("four lines", || {
+            let lines: Vec<String> =
+                stdout(&host.output(["logs", name])).lines().map(str::to_owned).collect();
+            (lines.len() >= 4).then_some(lines)
+        });
+        assert!(restored(&host, name), "{}", host.owner_log(name));
+        lines
+    });
+    assert_eq!([&said[0][0], &said[1][0]], ["one", "two"]);
+    assert_ne!(said[0][1], said[1][1], "the same random numbers");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    for clock in [&said[0][2], &said[1][2]].map(|text| text.parse::<u64>().unwrap()) {
+        assert!(now.abs_diff(clock) < 30, "{clock} is not {now}");
+    }
+    for name in ["one", "two"] {
+        assert!(host.output(["rm", "-f", name]).status.success());
+    }
+
+    // What is damaged is not started from, and the pod's log says so.
+    let digest = std::fs::read_dir(&store).unwrap().next().unwrap().unwrap().path();
+    let state = OpenOptions::new().write(true).open(digest.join("state")).unwrap();
+    state.write_all_at(b"?", std::fs::metadata(digest.join("state")).unwrap().len() / 2).unwrap();
+    let image = host.image();
+    let run = host.output(["run", "-d", "--name", "cold", image.as_str(), "sleep", "1000"]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(!restored(&host, "cold"));
+    let log = host.owner_log("cold");
+    assert!(log.contains("damaged") && log.contains("kata-ctl factory init"), "{log}");
+    assert!(host.output(["rm", "-f", "cold"]).status.success());
+    assert!(host.output(["factory", "destroy"]).status.success());
+    assert_eq!(std::fs::read_dir(&store).unwrap().count(), 0);
+}

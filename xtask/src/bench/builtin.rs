@@ -37,7 +37,14 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
         samples: Samples::new(samples),
         budget,
     };
+    let copies = copies(bench)?;
     Ok(vec![
+        row(
+            "built-in VMM: start from a template ÷ start without, `kata-ctl run` to first byte",
+            "",
+            copies,
+            Some(0.25),
+        ),
         row("built-in VMM: bare boot ÷ QEMU microvm's", "", ratios, Some(0.8)),
         row("built-in VMM: bare boot to an init that resets", "ms", ours, None),
         row("QEMU microvm: the same", "ms", qemus, None),
@@ -45,6 +52,31 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
         row("built-in VMM: `kata-ctl run` to first byte", "ms", starts, None),
         row("built-in VMM: private memory beyond the guest's", "MiB", vec![private(bench)?], Some(5.0)),
     ])
+}
+
+/// What a pod's start from a template takes of a start without, each of them one after the other.
+fn copies(bench: &Bench) -> Chores<Vec<f64>> {
+    let dir = std::env::temp_dir().join(format!("{POD}-{}", std::process::id()));
+    let path = format!("hypervisor.qemu.factory.template_path={}", dir.display());
+    let factory = |verb: &str| {
+        let memory = "hypervisor.qemu.default_memory=256";
+        let words = ["factory", verb, "--hypervisor", "builtin", "--set", memory, "--set", path.as_str()];
+        shell::run(bench.ctl(&words).stdout(Stdio::null()))
+    };
+    factory("init")?;
+    let enable = "hypervisor.qemu.factory.enable_template=true";
+    let with = ["--hypervisor", "builtin", "--set", enable, "--set", path.as_str()];
+    let mut ratios = Vec::new();
+    for run in 0..=bench.runs {
+        let cold = first_byte(bench, &["--hypervisor", "builtin"])?;
+        let copy = first_byte(bench, &with)?;
+        if run > 0 {
+            ratios.push(copy / cold);
+        }
+    }
+    factory("destroy")?;
+    std::fs::remove_dir_all(&dir).map_err(at("remove", &dir))?;
+    Ok(ratios)
 }
 
 /// Seconds from exec of the VMM to its end.

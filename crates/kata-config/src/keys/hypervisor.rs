@@ -145,8 +145,6 @@ pub(super) const KEYS: &[Key] = &[
     key("guest_memory_dump_path", PATH, "\"\"", "Directory for a dump of the guest's memory when its kernel panics.").on(QEMU),
     key("guest_memory_dump_paging", Boolean, "false", "Dumps with the guest's virtual addresses.").on(QEMU),
     // Starting fast.
-    Key::planned("hypervisor.*.factory", "enable_template", Boolean, "false", "Starts machines as copies of one that has booted.").on(TEMPLATE),
-    Key::planned("hypervisor.*.factory", "template_path", PATH, "\"/run/vc/vm/template\"", "Directory of that machine's memory and state.").on(TEMPLATE).inert(),
     key("boot_to_be_template", Boolean, "false", "Boots the machine that others will be copies of. Set by upstream's runtime itself.").rust().on(TEMPLATE),
     key("boot_from_template", Boolean, "false", "Starts as a copy. Set by upstream's runtime itself.").rust().on(TEMPLATE),
     key("memory_path", PATH, "\"\"", "Memory of the machine to copy.").rust().on(TEMPLATE),

@@ -260,7 +260,7 @@ impl Key {
         Self { reach, ..self }
     }
 
-    const fn on(self, drivers: &'static [&'static str]) -> Self {
+    pub(crate) const fn on(self, drivers: &'static [&'static str]) -> Self {
         Self { drivers, ..self }
     }
 
@@ -378,7 +378,13 @@ pub const DRIVERS: &[&str] =
 
 /// Every key, in the order of the reference.
 pub fn all() -> impl Iterator<Item = &'static Key> {
-    let tables = [settings::Qemu::KEYS, hypervisor::KEYS, settings::KataAgent::KEYS, agent::KEYS];
+    let tables = [
+        settings::Qemu::KEYS,
+        settings::Factory::KEYS,
+        hypervisor::KEYS,
+        settings::KataAgent::KEYS,
+        agent::KEYS,
+    ];
     tables.into_iter().flatten().chain(settings::Runtime::KEYS).chain(runtime::KEYS)
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 /// `check`
@@ -53,6 +53,55 @@ pub struct EnvArgs {
     /// Configuration file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+}
+
+/// `factory`
+#[derive(Debug, Subcommand)]
+pub enum FactoryCommand {
+    /// Boot a machine and keep it, for pods to start from
+    Init(FactoryArgs),
+    /// Tell what is kept, and whether pods of this configuration start from it
+    #[command(after_help = "Exit code: 0 if pods can start from one; 1 if not.")]
+    Status(FactoryStatusArgs),
+    /// Remove all that is kept; pods that run go on
+    Destroy(FactoryArgs),
+}
+
+impl FactoryCommand {
+    /// What all of them take.
+    pub fn args_mut(&mut self) -> &mut FactoryArgs {
+        match self {
+            Self::Init(args) | Self::Destroy(args) => args,
+            Self::Status(args) => &mut args.common,
+        }
+    }
+}
+
+/// `factory init`, `factory destroy`
+#[derive(Debug, Args)]
+pub struct FactoryArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Configuration file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Virtual machine monitor; only builtin has templates
+    #[arg(long, value_name = "NAME", value_parser = ["auto", "builtin", "qemu"])]
+    pub hypervisor: Option<String>,
+    /// Change one setting of the configuration (repeatable)
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// `factory status`
+#[derive(Debug, Args)]
+pub struct FactoryStatusArgs {
+    /// Read all of it, and compare it with what was written
+    #[arg(long)]
+    pub verify: bool,
+    #[command(flatten)]
+    pub common: FactoryArgs,
 }
 
 /// `version`

@@ -9,6 +9,7 @@ pub mod deprecations;
 pub mod env;
 pub mod events;
 pub mod exec;
+pub mod factory;
 pub mod guest;
 pub mod image;
 pub mod inspect;

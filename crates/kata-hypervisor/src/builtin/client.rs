@@ -66,6 +66,11 @@ impl Descriptors {
         Descriptor(self.0.len() - 1)
     }
 
+    /// Those before this one again, for another command.
+    pub(super) fn before(&self, Descriptor(end): Descriptor) -> io::Result<Self> {
+        self.0.iter().take(end).map(OwnedFd::try_clone).collect::<io::Result<_>>().map(Self)
+    }
+
     /// Whether the interface takes so many.
     pub(super) fn fit(&self) -> bool {
         self.0.len() <= MAX_DESCRIPTORS

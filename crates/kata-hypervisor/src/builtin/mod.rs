@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   boot: bind the guest's socket, open files and /dev/kvm ─▶ kata-vmm run, jailed ─▶ create ─▶ boot ─▶ guest runs
+//!                                                                    └ from the template; refused: from the kernel
 //!                                                                   │
 //!                                                supervisor: its end ─▶ VmExit
 //! ```
@@ -20,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kata_vmm_api::{Answer, Command, FailureKind, Info};
+use kata_vmm_api::{Answer, Command, FailureKind, Info, MachineSpec};
 
 pub use client::BuiltinError;
 use client::{Client, Descriptors};
@@ -29,8 +30,8 @@ use crate::files::socket_pair;
 use crate::life::{SETTLE, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm,
-    VmExit, VmSpec,
+    Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size,
+    Template, Vm, VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -42,6 +43,8 @@ const DRIVER: &str = "the built-in virtual machine monitor";
 const KVM: &str = "/dev/kvm";
 /// For the machine to be made: the kernel is read then, and all of the memory where it is taken in advance.
 const CREATE_BOUND: Duration = Duration::from_secs(60);
+/// For all of the memory that the guest has used to be written to a disk.
+const SNAPSHOT_BOUND: Duration = Duration::from_secs(300);
 /// For one command.
 const COMMAND_BOUND: Duration = Duration::from_secs(10);
 /// For the guest to let go of a device: the VMM's own bound, and some more.
@@ -67,6 +70,32 @@ struct Handle {
     child: Child,
 }
 
+impl Handle {
+    /// Makes the machine: from the template if there is one that it takes. What it refused has changed nothing.
+    async fn create(
+        &self,
+        machine: MachineSpec,
+        descriptors: Descriptors,
+        template: Option<Template>,
+    ) -> Result<Origin, BuiltinError> {
+        let create = async |machine, descriptors| {
+            self.client.execute(Command::Create(Box::new(machine)), descriptors, CREATE_BOUND).await
+        };
+        let Some(template) = template else {
+            return create(machine, descriptors).await.map(|_| Origin::Kernel);
+        };
+        let copied = spec::copied(&machine, &descriptors, template);
+        let (copied, files) = copied.map_err(|source| BuiltinError::Socket { command: "create", source })?;
+        match create(copied, files).await {
+            Ok(_) => Ok(Origin::Template),
+            Err(BuiltinError::Refused(failure)) => {
+                create(machine, descriptors).await.map(|_| Origin::Instead(failure.message))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
 impl BuiltinVm {
     pub(crate) fn new() -> Self {
         Self { vmm: Vmm::default(), most: OnceLock::new(), disk_limits: OnceLock::new() }
@@ -81,7 +110,7 @@ impl BuiltinVm {
     }
 
     /// Starts the process and has it run the guest. What runs when it fails is in `life`.
-    async fn start(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn start(&self, mut spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         let kvm = open_kvm(Path::new(KVM))?;
         let listener = vsock::bind(&spec.vsock, record)?;
         let (api, api_end) = socket_pair(&spec)?;
@@ -94,17 +123,19 @@ impl BuiltinVm {
         tokio::spawn(async move { life.supervise(subject, vec![console]).await });
 
         let handle = Handle { client: Client::new(api), child };
+        let template = spec.template.take();
         let (machine, descriptors) = spec::machine(spec, console_end, listener.into())?;
-        let create = Command::Create(Box::new(machine));
-        let made = handle.client.execute(create, descriptors, CREATE_BOUND).await;
-        let booted = match made {
-            Ok(_) => handle.client.execute(Command::Boot, Descriptors::default(), COMMAND_BOUND).await,
+        let booted = match handle.create(machine, descriptors, template).await {
+            Ok(origin) => {
+                let boot = Command::Boot;
+                handle.client.execute(boot, Descriptors::default(), COMMAND_BOUND).await.map(|_| origin)
+            }
             Err(error) => Err(error),
         };
         match booted {
-            Ok(_) => {
+            Ok(origin) => {
                 self.vmm.runs(handle);
-                Ok(())
+                Ok(origin)
             }
             Err(error) => Err(self.explain(error, &program, &handle.child).await),
         }
@@ -195,11 +226,11 @@ impl Vm for BuiltinVm {
             pause: true,
             hotplug_block: true,
             hotplug_network: true,
-            ..Capabilities::default()
+            snapshot: true,
         }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         spec.check_on_kvm(DRIVER)?;
         self.vmm.begin()?;
         let _ = self.disk_limits.set(spec.disk_limits);
@@ -224,6 +255,12 @@ impl Vm for BuiltinVm {
 
     async fn resume(&self) -> Result<(), HypervisorError> {
         self.command("resume", Command::Resume, Descriptors::default(), COMMAND_BOUND).await.map(drop)
+    }
+
+    async fn snapshot(&self, into: Template) -> Result<(), HypervisorError> {
+        let mut descriptors = Descriptors::default();
+        let command = Command::Snapshot(spec::snapshot(into, &mut descriptors));
+        self.command("a snapshot", command, descriptors, SNAPSHOT_BOUND).await.map(drop)
     }
 
     async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {

@@ -1,16 +1,18 @@
 //! From a [`VmSpec`] to what the VMM is told: descriptors instead of paths.
 
+use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 
 use kata_vmm_api::{
-    Descriptor, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, Start, VsockSpec,
+    Descriptor, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, SnapshotSpec, Start,
+    VsockSpec,
 };
 
 use super::client::Descriptors;
 use crate::files::{DiskFile, open_for};
 use crate::process::Identity;
-use crate::vm::{Disk, DiskLimits, Growth, HypervisorError, Nic, VmSpec};
+use crate::vm::{Disk, DiskLimits, Growth, HypervisorError, Nic, Template, VmSpec};
 
 /// Name of the root disk among the devices.
 const IMAGE: &str = "image";
@@ -44,8 +46,20 @@ pub(super) fn machine(
         }
         None => None,
     };
+    let console = Some(descriptors.add(console));
+    let vsock = Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name });
+    let nics = spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect();
     // It reads what it is given, and opens nothing anew.
     let root = Identity { uid: 0, gid: 0, groups: Vec::new() };
+    // Last of all: a machine that starts from a template has other descriptors instead.
+    let start = Start::Kernel(KernelSpec {
+        kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
+        initrd: match &spec.initrd {
+            Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
+            None => None,
+        },
+        command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
+    });
     let machine = MachineSpec {
         cpus: spec.vcpus,
         max_cpus: most.vcpus,
@@ -56,19 +70,12 @@ pub(super) fn machine(
             hugepages: spec.backing.hugepages,
             reporting: spec.backing.reporting,
         },
-        start: Start::Kernel(KernelSpec {
-            kernel: descriptors.add(open_for(&root, &spec.kernel, "guest kernel")?),
-            initrd: match &spec.initrd {
-                Some(path) => Some(descriptors.add(open_for(&root, path, "initrd")?)),
-                None => None,
-            },
-            command_line: command_line(&spec.kernel_params, most.memory_mib > spec.memory_mib),
-        }),
-        console: Some(descriptors.add(console)),
-        vsock: Some(VsockSpec { cid: CID, listener: descriptors.add(vsock), name: vsock_name }),
+        start,
+        console,
+        vsock,
         shared_fs,
         disks,
-        nics: spec.nics.into_iter().map(|nic| nic_spec(nic, &mut descriptors)).collect(),
+        nics,
     };
     match descriptors.fit() {
         true => Ok((machine, descriptors)),
@@ -87,6 +94,25 @@ pub(super) fn most(spec: &VmSpec) -> Growth {
     let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or(none);
     let vcpus = vcpus.min(MOST_CPUS).max(spec.vcpus);
     Growth { vcpus, memory_mib: memory_mib.max(spec.memory_mib), slots }
+}
+
+/// The same machine, and its descriptors, from a template.
+pub(super) fn copied(
+    machine: &MachineSpec,
+    descriptors: &Descriptors,
+    template: Template,
+) -> io::Result<(MachineSpec, Descriptors)> {
+    let mut descriptors = match &machine.start {
+        Start::Kernel(KernelSpec { kernel, .. }) => descriptors.before(*kernel)?,
+        Start::Snapshot(SnapshotSpec { state, .. }) => descriptors.before(*state)?,
+    };
+    let start = Start::Snapshot(snapshot(template, &mut descriptors));
+    Ok((MachineSpec { start, ..machine.clone() }, descriptors))
+}
+
+/// Where a machine is written to, or starts from. The memory's checksum is not looked at: who keeps the files does.
+pub(super) fn snapshot(Template { state, memory }: Template, descriptors: &mut Descriptors) -> SnapshotSpec {
+    SnapshotSpec { state: descriptors.add(state), memory: descriptors.add(memory), verify: false }
 }
 
 /// A disk that is added, and its descriptor.

@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 
-use kata_vmm_api::{Command, Failure, Reply, Request, Start};
+use kata_vmm_api::{Command, Failure, MachineSpec, Reply, Request, Start};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::net::UnixStream;
 
@@ -52,6 +52,7 @@ impl Bench {
             disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
+            template: None,
         }
     }
 }
@@ -326,4 +327,44 @@ fn threads_are_called_by_their_names_here() {
     let own = std::process::id();
     assert_eq!(host_threads(own, &[own]), [own]);
     assert_eq!(host_threads(own, &[own, u32::MAX]), Vec::<u32>::new());
+}
+
+/// A template's files, and the machine that is to start from them.
+fn templated(bench: &Bench) -> (Template, MachineSpec, Descriptors) {
+    let (machine, descriptors) = spec::machine(bench.spec(), null(), null()).unwrap();
+    let file = || File::open("/dev/null").unwrap();
+    (Template { state: file(), memory: file() }, machine, descriptors)
+}
+
+#[tokio::test]
+async fn machine_starts_from_a_template_with_all_else_as_ever() {
+    let (vm, peer, bench) = running().await;
+    let vmm = vm.state().vmm.clone().unwrap();
+    let (template, machine, descriptors) = templated(&bench);
+    let expected = machine.clone();
+    let server = tokio::task::spawn_blocking(move || serve(&peer, done));
+    assert_eq!(vmm.create(machine, descriptors, Some(template)).await.unwrap(), Origin::Template);
+    let (Command::Create(made), descriptors) = server.await.unwrap() else { panic!("no create") };
+    let Start::Snapshot(files) = &made.start else { panic!("{:?}", made.start) };
+    // Theirs come last, and nothing comes that is not named.
+    assert_eq!((files.state.0, files.memory.0, files.verify), (2, 3, false));
+    assert_eq!(descriptors, 4);
+    assert_eq!(MachineSpec { start: expected.start.clone(), ..*made }, expected);
+    vm.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn machine_whose_template_is_refused_boots_and_says_why() {
+    let (vm, peer, bench) = running().await;
+    let vmm = vm.state().vmm.clone().unwrap();
+    let (template, machine, descriptors) = templated(&bench);
+    let expected = Command::Create(Box::new(machine.clone()));
+    let server = tokio::task::spawn_blocking(move || {
+        serve(&peer, refused(FailureKind::Stale));
+        serve(&peer, done)
+    });
+    let origin = vmm.create(machine, descriptors, Some(template)).await.unwrap();
+    assert_eq!(origin, Origin::Instead("no".to_owned()));
+    assert_eq!(server.await.unwrap().0, expected);
+    vm.stop().await.unwrap();
 }

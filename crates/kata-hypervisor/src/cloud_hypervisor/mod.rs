@@ -32,7 +32,8 @@ use crate::life::Vmm;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, capture};
 use crate::rest::{Address, ApiError, Named, Room, vcpu_threads};
 use crate::vm::{
-    Capabilities, Disk, Growth, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+    Capabilities, Disk, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Vm, VmExit,
+    VmSpec,
 };
 
 const DRIVER: &str = "Cloud Hypervisor";
@@ -281,8 +282,9 @@ impl Vm for CloudHypervisorVm {
         }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         spec.check_on_kvm(DRIVER)?;
+        spec.check_boots(DRIVER)?;
         spec.check_unlimited(DRIVER)?;
         self.vmm.begin()?;
         if let Some(growth) = spec.growth {
@@ -294,7 +296,7 @@ impl Vm for CloudHypervisorVm {
         if outcome.is_err() {
             self.vmm.life.abandon().await;
         }
-        outcome
+        outcome.map(|()| Origin::Kernel)
     }
 
     async fn exited(&self) -> VmExit {

@@ -38,6 +38,7 @@ impl Place {
             disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
+            template: None,
         }
     }
 

@@ -30,7 +30,7 @@ use crate::life::{CONSOLE_LIMIT, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn};
 use crate::rest::{Address, ApiError, Room, vcpu_threads};
 use crate::vm::{
-    Capabilities, Disk, HypervisorError, Layout, Nic, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+    Capabilities, Disk, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
 };
 
 const DRIVER: &str = "Firecracker";
@@ -214,15 +214,16 @@ impl Vm for FirecrackerVm {
         Capabilities { pause: true, ..Capabilities::default() }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         check(&spec)?;
+        spec.check_boots(DRIVER)?;
         self.vmm.begin()?;
         let _ = self.size.set(Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib });
         let outcome = self.start(spec, record).await;
         if outcome.is_err() {
             self.vmm.life.abandon().await;
         }
-        outcome
+        outcome.map(|()| Origin::Kernel)
     }
 
     async fn exited(&self) -> VmExit {

@@ -37,8 +37,8 @@ use crate::files::{BootFiles, socket_pair, with_kvm};
 use crate::life::Life;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, PciPath, ProcessInfo, Size, Vm,
-    VmExit, VmSpec,
+    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo,
+    Size, Vm, VmExit, VmSpec,
 };
 use crate::vsock::Sockets;
 
@@ -219,7 +219,7 @@ impl Vm for QemuVm {
         }
     }
 
-    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
+    async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         check(&spec)?;
         if self.0.state().machine.replace(spec.machine).is_some() {
             return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
@@ -236,7 +236,7 @@ impl Vm for QemuVm {
         if outcome.is_err() {
             self.0.life.abandon().await;
         }
-        outcome
+        outcome.map(|()| Origin::Kernel)
     }
 
     async fn exited(&self) -> VmExit {
@@ -288,6 +288,7 @@ impl Vm for QemuVm {
 /// What makes no machine whatever the host can do.
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     spec.check()?;
+    spec.check_boots("QEMU's driver")?;
     match spec {
         VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => Err(HypervisorError::unsupported(
             "growing while it runs",

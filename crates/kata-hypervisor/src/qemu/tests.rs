@@ -80,6 +80,7 @@ impl Bench {
             identity: Identity { uid: NOBODY, gid: NOBODY, groups: Vec::new() },
             seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
                 .to_owned(),
+            template: None,
         }
     }
 }

@@ -255,6 +255,7 @@ impl Bench {
             identity: Identity { uid: 65_534, gid: 65_534, groups: Vec::new() },
             disk_limits: crate::vm::DiskLimits::default(),
             seccomp_sandbox: String::new(),
+            template: None,
         }
     }
 }

@@ -142,6 +142,17 @@ impl Attachments {
         }
         let first = self.all.len();
         let nics = self.connect(&netlink, endpoints).await?;
+        self.insert(vm, first, nics).await
+    }
+
+    /// Plugs in the interfaces that were made for the attachments from the one at `first` on. Those that the machine does not take
+    /// are taken away.
+    pub(super) async fn insert(
+        &mut self,
+        vm: &dyn Vm,
+        first: usize,
+        nics: Vec<Nic>,
+    ) -> Result<(), NetworkError> {
         for (at, nic) in (first..).zip(nics) {
             let plugged = vm.add_nic(nic).await;
             let Some(attachment) = self.all.get_mut(at) else { continue };

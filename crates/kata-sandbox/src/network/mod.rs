@@ -242,6 +242,11 @@ impl Network {
         self.attachments.lock().await.attach().await
     }
 
+    /// Plugs what [`attach`](Self::attach) has connected into a machine that started without it.
+    pub(crate) async fn insert(&self, vm: &dyn Vm, nics: Vec<Nic>) -> Result<(), NetworkError> {
+        self.attachments.lock().await.insert(vm, 0, nics).await
+    }
+
     /// Tells the agent what it was not told yet. The answer is whether there was anything.
     pub(crate) async fn tell(&self, agent: &Agent) -> Result<bool, NetworkError> {
         self.attachments.lock().await.tell(agent).await

@@ -33,6 +33,8 @@ use sizing::{Bounds, Demand};
 /// server, the vsock device and the owner.
 const PROCESSES_MIB: u64 = 160;
 const MIB: u64 = 1 << 20;
+/// Linux adds memory in such blocks on most machines.
+const USUAL_BLOCK_MIB: u64 = 128;
 /// Linux adds memory in no larger blocks, on machines of 64 GiB and more.
 const MOST_BLOCK: u64 = 2 << 30;
 
@@ -173,13 +175,40 @@ impl Resources {
         (!self.config.runtime.static_sandbox_resource_mgmt).then(|| self.bounds().growth())
     }
 
-    pub(crate) fn backing(&self) -> Backing {
-        let qemu = &self.config.hypervisor.qemu;
-        Backing {
-            prealloc: qemu.enable_mem_prealloc,
-            hugepages: qemu.enable_hugepages,
-            reporting: qemu.reclaim_guest_freed_memory,
+    /// The size of a template's machine and how far it may grow, if this pod can start as its copy. The machine then has to be
+    /// [made larger](Self::grow_to_start).
+    pub(crate) fn template(&self) -> Result<(Size, Growth), &'static str> {
+        let (bounds, start) = (self.bounds(), self.start);
+        let (size, growth) = (bounds.default(), bounds.growth());
+        let more = start.memory_mib.saturating_sub(size.memory_mib).next_multiple_of(USUAL_BLOCK_MIB);
+        if start.vcpus < size.vcpus || start.memory_mib < size.memory_mib {
+            Err("the pod was promised less than a template's machine has (default_vcpus, default_memory)")
+        } else if size.memory_mib + more > growth.memory_mib.max(size.memory_mib) {
+            Err("the pod was promised so much that a template's machine cannot be made as large")
+        } else {
+            Ok((size, growth))
         }
+    }
+
+    /// The machine has started with `size`, as its template had it.
+    pub(crate) async fn started_with(&self, size: Size) {
+        let mut changing = self.changing.lock().await;
+        (changing.has, changing.online) = (size, size);
+    }
+
+    /// Makes a machine that started with less as large as the pod was promised. The answer is whether it was smaller.
+    pub(crate) async fn grow_to_start(&self, vm: &dyn Vm, agent: &Agent) -> Result<bool, ResourceError> {
+        let mut changing = self.changing.lock().await;
+        let has = changing.has;
+        if self.start.vcpus <= has.vcpus && self.start.memory_mib <= has.memory_mib {
+            return Ok(false);
+        }
+        self.grow_to(self.start, vm, agent, &mut changing).await?;
+        Ok(true)
+    }
+
+    pub(crate) fn backing(&self) -> Backing {
+        backing(&self.config)
     }
 
     fn bounds(&self) -> Bounds<'_> {
@@ -315,7 +344,17 @@ impl Resources {
         if self.growth().is_none() {
             return self.arrange(vm, changing, None).await;
         }
-        let mut wanted = self.wanted(&changing.tally)?;
+        let wanted = self.wanted(&changing.tally)?;
+        self.grow_to(wanted, vm, agent, changing).await
+    }
+
+    async fn grow_to(
+        &self,
+        mut wanted: Size,
+        vm: &dyn Vm,
+        agent: &Agent,
+        changing: &mut Changing,
+    ) -> Result<(), ResourceError> {
         let has = changing.has;
         wanted.vcpus = wanted.vcpus.max(has.vcpus);
         if wanted.memory_mib > has.memory_mib {
@@ -400,6 +439,23 @@ impl Resources {
             cgroup.leave();
         }
     }
+}
+
+/// What the guest's memory is made of.
+pub(crate) fn backing(config: &Config) -> Backing {
+    let qemu = &config.hypervisor.qemu;
+    Backing {
+        prealloc: qemu.enable_mem_prealloc,
+        hugepages: qemu.enable_hugepages,
+        reporting: qemu.reclaim_guest_freed_memory,
+    }
+}
+
+/// The size of a template's machine: that of a pod without limits. It can grow to any other pod's.
+pub(crate) fn template_size(config: &Config) -> (Size, Growth) {
+    let host = Host::probe();
+    let bounds = Bounds::new(&config.hypervisor.qemu, &host);
+    (bounds.default(), bounds.growth())
 }
 
 /// Has the guest use all that its machine has, also what an earlier try has left unused.

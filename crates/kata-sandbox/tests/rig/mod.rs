@@ -110,8 +110,9 @@ impl Rig {
     fn image(&self) -> PathBuf {
         let dir = self.dir.path().join("image");
         std::fs::create_dir_all(&dir).unwrap();
-        for file in ["vmlinux", "initrd"] {
-            std::fs::write(dir.join(file), "none").unwrap();
+        // Only once: a template is of files that have not changed since.
+        for file in ["vmlinux", "initrd"].map(|file| dir.join(file)).iter().filter(|file| !file.exists()) {
+            std::fs::write(file, "none").unwrap();
         }
         let digest = "0".repeat(64);
         let manifest = format!(

@@ -27,6 +27,7 @@ pub(crate) async fn text(pod: Option<&Sandbox>) -> String {
     if let Some(pod) = pod {
         machine(&mut out, pod);
         start(&mut out, pod).await;
+        template(&mut out, pod).await;
         guest(&mut out, pod).await;
     }
     out.into_text()
@@ -66,6 +67,17 @@ async fn start(out: &mut Exposition, pod: &Sandbox) {
             family.sample(&labels, Duration::from_micros(stage.duration_us).as_secs_f64() * 1000.0);
         }
     }
+}
+
+/// Whether the pod started from a template, where it was to.
+async fn template(out: &mut Exposition, pod: &Sandbox) {
+    if !pod.config().hypervisor.qemu.factory.enable_template {
+        return;
+    }
+    let Some(copied) = pod.inspect().await.started_from_template() else { return };
+    let help = "How the pod's machine came to run, where templates are asked for.";
+    let result = if copied { "copied" } else { "booted" };
+    out.family("kata_shim_template_starts", Kind::Gauge, help).sample(&[("result", result)], 1.0);
 }
 
 /// Most of a guest's text that is looked at; a guest has some 60 kB.

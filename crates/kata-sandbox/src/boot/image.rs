@@ -1,0 +1,114 @@
+//! What a machine boots, as the configuration or the guest image has it. None of it is a pod's own.
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+
+use kata_config::{Artefacts, Config, MachineType};
+use kata_hypervisor::{DiskLimits, Machine, Nic, Size, VmSpec};
+use kata_image::manifest::Manifest;
+
+use super::BootError;
+use crate::lifecycle::Pod;
+
+/// What the machine boots.
+pub(crate) struct Guest {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: Option<PathBuf>,
+    pub(crate) image: Option<PathBuf>,
+    root_type: Option<String>,
+    /// Whether its agent announces itself.
+    pub(super) announces: bool,
+}
+
+impl Guest {
+    /// The configuration's own files, else those of the guest image.
+    pub(crate) fn find(config: &Config, artefacts: &Artefacts) -> Result<Self, BootError> {
+        let qemu = &config.hypervisor.qemu;
+        let manifest = artefacts.guest_image.as_deref().map(Manifest::load).transpose()?;
+        let manifest = manifest.as_ref();
+        let kernel = qemu.kernel.clone().or_else(|| manifest.map(Manifest::kernel_path));
+        let own_root = qemu.initrd.is_some() || qemu.image.is_some();
+        let of_image = manifest.filter(|_| !own_root);
+        let initrd = qemu.initrd.clone().or_else(|| of_image.and_then(Manifest::initrd_path));
+        let image = qemu.image.clone().or_else(|| of_image.and_then(Manifest::image_path));
+        if initrd.is_none() && image.is_none() {
+            return Err(BootError::NoImage("initrd"));
+        }
+        Ok(Self {
+            kernel: kernel.ok_or(BootError::NoImage("kernel"))?,
+            initrd,
+            image,
+            root_type: of_image.and_then(|manifest| Some(manifest.image.as_ref()?.fstype.clone())),
+            // An agent that nobody vouches for is dialled, and may still announce itself first.
+            announces: of_image.is_some_and(|manifest| manifest.agent.announces),
+        })
+    }
+
+    pub(super) fn vm_spec(
+        &self,
+        pod: &Pod,
+        size: Size,
+        shared_fs: Option<kata_hypervisor::SharedFs>,
+        nics: Vec<Nic>,
+    ) -> VmSpec {
+        let qemu = &pod.config.hypervisor.qemu;
+        VmSpec {
+            id: pod.id.clone(),
+            run_dir: pod.run_dir.clone(),
+            program: pod.artefacts.vmm.clone(),
+            vsock_program: pod.artefacts.kata_vmm.clone(),
+            machine: match qemu.machine_type {
+                MachineType::Q35 => Machine::Q35,
+                MachineType::Microvm => Machine::Microvm,
+            },
+            accelerator: pod.choice.accelerator,
+            kernel_params: self.kernel_params(&pod.config),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            image: self.image.clone(),
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            growth: pod.resources.growth(),
+            backing: pod.resources.backing(),
+            vsock: pod.hybrid.clone(),
+            shared_fs,
+            nics,
+            disk_limits: disk_limits(qemu),
+            identity: pod.identity.clone(),
+            seccomp_sandbox: qemu.seccomp_sandbox.clone(),
+            template: None,
+        }
+    }
+
+    /// Ours first: of a parameter that is given twice, the kernel takes the later one, which is the user's.
+    pub(crate) fn kernel_params(&self, config: &Config) -> Vec<String> {
+        let (qemu, agent) = (&config.hypervisor.qemu, &config.agent.kata);
+        // Distributions' kernels test all their ciphers at each boot, which mainline does not, and a machine of seconds need not.
+        // A kernel that has lost a process in a fault goes on, and whoever waits for that process waits for ever: it shall end.
+        let own = ["console=ttyS0", "panic=1", "oops=panic", "reboot=k", "cryptomgr.notests"];
+        let mut params: Vec<String> = own.map(str::to_owned).to_vec();
+        if !qemu.enable_debug {
+            params.push("quiet".to_owned());
+        }
+        if self.image.is_some() {
+            params.extend(["root=/dev/vda", "ro"].map(str::to_owned));
+            params.extend(self.root_type.as_ref().map(|fs| format!("rootfstype={fs}")));
+        }
+        if agent.enable_debug {
+            params.push("agent.log=debug".to_owned());
+        }
+        if agent.debug_console_enabled {
+            params.push("agent.debug_console".to_owned());
+        }
+        params.extend(qemu.kernel_params.iter().cloned());
+        params
+    }
+}
+
+/// What the configuration holds each disk to. It counts bits; so that a bound never becomes none, bytes round up.
+fn disk_limits(config: &kata_config::Qemu) -> DiskLimits {
+    DiskLimits {
+        bytes_per_second: NonZeroU64::new(config.disk_rate_limiter_bw_max_rate.div_ceil(8)),
+        requests_per_second: NonZeroU64::new(config.disk_rate_limiter_ops_max_rate),
+    }
+}
