@@ -1,6 +1,6 @@
 //! What a guest of a test boots into: busybox and a script.
 
-#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at the first surprise")]
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
