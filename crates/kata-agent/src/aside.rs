@@ -44,6 +44,17 @@ pub async fn run<T: Send + 'static>(
     spawn_blocking(work).await.map_err(|_| AsideError::Interrupted { what: what.into() })
 }
 
+/// Does `work` to its end, also where whoever asked for it gives up: no half of it is left.
+///
+/// # Errors
+/// [`AsideError::Interrupted`].
+pub async fn whole<T: Send + 'static>(
+    what: impl Into<String>,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, AsideError> {
+    tokio::spawn(work).await.map_err(|_| AsideError::Interrupted { what: what.into() })
+}
+
 /// As [`run`], and waits no longer than `bound`. The work goes on all the same.
 ///
 /// # Errors

@@ -52,6 +52,7 @@ type Callback = Arc<dyn Fn(Incoming) + Send + Sync>;
 #[derive(Clone, Default)]
 struct Script {
     boot_takes: Duration,
+    resize_takes: Duration,
     boot_fails: Option<String>,
     stop_fails: bool,
     no_hotplug: bool,
@@ -117,6 +118,11 @@ impl FakeVm {
     pub fn boot_takes(self, time: Duration) -> Self {
         lock(&self.0.script).boot_takes = time;
         self
+    }
+
+    /// Has each change of size take a time.
+    pub fn resize_takes(&self, time: Duration) {
+        lock(&self.0.script).resize_takes = time;
     }
 
     /// `boot` fails, as if the VMM had exited with code 1 and said `why`.
@@ -366,6 +372,8 @@ impl Vm for FakeVm {
 
     async fn resize(&self, size: Size) -> Result<Layout, HypervisorError> {
         self.running("changing the size")?;
+        let takes = lock(&self.0.script).resize_takes;
+        tokio::time::sleep(takes).await;
         let base =
             self.with_spec(|spec| (Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib }, spec.growth));
         let (base, growth) = base.unwrap_or_default();

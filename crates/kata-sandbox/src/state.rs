@@ -19,6 +19,7 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use kata_hypervisor::process::identity;
 use serde::{Deserialize, Serialize};
 
 use crate::pod::ContainerView;
@@ -135,9 +136,12 @@ impl State {
     /// Whether the pod has not ended: neither in order, nor by the death of its owner. One whose owner could not find out when it
     /// began (0) is taken to live.
     pub(crate) fn lives(&self) -> bool {
-        let same =
-            || start_time(&self.owner_pid.to_string()).is_some_and(|start| start == self.owner_start_time);
-        self.state != "stopped" && (self.owner_start_time == 0 || same())
+        self.state != "stopped" && (self.owner_start_time == 0 || self.owner().is_some())
+    }
+
+    /// The process that wrote this, if it still runs and is known to be the same.
+    pub fn owner(&self) -> Option<u32> {
+        identity::runs(self.owner_pid, self.owner_start_time).then_some(self.owner_pid)
     }
 
     /// Replaces the state of the pod in `run_dir`: a reader sees the old one or the new one, whole.
@@ -158,16 +162,8 @@ impl State {
 
 /// This process as `owner_pid` and `owner_start_time`.
 pub(crate) fn owner() -> (u32, u64) {
-    (std::process::id(), start_time("self").unwrap_or_default())
-}
-
-/// Field 22 of `/proc/<process>/stat`; `None` where there is no such process any more.
-fn start_time(process: &str) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The name in parentheses may hold anything, so fields are counted from behind it.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let dead = matches!(fields.split_whitespace().next(), None | Some("Z" | "X"));
-    fields.split_whitespace().nth(19)?.parse().ok().filter(|_| !dead)
+    let pid = std::process::id();
+    (pid, identity::start_time(pid).unwrap_or_default())
 }
 
 #[cfg(test)]

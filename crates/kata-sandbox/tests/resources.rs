@@ -9,6 +9,8 @@
 
 mod rig;
 
+use std::time::Duration;
+
 use kata_hypervisor::{Growth, Size};
 use kata_sandbox::{ContainerSpec, ErrorKind, ProcessId, ResourceSpec, Stdio};
 use oci_spec::runtime::{
@@ -73,6 +75,32 @@ async fn a_machine_that_grows_has_room_before_the_guest_is_asked_for_the_contain
     pod.create_container(limited(&rig, "tiny", 8)).await.unwrap();
     pod.update("large", memory(800)).await.unwrap();
     assert_eq!(rig.vm.size().unwrap().memory_mib, 256 + 7 * 128);
+    pod.shutdown().await.unwrap();
+    rig.assert_clean().await;
+}
+
+#[tokio::test]
+async fn a_container_that_is_killed_while_the_machine_grows_leaves_it_grown() {
+    let Some(mut rig) = Rig::new().await else { return };
+    rig.config.runtime.static_sandbox_resource_mgmt = false;
+    rig.config.hypervisor.qemu.default_memory = 256;
+    rig.config.hypervisor.qemu.default_maxmemory = 2048;
+    let pod = rig.pod().await;
+    rig.vm.resize_takes(Duration::from_millis(300));
+    let (making, container) = (pod.clone(), limited(&rig, "c", 512));
+    let made = tokio::spawn(async move { making.create_container(container).await });
+    while !rig.agent.calls().contains(&"GetGuestDetails".to_owned()) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(rig.vm.size(), None);
+    pod.kill(&ProcessId::init("c"), 9, false).await.unwrap();
+    let error = made.await.unwrap().unwrap_err();
+    assert!(error.chain().contains("killed"), "{}", error.chain());
+    let grown = rig.vm.size();
+    assert_ne!(grown, None);
+    // It counts as grown: the next one needs no more.
+    pod.create_container(limited(&rig, "d", 512)).await.unwrap();
+    assert_eq!(rig.vm.size(), grown);
     pod.shutdown().await.unwrap();
     rig.assert_clean().await;
 }

@@ -269,13 +269,8 @@ fn hung_up(error: &ttrpc::Error) -> bool {
 
 /// The process that wrote the pod's state, if it still runs. A state that cannot be read is nobody's.
 fn recorded_owner(run_dir: &Path) -> Option<Pid> {
-    let state = State::load(run_dir).ok()?;
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", state.owner_pid)).ok()?;
-    // Field 22 of proc(5); the name in parentheses may hold anything, so fields are counted from behind it.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let start_time: u64 = fields.split_whitespace().nth(19)?.parse().ok()?;
-    let owner = i32::try_from(state.owner_pid).ok().and_then(Pid::from_raw);
-    owner.filter(|_| start_time == state.owner_start_time)
+    let owner = State::load(run_dir).ok()?.owner()?;
+    i32::try_from(owner).ok().and_then(Pid::from_raw)
 }
 
 /// Waits, within the bound, for a process to end.
@@ -283,7 +278,8 @@ fn left(pid: Pid) -> bool {
     left_within(pid, &EXIT_BOUND)
 }
 
-fn left_within(pid: Pid, bound: &Timespec) -> bool {
+/// The same for a bound of the caller's.
+pub(crate) fn left_within(pid: Pid, bound: &Timespec) -> bool {
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
     matches!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(bound)), Ok(1..))
 }

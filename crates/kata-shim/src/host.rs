@@ -1,15 +1,21 @@
 //! `host`: what this host can run pods with, and what would be chosen.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use kata_config::{ArtefactError, Artefacts, Config, ConfigErrors};
 use kata_hypervisor::host::{Choice, DriverKind, Host, HostError, choose};
+use rustix::event::Timespec;
+use rustix::process::Pid;
 use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::cli::HostArgs;
+use crate::delete::left_within;
 use crate::fault::chain;
+
+/// How long the built-in monitor may take to try its jail. It does so in milliseconds.
+const JAIL_BOUND: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 
 #[derive(Debug, Error)]
 pub(crate) enum HostVerbError {
@@ -61,7 +67,25 @@ fn jail(program: &Path, config: &Config) -> Result<(), String> {
         let user = config.runtime.uid_range.last;
         command.args(["--user", &format!("{user}:{user}")]);
     }
-    let output = command.output().map_err(|error| format!("{}: {error}", program.display()))?;
+    finish(command, program, &JAIL_BOUND)
+}
+
+/// Runs a program that says on its standard error why it fails.
+fn finish(mut command: Command, program: &Path, bound: &Timespec) -> Result<(), String> {
+    let named = |error: std::io::Error| format!("{}: {error}", program.display());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(named)?;
+    if !left_within(Pid::from_child(&child), bound) {
+        // Not waited for: one that hangs in the kernel does not end by that either.
+        let _ = child.kill();
+        return Err(format!(
+            "{} has not ended within {} s: the host is overloaded, or its kernel makes it wait; /proc/{}/stack tells for what",
+            program.display(),
+            bound.tv_sec,
+            child.id()
+        ));
+    }
+    let output = child.wait_with_output().map_err(named)?;
     match output.status.success() {
         true => Ok(()),
         false => Err(String::from_utf8_lossy(&output.stderr).trim().chars().take(500).collect()),
@@ -107,4 +131,21 @@ fn as_text(findings: &Findings) -> String {
         "KVM:        {}\nQEMU:       {qemu}\nCPUs:       {}\nmemory:     {} MiB\nartefacts:  {artefacts}\njail:       {jail}\nchoice:     {choice}\n",
         host.kvm, host.cpus, host.memory_mib
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_that_tries_the_jail_is_waited_for_within_a_bound() {
+        let run = |script: &str, bound: i64| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            finish(command, Path::new("vmm"), &Timespec { tv_sec: bound, tv_nsec: 0 })
+        };
+        assert_eq!(run("true", 20), Ok(()));
+        assert_eq!(run("echo no user >&2; exit 1", 20), Err("no user".to_owned()));
+        assert!(run("exec sleep 60", 1).unwrap_err().contains("vmm has not ended within 1 s"));
+    }
 }

@@ -12,6 +12,7 @@
 //! device node, set no `trusted.*` attribute and use no file handles, because those need privileges of the
 //! host's user namespace. `chown`, set-id bits, whiteouts (0/0 devices), hard links and any uid work.
 
+mod bounded;
 mod sandbox;
 mod serve;
 
@@ -43,6 +44,10 @@ struct Cli {
     /// Let the guest keep writes back; only safe if nothing else writes the directory.
     #[arg(long)]
     writeback: bool,
+    /// Files and directories that the guest may keep in mind without using them. Each takes a descriptor and 2 to 2.5 KiB
+    /// of the host's memory.
+    #[arg(long, value_name = "COUNT", default_value_t = 16_384)]
+    known_files: usize,
     /// What to do when the sandbox cannot be made.
     #[arg(long, value_enum, default_value_t = SandboxMode::Namespaces)]
     sandbox: SandboxMode,

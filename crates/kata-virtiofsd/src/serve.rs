@@ -15,6 +15,7 @@ use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::bounded::Bounded;
 use crate::sandbox::{self, ProcFiles, SandboxError};
 use crate::{Cache, Cli, SandboxMode};
 
@@ -89,6 +90,7 @@ pub fn serve(
         Cache::Auto => Duration::from_secs(1),
         Cache::Metadata | Cache::Always => Duration::from_secs(24 * 60 * 60),
     };
+    let guests_files = open_files.saturating_sub(RESERVED_DESCRIPTORS);
     let config = Config {
         entry_timeout: timeout,
         attr_timeout: timeout,
@@ -100,7 +102,7 @@ pub fn serve(
         readdirplus: cli.cache != Cache::Never,
         xattr: cli.xattr,
         writeback: cli.writeback,
-        guest_fd_limit: open_files.saturating_sub(RESERVED_DESCRIPTORS),
+        guest_fd_limit: guests_files,
         ..Config::default()
     };
     let fs = PassthroughFs::new(config).map_err(ServeError::FileSystem)?;
@@ -111,7 +113,7 @@ pub fn serve(
 
     let backend = VhostUserFsBackendBuilder::default()
         .set_thread_pool_size(cli.thread_pool_size)
-        .build(fs)
+        .build(Bounded::new(fs, known_files(cli.known_files, guests_files)))
         .map_err(|error| ServeError::Device(error.to_string()))?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon = VhostUserDaemon::new("virtiofs".to_owned(), Arc::new(backend), memory)
@@ -128,6 +130,12 @@ pub fn serve(
         }
         Err(error) => Err(ServeError::Device(error.to_string())),
     }
+}
+
+/// How many files the guest may keep in mind: as many as wished, and half of all descriptors where these are few. The other
+/// half is for what it has open, so that nobody is refused a file because of those that others have looked at.
+fn known_files(wished: usize, guests_files: u64) -> usize {
+    wished.min(usize::try_from(guests_files / 2).unwrap_or(usize::MAX))
 }
 
 /// The crate's own `Auto` has the guest drop a file's pages at each open, so that each exec of a program reads it anew:

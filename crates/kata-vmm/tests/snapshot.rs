@@ -231,6 +231,8 @@ fn guest_goes_on_from_its_snapshot_twice_and_each_is_another() {
             started.elapsed()
         );
         refused_by_guest(&sockets);
+        // Its clock goes on where it stood, however long ago that was.
+        assert!(said.uptime < last.uptime + started.elapsed().as_secs_f64() + 1.0, "{last:?} {said:?}");
         guests.push((guest, said));
     }
     let said: Vec<Said> = guests
@@ -239,7 +241,7 @@ fn guest_goes_on_from_its_snapshot_twice_and_each_is_another() {
             assert!((2..=last.number).contains(&first.number), "{first:?} {last:?}");
             let heard = |said: &Said| said.forks > 0 || !said.driver;
             let later = guest.until(|said| said.number >= first.number + 9 && heard(said));
-            assert!(later.uptime > first.uptime && later.uptime < last.uptime + 120.0, "{first:?} {later:?}");
+            assert!(later.uptime > first.uptime, "{first:?} {later:?}");
             assert_eq!((later.forks, later.cpus), (u64::from(later.driver), 2));
             later
         })

@@ -41,6 +41,7 @@ use super::hugepages::{self, Reserved};
 use super::options::{self, MountOptions};
 use super::places::Places;
 use super::watch::{self, Follower};
+use crate::aside::{self, AsideError};
 use crate::device::{DiskError, Disks};
 use crate::modules::{ModuleError, Modules};
 
@@ -153,11 +154,8 @@ pub enum StorageError {
         source: NulError,
     },
     /// The work was dropped before it was done.
-    #[error("the mount at {mount_point:?} was interrupted: the agent is ending")]
-    Interrupted {
-        /// Where it was to be.
-        mount_point: String,
-    },
+    #[error(transparent)]
+    Aside(#[from] AsideError),
 }
 
 pub(super) fn system<'a, E: Into<std::io::Error>>(
@@ -229,12 +227,11 @@ impl Storages {
         let (modules, name, at) = (self.modules.clone(), storage.mount_point.clone(), point.clone());
         // A mount may wait for the host's answer, and a whole tree may be given to its group: not on the thread that serves
         // everybody else. The place goes along, so that it is free only when the work is done.
-        let made = tokio::task::spawn_blocking(move || {
+        aside::run(format!("the mount at {name:?}"), move || {
             *place = Some(make(&storage, &at, &modules)?);
-            Ok(())
-        });
-        made.await.map_err(|_| StorageError::Interrupted { mount_point: name })??;
-        Ok(point)
+            Ok(point)
+        })
+        .await?
     }
 
     /// The storage with the block device of its disk for a source.
@@ -311,11 +308,9 @@ impl Storages {
         if made.users > 0 || made.kept {
             return Ok(());
         }
-        let name = point.display().to_string();
+        let what = format!("taking down {}", point.display());
         // Containers may have left any number of files there: not on the thread that serves everybody else.
-        let undone =
-            tokio::task::spawn_blocking(move || place.take().map_or(Ok(()), |made| undo(&point, &made)));
-        undone.await.map_err(|_| StorageError::Interrupted { mount_point: name })?
+        aside::run(what, move || place.take().map_or(Ok(()), |made| undo(&point, &made))).await?
     }
 }
 

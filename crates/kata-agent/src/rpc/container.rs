@@ -28,9 +28,8 @@ pub async fn create(agent: &Arc<Agent>, request: CreateContainerRequest) -> Resu
     check_id(&request.container_id)?;
     refuse_foreign_parts(&request)?;
     agent.reserve(&request.container_id)?;
-    // In a task of its own: a caller that gives up must not leave a half-made container behind.
     let (owned, id) = (agent.clone(), request.container_id.clone());
-    let made = tokio::spawn(async move {
+    aside::whole(format!("creating container {id:?}"), async move {
         let made = make(&owned, request).await;
         match made {
             Ok(container) => {
@@ -43,8 +42,8 @@ pub async fn create(agent: &Arc<Agent>, request: CreateContainerRequest) -> Resu
                 Err(error)
             }
         }
-    });
-    made.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+    })
+    .await?
 }
 
 /// Ids become names of directories and cgroups.
@@ -213,9 +212,8 @@ pub async fn remove(agent: &Arc<Agent>, request: &RemoveContainerRequest) -> Res
             |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
         tokio::time::timeout(limit, delete).await.map_err(late)??;
     }
-    // In a task of its own, so that a caller that gives up leaves no half of it.
     let (agent, id) = (agent.clone(), id.clone());
-    let cleaned = tokio::spawn(async move {
+    aside::whole(format!("removing container {id:?}"), async move {
         release_shared(&agent, container.shared.clone()).await;
         let removed = agent.storages.remove(container.mounts.clone()).await;
         agent.forget(&id);
@@ -223,8 +221,8 @@ pub async fn remove(agent: &Arc<Agent>, request: &RemoveContainerRequest) -> Res
         removed?;
         tracing::info!(container = id, "container removed");
         Ok(())
-    });
-    cleaned.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+    })
+    .await?
 }
 
 /// Changes limits.

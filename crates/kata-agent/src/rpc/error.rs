@@ -159,10 +159,10 @@ fn of_storage(error: &StorageError) -> Code {
         StorageError::Unsupported { .. } | StorageError::NoFileSystem { .. } => Code::UNIMPLEMENTED,
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
         StorageError::Disk { source, .. } => of_disk(source),
-        StorageError::Module { .. }
-        | StorageError::Mount { .. }
-        | StorageError::System { .. }
-        | StorageError::Interrupted { .. } => Code::INTERNAL,
+        StorageError::Aside(error) => of_aside(error),
+        StorageError::Module { .. } | StorageError::Mount { .. } | StorageError::System { .. } => {
+            Code::INTERNAL
+        }
     }
 }
 

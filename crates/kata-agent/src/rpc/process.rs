@@ -7,6 +7,7 @@ use kata_api::agent::{ExecProcessRequest, SignalProcessRequest};
 use super::agent::{Agent, Process};
 use super::error::RpcError;
 use super::{signal, spec};
+use crate::aside;
 use crate::container::Spawned;
 use crate::stdio::{self, Ports};
 
@@ -28,8 +29,8 @@ pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(),
     let slot = agent.container(&id)?.reserve(&exec)?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let agent = agent.clone();
-    // In a task of its own: once the process runs it must be known, whether the caller still waits or not.
-    let running = tokio::spawn(async move {
+    // Once the process runs it must be known, whether the caller still waits or not.
+    aside::whole(format!("starting {exec:?} in container {id:?}"), async move {
         let terminal = process.terminal().unwrap_or(false);
         let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
         let Spawned { pid, terminal } = agent.engine.exec(&id, &process, io).await?;
@@ -38,8 +39,8 @@ pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(),
         let stdio = stdio.attach(&exit, terminal)?;
         slot.fill(Process::new(pid, exit, stdio));
         Ok(())
-    });
-    running.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+    })
+    .await?
 }
 
 /// Sends a signal to one process. SIGKILL without an exec id ends the whole container.

@@ -29,9 +29,8 @@ pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result
         }
         *sandbox = Some(Sandbox { id: request.sandbox_id.clone(), made: None });
     }
-    // In a task of its own, so that a caller that gives up leaves no half of it.
     let owned = agent.clone();
-    let made = tokio::spawn(async move {
+    aside::whole(format!("creating sandbox {:?}", request.sandbox_id), async move {
         let made = set_up(&owned, request).await;
         let mut sandbox = owned.sandbox();
         match made {
@@ -46,8 +45,8 @@ pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result
                 Err(error)
             }
         }
-    });
-    made.await.map_err(|_| RpcError::State("the agent is ending".to_owned()))?
+    })
+    .await?
 }
 
 async fn set_up(agent: &Agent, request: CreateSandboxRequest) -> Result<SandboxParts, RpcError> {

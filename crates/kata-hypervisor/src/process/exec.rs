@@ -18,7 +18,7 @@ use rustix::process::{Gid, Pid, PidfdFlags, Resource, Rlimit, Uid, WaitOptions};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use thiserror::Error;
 
-use super::record::start_time_of;
+use super::identity;
 use super::{Child, Record, RecordError, Spawn};
 
 /// Why a child does not run.
@@ -192,7 +192,7 @@ fn watch_over(
         .map_err(io::Error::from)
         .map_err(failed("get its pidfd"))?;
     let raw = pid.as_raw_nonzero().get().unsigned_abs();
-    let start_time = start_time_of(raw).map_err(failed("read its start time"))?;
+    let start_time = identity::start_time(raw).map_err(failed("read its start time"))?;
     record
         .process(name, raw, start_time)
         .map_err(|source| SpawnError::Record { name: name.to_owned(), source })?;

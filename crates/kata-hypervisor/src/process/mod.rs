@@ -14,6 +14,7 @@
 
 mod child;
 mod exec;
+pub mod identity;
 mod output;
 mod record;
 

@@ -18,6 +18,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::identity;
+
 /// How long a cgroup may still be in use by processes that have ended.
 const EMPTY_BOUND: Duration = Duration::from_secs(5);
 /// Between two looks whether it is.
@@ -281,7 +283,7 @@ fn kill(pid: u32, start_time: u64) -> io::Result<Option<impl AsFd>> {
         Err(Errno::SRCH) => return Ok(None),
         other => other?,
     };
-    if start_time_of(pid).ok() != Some(start_time) {
+    if identity::start_time(pid).ok() != Some(start_time) {
         return Ok(None);
     }
     match pidfd_send_signal(&pidfd, Signal::KILL) {
@@ -299,14 +301,6 @@ fn wait_until(pidfd: &impl AsFd, deadline: Instant) -> io::Result<bool> {
             ended => return Ok(ended? > 0),
         }
     }
-}
-
-/// Field 22 of `/proc/<pid>/stat`: clock ticks from the host's boot to the start of the process.
-pub(super) fn start_time_of(pid: u32) -> io::Result<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The second field is the program's name in parentheses and may hold anything, so counting starts after it.
-    let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19));
-    field.and_then(|ticks| ticks.parse().ok()).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
 }
 
 fn take_down(path: &Path) -> io::Result<bool> {

@@ -44,6 +44,19 @@ pub(super) fn agent_error(
     }
 }
 
+/// Does what can be given up at any point, unless the creation is called off.
+async fn unless_cancelled<T>(
+    cancel: &mut watch::Receiver<Option<u32>>,
+    id: &ProcessId,
+    work: impl Future<Output = Result<T, SandboxError>>,
+) -> Result<T, SandboxError> {
+    tokio::select! {
+        biased;
+        _ = cancel.wait_for(Option::is_some) => Err(SandboxError::CreateCancelled(id.clone())),
+        done = work => done,
+    }
+}
+
 /// Makes a container. What was made before a failure is undone.
 pub(super) async fn create(
     pod: &Arc<Pod>,
@@ -79,25 +92,27 @@ pub(super) async fn create(
     request.sandbox_pidns = pids == Pids::Pod;
     let mut created = Created { files, hooks: hooks.clone(), streams: Streams::default(), timeline };
     let make = async {
-        let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
-        hooks.create().await.map_err(failed)?;
+        let begin = async {
+            let failed = |source| SandboxError::Hook { process: id.clone(), source: Arc::new(source) };
+            hooks.create().await.map_err(failed)?;
+            Link::agent(link).await
+        };
+        let agent = unless_cancelled(&mut cancel, &id, begin).await?;
+        // To its end: the machine's size is known only then.
         if let Some(limits) = &share {
-            let agent = Link::agent(link).await?;
             let admitted = pod.resources.admit(&name, limits.as_ref(), &*pod.vm, &agent).await;
             admitted.map_err(|error| resource_error("create", &id, error, link))?;
         }
-        if let Pids::Of(other) = &pids {
-            let joined = pids::join(&Link::agent(link).await?, other, &mut request).await;
-            joined.map_err(|error| agent_error("find the processes for", &id, error, link))?;
-        }
-        ask(pod, link, &id, request, &stdio, close_stdin, &mut created).await
+        let make = async {
+            if let Pids::Of(other) = &pids {
+                let joined = pids::join(&agent, other, &mut request).await;
+                joined.map_err(|error| agent_error("find the processes for", &id, error, link))?;
+            }
+            ask(pod, link, &id, request, &stdio, close_stdin, &mut created).await
+        };
+        unless_cancelled(&mut cancel, &id, make).await
     };
-    let asked = tokio::select! {
-        biased;
-        _ = cancel.wait_for(Option::is_some) => Err(SandboxError::CreateCancelled(id.clone())),
-        asked = make => asked,
-    };
-    match asked {
+    match make.await {
         Ok(()) => Ok(created),
         Err(error) => {
             undo(pod, link, &id, created).await;
@@ -147,11 +162,7 @@ async fn prepare(
     let mut abort = Abort::on(cancel);
     let ways = files::choose(pod, id, &root, &guest, &mut abort).await?;
     if files::need_guest(&ways) {
-        tokio::select! {
-            biased;
-            _ = cancel.wait_for(Option::is_some) => return Err(SandboxError::CreateCancelled(id.clone())),
-            agent = Link::agent(link) => drop(agent?),
-        }
+        unless_cancelled(cancel, id, Link::agent(link)).await?;
     }
     let mut timeline = pod.timeline.fork();
     let start = Instant::now();
