@@ -23,8 +23,8 @@ pub use config::{
 };
 pub use deprecations::{DeprecationsCommand, UseIn, UseInFile};
 pub use host::{
-    BundleArgs, CheckArgs, CompletionArgs, EnvArgs, FactoryArgs, FactoryCommand, FactoryStatusArgs, ManArgs,
-    Profile, VersionArgs,
+    BundleArgs, CheckArgs, CompletionArgs, EnvArgs, FactoryArgs, FactoryCommand, ManArgs, Profile,
+    VersionArgs,
 };
 pub use look::{
     ConsoleArgs, CpArgs, EventsArgs, InspectArgs, ListArgs, LogsArgs, PsArgs, Refresh, SourceName, StatsArgs,

@@ -13,7 +13,6 @@ mod image;
 use std::fmt;
 use std::io;
 use std::net::Shutdown;
-use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};

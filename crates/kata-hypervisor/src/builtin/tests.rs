@@ -339,11 +339,11 @@ fn templated(bench: &Bench) -> (Template, MachineSpec, Descriptors) {
 #[tokio::test]
 async fn machine_starts_from_a_template_with_all_else_as_ever() {
     let (vm, peer, bench) = running().await;
-    let vmm = vm.state().vmm.clone().unwrap();
+    let handle = vm.vmm.control("create").unwrap();
     let (template, machine, descriptors) = templated(&bench);
     let expected = machine.clone();
     let server = tokio::task::spawn_blocking(move || serve(&peer, done));
-    assert_eq!(vmm.create(machine, descriptors, Some(template)).await.unwrap(), Origin::Template);
+    assert_eq!(handle.create(machine, descriptors, Some(template)).await.unwrap(), Origin::Template);
     let (Command::Create(made), descriptors) = server.await.unwrap() else { panic!("no create") };
     let Start::Snapshot(files) = &made.start else { panic!("{:?}", made.start) };
     // Theirs come last, and nothing comes that is not named.
@@ -356,14 +356,14 @@ async fn machine_starts_from_a_template_with_all_else_as_ever() {
 #[tokio::test]
 async fn machine_whose_template_is_refused_boots_and_says_why() {
     let (vm, peer, bench) = running().await;
-    let vmm = vm.state().vmm.clone().unwrap();
+    let handle = vm.vmm.control("create").unwrap();
     let (template, machine, descriptors) = templated(&bench);
     let expected = Command::Create(Box::new(machine.clone()));
     let server = tokio::task::spawn_blocking(move || {
         serve(&peer, refused(FailureKind::Stale));
         serve(&peer, done)
     });
-    let origin = vmm.create(machine, descriptors, Some(template)).await.unwrap();
+    let origin = handle.create(machine, descriptors, Some(template)).await.unwrap();
     assert_eq!(origin, Origin::Instead("no".to_owned()));
     assert_eq!(server.await.unwrap().0, expected);
     vm.stop().await.unwrap();

@@ -86,7 +86,7 @@ async fn boot(
     bench: &Bench,
     spec: VmSpec,
     answer: impl Fn(&Seen) -> (u16, Value) + Send + 'static,
-) -> (CloudHypervisorVm, Result<(), HypervisorError>, Server, u32) {
+) -> (CloudHypervisorVm, Result<Origin, HypervisorError>, Server, u32) {
     // Any device will do whose file the user may read and write.
     let vm = CloudHypervisorVm::with_kvm("/dev/null");
     let interface = Interface::parse(include_str!("interface.toml"));
