@@ -585,22 +585,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bound_of_a_disk_is_counted_in_bytes_and_never_becomes_none() {
-        let limits = |bits, operations| {
-            let config = kata_config::Qemu {
-                disk_rate_limiter_bw_max_rate: bits,
-                disk_rate_limiter_ops_max_rate: operations,
-                ..kata_config::Qemu::default()
-            };
-            let DiskLimits { bytes_per_second, requests_per_second } = disk_limits(&config);
-            (bytes_per_second.map_or(0, NonZeroU64::get), requests_per_second.map_or(0, NonZeroU64::get))
-        };
-        assert_eq!(limits(0, 0), (0, 0));
-        assert_eq!(limits(80_000_000, 100), (10_000_000, 100));
-        assert_eq!(limits(1, 1), (1, 1));
-    }
-
-    #[test]
     fn excerpt_is_the_last_lines() {
         let text: String = (0..30).map(|n| format!("line {n}\r\n\r\n")).collect();
         let shown = Excerpt::console(&text).to_string();

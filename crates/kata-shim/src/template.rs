@@ -27,7 +27,13 @@ pub(crate) enum TemplateVerbError {
     #[error("cannot start the runtime")]
     Runtime(#[source] io::Error),
     #[error(transparent)]
-    Template(TemplateError),
+    Template(Box<TemplateError>),
+}
+
+impl From<TemplateError> for TemplateVerbError {
+    fn from(error: TemplateError) -> Self {
+        Self::Template(Box::new(error))
+    }
 }
 
 /// Does what was asked.
@@ -44,7 +50,7 @@ pub(crate) fn run(verb: &TemplateVerb, started: Instant) -> Result<(), TemplateV
 
 fn status(args: &TemplateStatusArgs) -> Result<(), TemplateVerbError> {
     let Plan { config, artefacts, .. } = plan(&args.sources)?;
-    let status = template::status(&config, &artefacts, args.verify).map_err(TemplateVerbError::Template)?;
+    let status = template::status(&config, &artefacts, args.verify)?;
     answer(&status);
     Ok(())
 }
@@ -52,7 +58,7 @@ fn status(args: &TemplateStatusArgs) -> Result<(), TemplateVerbError> {
 fn destroy(sources: &SourceArgs) -> Result<(), TemplateVerbError> {
     // Whatever pods could be made with it, or not.
     let config = Config::load(&sources.sources()).map_err(TemplateVerbError::Config)?;
-    let removed = template::destroy(&config).map_err(TemplateVerbError::Template)?;
+    let removed = template::destroy(&config)?;
     answer(&json!({ "dir": config.hypervisor.qemu.factory.template_path, "removed": removed }));
     Ok(())
 }
@@ -80,7 +86,7 @@ fn make(sources: &SourceArgs, started: Instant) -> Result<(), TemplateVerbError>
     let made = on_runtime(async {
         match interrupted() {
             Ok(interrupted) => {
-                template::make(spec, driver, interrupted).await.map_err(TemplateVerbError::Template)
+                template::make(spec, driver, interrupted).await.map_err(TemplateVerbError::from)
             }
             Err(error) => Err(TemplateVerbError::Runtime(error)),
         }
@@ -94,7 +100,7 @@ fn make(sources: &SourceArgs, started: Instant) -> Result<(), TemplateVerbError>
     }
     made?;
     cleared?;
-    answer(&template::status(&kept, &files, false).map_err(TemplateVerbError::Template)?);
+    answer(&template::status(&kept, &files, false)?);
     Ok(())
 }
 

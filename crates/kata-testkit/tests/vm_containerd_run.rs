@@ -104,6 +104,8 @@ fn user_is_as_asked(rig: &mut Containerd) {
     spec["root"]["path"] = rig.unpacked_root().to_str().unwrap().into();
     spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", "id -u; id -g; id -G"]);
     spec["process"]["terminal"] = false.into();
+    // The default is the group above all others of this namespace.
+    spec["linux"]["cgroupsPath"] = "/default/by-spec".into();
     spec["process"]["user"] = serde_json::json!({"uid": 7, "gid": 8, "additionalGids": [8, 9]});
     let file = rig.host().scratch("spec.json");
     std::fs::write(&file, spec.to_string()).unwrap();

@@ -112,3 +112,24 @@ fn disk_limits(config: &kata_config::Qemu) -> DiskLimits {
         requests_per_second: NonZeroU64::new(config.disk_rate_limiter_ops_max_rate),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bound_of_a_disk_is_counted_in_bytes_and_never_becomes_none() {
+        let limits = |bits, operations| {
+            let config = kata_config::Qemu {
+                disk_rate_limiter_bw_max_rate: bits,
+                disk_rate_limiter_ops_max_rate: operations,
+                ..kata_config::Qemu::default()
+            };
+            let DiskLimits { bytes_per_second, requests_per_second } = disk_limits(&config);
+            (bytes_per_second.map_or(0, NonZeroU64::get), requests_per_second.map_or(0, NonZeroU64::get))
+        };
+        assert_eq!(limits(0, 0), (0, 0));
+        assert_eq!(limits(80_000_000, 100), (10_000_000, 100));
+        assert_eq!(limits(1, 1), (1, 1));
+    }
+}
