@@ -14,7 +14,7 @@ const ROWS: [Row; 7] = [
     ("network interfaces added while it runs", |can| can.hotplug_network),
     ("virtual CPUs added while it runs", |can| can.hotplug_cpu),
     ("memory added while it runs", |can| can.hotplug_memory),
-    ("snapshots", |can| can.snapshot),
+    ("started from a [template](factory.md)", |can| can.snapshot),
 ];
 
 #[test]
