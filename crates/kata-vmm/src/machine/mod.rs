@@ -174,6 +174,14 @@ pub struct Place {
     pub sockets: Option<PathBuf>,
 }
 
+impl Place {
+    /// The same for another try.
+    fn try_clone(&self) -> io::Result<Place> {
+        let kvm = self.kvm.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Place { kvm, sockets: self.sockets.clone() })
+    }
+}
+
 /// A machine.
 pub struct Machine {
     // In this order they go: CPUs first, devices next, and memory when nobody touches it any more.

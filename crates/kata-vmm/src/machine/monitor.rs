@@ -29,9 +29,14 @@ impl Vmm {
     }
 
     fn create(&mut self, spec: &MachineSpec, descriptors: Descriptors) -> Result<Answer, Failure> {
-        // A machine that was not made leaves nothing to make another of: /dev/kvm is gone with it.
-        let place = self.place.take().ok_or_else(|| wrong_state("create", "there was a machine already"))?;
+        let place =
+            self.place.as_ref().ok_or_else(|| wrong_state("create", "there was a machine already"))?;
+        // One that is not made takes nothing along: what a snapshot was no good for may still boot.
+        let place = place.try_clone().map_err(|source| {
+            failure(&MachineError::Host { action: "have a descriptor of /dev/kvm", source })
+        })?;
         self.machine = Some(Machine::new(spec, descriptors, place).map_err(|e| failure(&e))?);
+        self.place = None;
         self.state = State::Created;
         Ok(Answer::Nothing)
     }

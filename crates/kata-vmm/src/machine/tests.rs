@@ -65,6 +65,15 @@ fn file_that_is_not_kvm_is_named() {
 }
 
 #[test]
+fn what_was_not_made_can_be_tried_again() {
+    let mut vmm = Vmm::new(Some(null()), None, false);
+    for _ in 0..2 {
+        let failure = vmm.execute(Command::Create(Box::new(spec())), vec![null()]).unwrap_err();
+        assert_eq!(failure.kind, FailureKind::Host, "{}", failure.message);
+    }
+}
+
+#[test]
 fn commands_that_need_a_machine_say_so_without_one() {
     let commands =
         [Command::Boot, Command::Pause, Command::Resume, Command::RemoveDevice { id: "a".to_owned() }];
