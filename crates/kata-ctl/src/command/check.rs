@@ -86,7 +86,7 @@ impl Report {
     /// Looks at the host.
     pub fn make(args: &CheckArgs) -> Self {
         let mut findings = Vec::new();
-        let answer = ask_owner(args.config.as_deref(), &args.set);
+        let answer = ask_owner(HOST, args.config.as_deref(), &args.set);
         match &answer {
             Ok(answer) => findings.extend(machine::findings(answer)),
             Err(failure) => {
@@ -144,10 +144,13 @@ impl Report {
     }
 }
 
-/// What the owner's program says of this host: it is the one that would run the virtual machine.
-pub(super) fn ask_owner(config: Option<&Path>, set: &[String]) -> Result<Value, Failure> {
+/// The owner's verb about this host.
+pub(super) const HOST: &[&str] = &["host", "--json"];
+
+/// What the owner's program answers to a verb, e.g. `host` about this host: it is the one that would run the virtual machine.
+pub(super) fn ask_owner(verb: &[&str], config: Option<&Path>, set: &[String]) -> Result<Value, Failure> {
     let mut command = Command::new(Artefacts::program(SHIM)?);
-    command.args(["host", "--json"]).stdin(Stdio::null());
+    command.args(verb).stdin(Stdio::null());
     if let Some(config) = config {
         command.arg("--config").arg(absolute(config));
     }

@@ -28,7 +28,7 @@ pub fn describe(config: Option<&std::path::Path>) -> Value {
     let loaded = Config::load(&sources);
     let fault = loaded.as_ref().err().map(ToString::to_string);
     let config = loaded.unwrap_or_default();
-    let owner = check::ask_owner(sources.file.as_deref(), &[]);
+    let owner = check::ask_owner(check::HOST, sources.file.as_deref(), &[]);
     let owner_error = owner.as_ref().err().and_then(|failure| Some(chain(&**failure.error.as_ref()?)));
     let owner = owner.unwrap_or_default();
     let part = |pointer: &str| owner.pointer(pointer).cloned().unwrap_or_default();

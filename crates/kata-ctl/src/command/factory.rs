@@ -1,15 +1,12 @@
 //! `factory`: the machines that pods start as copies of. The owner's program makes and knows them.
 
-use std::process::{Command, Stdio};
-
-use kata_config::Artefacts;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Outcome, absolute};
+use super::Outcome;
+use super::check::ask_owner;
 use crate::cli::{FactoryArgs, FactoryCommand};
 use crate::failure::{FAILED, Failure};
-use crate::pod::SHIM;
 use crate::{output, table};
 
 /// What the owner's program says of templates.
@@ -78,21 +75,9 @@ fn show<T: for<'a> Deserialize<'a>>(
 
 /// Has the owner's program do it.
 fn ask(verb: &str, more: &[&str], args: &FactoryArgs) -> Result<Value, Failure> {
-    let mut command = Command::new(Artefacts::program(SHIM)?);
-    command.args(["template", verb]).args(more).stdin(Stdio::null()).stderr(Stdio::piped());
-    if let Some(config) = &args.config {
-        command.arg("--config").arg(absolute(config));
-    }
     let hypervisor = args.hypervisor.iter().map(|name| format!("runtime.hypervisor_name={name}"));
-    for assignment in args.set.iter().cloned().chain(hypervisor) {
-        command.arg("--set").arg(assignment);
-    }
-    let output = command.output()?;
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        return Err(Failure::text(words.trim().trim_start_matches(SHIM).trim_start_matches(": ")));
-    }
-    Ok(serde_json::from_slice(&output.stdout)?)
+    let set: Vec<String> = args.set.iter().cloned().chain(hypervisor).collect();
+    ask_owner(&[&["template", verb], more].concat(), args.config.as_deref(), &set)
 }
 
 fn init_text(status: &Status) -> String {
