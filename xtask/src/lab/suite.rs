@@ -20,7 +20,7 @@ const PROFILE: &str = "lab";
 /// What everything may take, in seconds.
 const TIME_OF_ALL: u64 = 3 * 3600;
 /// The same of the profile's choice.
-const TIME_OF_CHOICE: u64 = 12 * 60;
+const TIME_OF_CHOICE: u64 = 16 * 60;
 /// How often the whole is tried again if the lab's machine itself goes down, which is said each time.
 const AGAIN: usize = 1;
 /// Every test that boots machines or needs a host with controllers.
