@@ -80,7 +80,7 @@ fn disk_that_the_host_loses_is_an_error_of_that_disk_and_the_pod_lives() {
     assert_eq!(main.sh("head -c 5 /dev/data").text(), "there");
     std::fs::File::options().write(true).open(&data.file).unwrap().set_len(0).unwrap();
     let lost = main.sh("dd if=/dev/data bs=512 skip=6144 count=1 of=/dev/null");
-    assert!(lost.code != 0 && lost.stderr.contains("I/O error"), "{lost:?}");
+    assert!(lost.code != 0 && lost.stderr.contains("Input/output error"), "{lost:?}");
     assert_eq!(main.sh("echo lives").text(), "lives\n");
     pod.remove();
 }
