@@ -103,8 +103,8 @@ pub struct MachineSpec {
 pub enum Start {
     /// A kernel's first instruction.
     Kernel(KernelSpec),
-    /// Where another machine stood. All else in [`MachineSpec`] is as it was for that one, but for the descriptors, the content of
-    /// disks and the vsock device's context id; what differs is [`FailureKind::Stale`].
+    /// Where another machine stood. All else in [`MachineSpec`] is as it was for that one, but for the descriptors, the content
+    /// and the limits of disks, the vsock device's context id, `prealloc` and `hugepages`; what else differs is [`FailureKind::Stale`].
     Snapshot(SnapshotSpec),
 }
 
@@ -234,8 +234,8 @@ pub enum Reply {
         /// What came of it.
         done: Answer,
     },
-    /// A command failed, and changed nothing, but for two: a device that was held may still leave later, and of a size that was
-    /// not reached some may be there.
+    /// A command failed, and changed nothing, but for three: a device that was held may still leave later, of a size that was
+    /// not reached some may be there, and a snapshot's files may have been written to.
     Failed {
         /// The request's; 0 for a line that could not be read as a request.
         id: u64,

@@ -254,7 +254,8 @@ fn open(path: &Path) -> Result<File, CommandError> {
     File::open(path).map_err(|source| CommandError::Open { path: path.to_owned(), source })
 }
 
-/// The same looks at a snapshot as when a machine starts from it, but for what that machine is to be made of.
+/// The same looks at a snapshot as when a machine starts from it, but for what that machine is to be made of, and what only KVM tells
+/// once it is made: whether its clock's rate and each register can be had.
 fn inspect(args: &InspectArgs) -> Result<(), Box<dyn Error>> {
     let state = snapshot::inspect(&mut open(&args.state)?, &open(&args.memory)?, args.verify)?;
     state.fits(&Hypervisor::processor_of(Hypervisor::open()?)?)?;

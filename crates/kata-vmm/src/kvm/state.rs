@@ -119,11 +119,12 @@ impl CpuState {
     /// Of a CPU that stands still, with these registers of the model as far as they can be read.
     pub(super) fn of(cpu: &VcpuFd, registers: &[u32]) -> Result<CpuState, KvmError> {
         let read = refused("read a CPU's state");
+        // First: it takes an INIT or a start-up message that waits, which changes the registers.
+        let mode = cpu.get_mp_state().map_err(&read)?;
         let special = cpu.get_sregs().map_err(&read)?;
         if special.efer & EFER_SVME != 0 || special.cr4 & CR4_VMXE != 0 {
             return Err(KvmError::Nested);
         }
-        let mode = cpu.get_mp_state().map_err(&read)?;
         Ok(CpuState {
             general: cpu.get_regs().map_err(&read)?,
             special,

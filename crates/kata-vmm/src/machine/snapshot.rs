@@ -142,6 +142,7 @@ impl Machine {
     pub fn snapshot(&self, spec: &SnapshotSpec, mut files: Descriptors) -> Result<(), MachineError> {
         let (mut state, memory) = (File::from(files.take(spec.state)?), File::from(files.take(spec.memory)?));
         files.finish()?;
+        snapshot::are_empty(&state, &memory)?;
         if self.cpus() != usize::try_from(self.shape.cpus).unwrap_or(0) {
             return Err(SnapshotError::Unsaved { what: "virtual CPUs that came while it ran" }.into());
         }

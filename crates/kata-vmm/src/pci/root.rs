@@ -183,8 +183,12 @@ impl Root {
     pub fn save(&self) -> Result<BusState, PciError> {
         let slots = self.lock();
         let mut saved = BTreeMap::new();
+        let mut next = None;
         for (slot, occupant) in slots.numbered() {
+            // Another machine's devices are in one slot after the other.
+            let gap = next.replace(slot + 1).is_some_and(|next| next != slot);
             let what = match occupant {
+                _ if gap => Some("a place before it that another device has left"),
                 Occupant { departure: Some(_), .. } => Some("a device that is to leave"),
                 Occupant { came: true, .. } => Some("a device that came while it ran"),
                 Occupant { function, .. } => function.unsaved(),

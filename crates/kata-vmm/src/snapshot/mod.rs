@@ -26,7 +26,7 @@ mod memory;
 mod tests;
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -211,9 +211,13 @@ impl State {
 
 /// Writes a state to an empty file.
 pub fn write(file: &mut File, state: &State) -> Result<(), SnapshotError> {
-    is_empty("state", file)?;
     let sealed = seal(state).map_err(|e| failed("state", "written")(e.into()))?;
     file.write_all(&sealed).and_then(|()| file.sync_all()).map_err(failed("state", "written"))
+}
+
+/// Whether both files can be written to, before one of them is.
+pub fn are_empty(state: &File, memory: &File) -> Result<(), SnapshotError> {
+    is_empty("state", state).and_then(|()| is_empty("memory", memory))
 }
 
 /// Only a file in which nothing is lost is written to.
@@ -236,6 +240,7 @@ fn seal(body: &impl Serialize) -> serde_json::Result<Vec<u8>> {
 /// Reads a state that this build wrote, and all of it.
 pub fn read(file: &mut File) -> Result<State, SnapshotError> {
     let mut bytes = Vec::new();
+    file.rewind().map_err(failed("state", "read"))?;
     file.take(MOST + 1).read_to_end(&mut bytes).map_err(failed("state", "read"))?;
     if u64::try_from(bytes.len()).map_or(true, |length| length > MOST) {
         return Err(damaged("state", format_args!("it has more than {MOST} bytes")));

@@ -1,11 +1,11 @@
 //! The memory balloon (virtio 1.2, section 5.5), for its reports alone: memory that the guest does not use goes back to the host.
 //!
 //! ```text
-//!   driver ─ reporting queue ────────▶ memory that is free ─▶ discarded: a hole in the host's file
+//!   driver ─ reporting queue ────────▶ memory that is free ─▶ discarded: no page of the host's
 //!          ─ inflate, deflate queues   are there and take nothing: no page is ever wanted
 //! ```
 //!
-//! What was discarded is zero when the guest uses it again.
+//! What was discarded is zero when the guest uses it again, or, in a machine that started from a snapshot, what the snapshot has there.
 //!
 //! Drivers differ about the number of the reporting queue: with statistics and hinting not offered, some count it as the third and
 //! others as the fifth. Here it is whichever of these the driver sets up.

@@ -149,7 +149,8 @@ impl Device for Mem {
     }
 
     fn unsaved(&mut self) -> Option<&'static str> {
-        (self.shared.plugged.load(Ordering::SeqCst) > 0).then_some("memory that came while it ran")
+        let grows = |bytes: &AtomicU64| bytes.load(Ordering::SeqCst) > 0;
+        (grows(&self.shared.plugged) || grows(&self.shared.wanted)).then_some("memory that came while it ran")
     }
 
     fn stop(&mut self) -> Vec<(usize, QueueState)> {

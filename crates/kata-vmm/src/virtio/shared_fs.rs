@@ -92,6 +92,10 @@ pub struct SharedFs {
     worker: Worker<Watch>,
     /// What the server works on.
     works: Option<(Vec<ActiveQueue>, Memory)>,
+    /// It was given memory and queues once.
+    worked: bool,
+    /// The guest has asked it for something.
+    asked: bool,
 }
 
 impl SharedFs {
@@ -122,7 +126,7 @@ impl SharedFs {
         let watch = Watch { socket: watched, tag, on_lost, lost: false };
         let worker = Worker::new(watch).map_err(SharedFsError::Thread)?;
         let features = offered & !wanted & !VhostUserVirtioFeatures::LOG_ALL.bits();
-        Ok(SharedFs { features, space, frontend, worker, works: None })
+        Ok(SharedFs { features, space, frontend, worker, works: None, worked: false, asked: false })
     }
 
     /// Hands memory and queues over.
@@ -131,6 +135,7 @@ impl SharedFs {
             | 1 << VIRTIO_F_VERSION_1
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let memory = activation.memory.memory();
+        self.worked = true;
         self.frontend.set_features(agreed).map_err(io::Error::other)?;
         self.frontend.set_mem_table(&regions(&memory)?).map_err(io::Error::other)?;
         for active in &activation.queues {
@@ -139,6 +144,18 @@ impl SharedFs {
             self.frontend.set_vring_enable(active.index, true).map_err(io::Error::other)?;
         }
         Ok(())
+    }
+}
+
+impl Drop for SharedFs {
+    /// One that never worked leaves the connection as it was: the machine that it was made for was not made, and the next one may
+    /// come with the same.
+    fn drop(&mut self) {
+        if !self.worked
+            && let Err(error) = self.frontend.reset_owner()
+        {
+            tracing::debug!(%error, "the file server's connection is of no further use");
+        }
     }
 }
 
@@ -190,6 +207,11 @@ impl Device for SharedFs {
         self.worker.start(activation)
     }
 
+    fn unsaved(&mut self) -> Option<&'static str> {
+        // Another server knows nothing of what the guest knows by number.
+        self.asked.then_some("a share that the guest has mounted")
+    }
+
     fn stop(&mut self) -> Vec<(usize, QueueState)> {
         self.worker.stop();
         let Some((queues, memory)) = self.works.take() else { return Vec::new() };
@@ -197,7 +219,9 @@ impl Device for SharedFs {
         let mut states = Vec::with_capacity(queues.len());
         for mut active in queues {
             // This stops the queue: what the server took off it is done when it answers.
-            states.push((active.index, take_back(&self.frontend, active.index, &mut active, &memory)));
+            let state = take_back(&self.frontend, active.index, &mut active, &memory);
+            self.asked |= state.next_avail != 0;
+            states.push((active.index, state));
             if let Err(error) = self.frontend.set_vring_enable(active.index, false) {
                 tracing::warn!(queue = active.index, %error, "the file server does not let go of a queue");
             }

@@ -364,7 +364,7 @@ impl Transport {
         Ok(())
     }
 
-    /// What was on its way when the snapshot was taken is not in it: each queue is kicked once more, and each interrupt raised. Both
+    /// What was on its way when the snapshot was taken is not in it: each queue is kicked once more, and its interrupt raised. Both
     /// sides look, and find something or nothing.
     fn repeat(&self) {
         for (queue, kick) in self.kicks() {

@@ -78,6 +78,25 @@ fn back_end_works_on_the_queues_until_it_is_stopped_and_goes_on_from_there() {
 }
 
 #[test]
+fn connection_of_a_share_that_never_worked_serves_the_next_and_one_that_was_used_is_not_saved() {
+    let (socket, path, _directory) = backend();
+    let again = socket.try_clone().unwrap();
+    drop(share(socket).0.unwrap());
+    let mut device = share(again).0.unwrap();
+    let (mem, told) = (memory(), Told::new());
+    let mut driver = Driver::new(&mem);
+    driver.offer_all();
+    let [receive, transmit] = driver.queues();
+    let (activation, _kicks) = told.activation(&mem, 0, &[(0, receive), (1, transmit)]);
+    device.activate(activation).unwrap();
+    assert_eq!(device.unsaved(), None);
+    UnixStream::connect(&path).unwrap().write_all(b"CONNECT 7\n").unwrap();
+    told.raised(0);
+    device.stop();
+    assert!(device.unsaved().unwrap().contains("mounted"));
+}
+
+#[test]
 fn loss_of_the_back_end_is_told_once_with_its_name() {
     let (socket, there) = UnixStream::pair().unwrap();
     let (_, path, _directory) = backend();
