@@ -90,8 +90,7 @@ pub(super) fn machine(
 
 /// How large it can become, at least as large as it is.
 pub(super) fn most(spec: &VmSpec) -> Growth {
-    let none = Growth { vcpus: 0, memory_mib: 0, slots: 0 };
-    let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or(none);
+    let Growth { vcpus, memory_mib, slots } = spec.growth.unwrap_or_default();
     let vcpus = vcpus.min(MOST_CPUS).max(spec.vcpus);
     Growth { vcpus, memory_mib: memory_mib.max(spec.memory_mib), slots }
 }

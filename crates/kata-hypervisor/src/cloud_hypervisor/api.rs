@@ -15,7 +15,7 @@ const BOUND: Duration = Duration::from_secs(10);
 /// To the first answer, and for the machine's start: it takes some 100 ms, and seconds on a host that swaps.
 const START_BOUND: Duration = Duration::from_secs(30);
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct VmConfig {
     pub cpus: CpusConfig,
     pub memory: MemoryConfig,
@@ -31,14 +31,14 @@ pub(super) struct VmConfig {
     pub balloon: Option<BalloonConfig>,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct CpusConfig {
     pub boot_vcpus: u32,
     pub max_vcpus: u32,
 }
 
 /// Sizes in bytes.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct MemoryConfig {
     pub size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -48,7 +48,7 @@ pub(super) struct MemoryConfig {
     pub prefault: bool,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct PayloadConfig {
     pub kernel: String,
     pub cmdline: String,
@@ -74,13 +74,13 @@ pub(super) struct FsConfig {
     pub queue_size: u32,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct VsockConfig {
     pub cid: u32,
     pub socket: String,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(super) struct ConsoleConfig {
     pub mode: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -104,7 +104,7 @@ pub(super) struct NetConfig {
     pub num_queues: usize,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 struct VmResize {
     #[serde(skip_serializing_if = "Option::is_none")]
     desired_vcpus: Option<u32>,

@@ -214,6 +214,13 @@ fn raw_disk(id: String, path: String, readonly: bool) -> DiskConfig {
     DiskConfig { id, path, readonly, serial, image_type: "Raw" }
 }
 
+fn check_vhost(nic: &Nic) -> Result<(), HypervisorError> {
+    match nic.vhost.is_empty() {
+        true => Ok(()),
+        false => Err(HypervisorError::unsupported("vhost-net", DRIVER, "set disable_vhost_net = true")),
+    }
+}
+
 fn interface(nic: &Nic) -> NetConfig {
     let mac: Vec<String> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
     NetConfig { id: nic.id.clone(), mac: mac.join(":"), mtu: nic.mtu, num_queues: 2 * nic.queues.len() }
@@ -247,22 +254,35 @@ impl Devices {
         }
     }
 
-    /// What was added stays known unless the VMM said that it has nothing of it.
-    fn settle(
+    /// What could not be added is taken away, unless the VMM said that it has nothing of it. Where that fails too, it stays known.
+    async fn settle(
         &mut self,
+        api: &Api,
         id: &str,
         added: Result<Option<PciDeviceInfo>, ApiError>,
     ) -> Result<PciPath, HypervisorError> {
-        match added {
-            Ok(info) => pci_path(info),
+        let (error, is_there): (HypervisorError, _) = match added {
+            Ok(info) => match pci_path(info) {
+                Ok(path) => return Ok(path),
+                Err(error) => (error, true),
+            },
             Err(error) => {
-                if matches!(error, ApiError::Refused { .. })
-                    && let Some(Some(named)) = self.added.remove(id)
-                {
-                    named.forget();
-                }
-                Err(error.into())
+                let is_there = !matches!(error, ApiError::Refused { .. });
+                (error.into(), is_there)
             }
+        };
+        match if is_there { api.remove_device(id).await } else { Ok(()) } {
+            Ok(()) => self.forget(id),
+            Err(error) => {
+                tracing::warn!(id, %error, "a device that could not be added cannot be taken away either");
+            }
+        }
+        Err(error)
+    }
+
+    fn forget(&mut self, id: &str) {
+        if let Some(Some(named)) = self.added.remove(id) {
+            named.forget();
         }
     }
 }
@@ -286,6 +306,7 @@ impl Vm for CloudHypervisorVm {
         spec.check_on_kvm(DRIVER)?;
         spec.check_boots(DRIVER)?;
         spec.check_unlimited(DRIVER)?;
+        spec.nics.iter().try_for_each(check_vhost)?;
         self.vmm.begin()?;
         if let Some(growth) = spec.growth {
             let base = Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib };
@@ -323,7 +344,7 @@ impl Vm for CloudHypervisorVm {
         // Before it is done: a caller that gives up half way must not make it forgotten.
         devices.added.insert(disk.id.clone(), Some(named));
         let added = api.add_disk(&config).await;
-        devices.settle(&disk.id, added)
+        devices.settle(&api, &disk.id, added).await
     }
 
     async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
@@ -331,11 +352,12 @@ impl Vm for CloudHypervisorVm {
         if let Some(reason) = nic.fault() {
             return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
         }
+        check_vhost(&nic)?;
         let mut devices = self.devices.lock().await;
         devices.is_free(&nic.id)?;
         devices.added.insert(nic.id.clone(), None);
         let added = api.add_net(&interface(&nic), nic.queues).await;
-        devices.settle(&nic.id, added)
+        devices.settle(&api, &nic.id, added).await
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
@@ -345,8 +367,8 @@ impl Vm for CloudHypervisorVm {
             return Err(HypervisorError::UnknownDevice { id: id.to_owned() });
         }
         match api.remove_device(id).await {
-            // The guest let go of it after an earlier try had given up, or it never got that far.
-            Err(ApiError::Refused { status: 404, .. }) => {}
+            // The guest let go of it after an earlier try had given up, or it never got that far. The status says neither.
+            Err(ApiError::Refused { .. }) if !api.info().await?.device_tree.contains_key(id) => {}
             asked => asked?,
         }
         let since = Instant::now();
@@ -356,9 +378,7 @@ impl Vm for CloudHypervisorVm {
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
-        if let Some(Some(named)) = devices.added.remove(id) {
-            named.forget();
-        }
+        devices.forget(id);
         Ok(())
     }
 

@@ -221,8 +221,11 @@ impl Vm for QemuVm {
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         check(&spec)?;
-        if self.0.state().machine.replace(spec.machine).is_some() {
-            return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
+        match &mut self.0.state().machine {
+            Some(_) => {
+                return Err(HypervisorError::WrongState { operation: "boot", state: "was started already" });
+            }
+            machine => *machine = Some(spec.machine),
         }
         let program = spec.program.clone();
         let resizer = Resizer::new(&spec);

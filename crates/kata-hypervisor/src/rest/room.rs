@@ -12,11 +12,11 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, chownat, mknodat, open};
 use rustix::mount::MountFlags;
 
 use crate::files::allows;
@@ -137,11 +137,18 @@ impl Room {
         }
         let path = self.path(&disk.id);
         let make = || -> io::Result<()> {
-            rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::BlockDevice, Mode::RUSR, metadata.rdev())?;
+            mknodat(CWD, &path, FileType::BlockDevice, Mode::empty(), metadata.rdev())?;
+            // The directory is the VMM's, which may have put another node there meanwhile: this one is held from here on.
+            let node = fs::File::from(open(&path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())?);
+            let made = node.metadata()?;
+            if !made.file_type().is_block_device() || made.rdev() != metadata.rdev() {
+                return Err(io::Error::other("its name in the VMM's directory was given to something else"));
+            }
             // Of its group: its owner could grant itself more.
-            std::os::unix::fs::lchown(&path, None, Some(self.identity.gid))?;
+            chownat(&node, "", None, Some(Gid::from_raw(self.identity.gid)), AtFlags::EMPTY_PATH)?;
             let mode = if disk.readonly { 0o440 } else { 0o660 };
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode))
+            let held = format!("/proc/self/fd/{}", node.as_raw_fd());
+            fs::set_permissions(held, fs::Permissions::from_mode(mode))
         };
         make().map_err(fault)?;
         Ok(Named { path, ours: true })
