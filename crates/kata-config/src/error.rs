@@ -82,9 +82,6 @@ pub enum Fault {
         /// What may be written.
         words: &'static [&'static str],
     },
-    /// A value that this version carries out, but not together with what else is set. Like [`Fault::Planned`].
-    #[error("{0}")]
-    Alone(String),
     /// An annotation that the administrator has not opened.
     #[error("pods may not set it: add {listing:?} to {list} to let them")]
     Denied {
@@ -125,7 +122,7 @@ pub enum Fault {
 impl Fault {
     /// Whether the configuration can be understood all the same, and only no pod be made with it.
     pub fn is_unmet(&self) -> bool {
-        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. } | Self::Alone(_) | Self::Deprecated(_))
+        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. } | Self::Deprecated(_))
     }
 }
 

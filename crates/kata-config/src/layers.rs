@@ -9,7 +9,7 @@ use toml::de::{DeTable, DeValue};
 use crate::deprecation::{Deprecation, Fit, Policy, Registered, Stage, Surface};
 use crate::error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 use crate::keys::{self, Key, Place};
-use crate::{Config, HypervisorChoice, Runtime, annotations, text};
+use crate::{Config, Runtime, annotations, text};
 
 /// The file to read where none is given.
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
@@ -23,9 +23,6 @@ static SEARCH: [&str; 6] = [
     "/opt/kata/share/defaults/kata-containers",
     "/opt/kata/share/defaults/kata-containers/runtime-rs",
 ];
-
-/// What the keys end with that ask for templates.
-const ENABLE_TEMPLATE: &str = ".factory.enable_template";
 
 /// The key that opts in to what is off by default.
 const OPT_IN: &str = "runtime.deprecated_opt_in";
@@ -132,23 +129,6 @@ impl Config {
             tracing::debug!("{note}");
         }
         reading.into_config()
-    }
-
-    /// What of the configuration keeps pods from starting as copies, where they are to, as the end of a sentence.
-    fn template_obstacle(&self) -> Option<&'static str> {
-        let qemu = &self.hypervisor.qemu;
-        match () {
-            () if !qemu.factory.enable_template => None,
-            () if self.runtime.hypervisor_name != HypervisorChoice::Builtin => {
-                Some("unless runtime.hypervisor_name is \"builtin\"")
-            }
-            () if !qemu.factory.template_path.is_absolute() => {
-                Some("with a hypervisor.qemu.factory.template_path that is not absolute")
-            }
-            () if qemu.enable_hugepages => Some("with hypervisor.qemu.enable_hugepages"),
-            () if qemu.enable_mem_prealloc => Some("with hypervisor.qemu.enable_mem_prealloc"),
-            () => None,
-        }
     }
 }
 
@@ -497,13 +477,6 @@ impl Layers {
                 image.written.origin
             ));
             self.fault(initrd.written.origin.clone(), INITRD, fault);
-        }
-        if let Some(obstacle) = self.config.template_obstacle() {
-            let words = format!("not carried out {obstacle}; change that, or leave this out");
-            // In whichever driver's section.
-            let written = self.entries.keys().find(|key| key.ends_with(ENABLE_TEMPLATE));
-            let path = written.cloned().unwrap_or_else(|| format!("hypervisor.qemu{ENABLE_TEMPLATE}"));
-            self.fault(self.origin_of(&path), &path, Fault::Alone(words));
         }
         for (path, error) in annotations::bad_patterns(&self.config.hypervisor.qemu) {
             self.fault(self.origin_of(path), path, Fault::Invalid(error));

@@ -252,7 +252,7 @@ settings! {
     pub struct Factory in "hypervisor.*.factory": |config| config.hypervisor.qemu.factory;
 
     /// Starts pods as copies of a machine that has booted, which `kata-ctl factory init` makes. A pod that none fits starts as
-    /// ever. Pods of one template share what lies where in their memory. Needs `runtime.hypervisor_name = "builtin"`.
+    /// ever. Pods of one template share what lies where in their memory. Only the built-in monitor has templates.
     enable_template: bool = false, { .on(TEMPLATE) };
     /// Directory of those machines' memory and state. It has to be root's alone; on a tmpfs it costs memory of the host.
     template_path: PathBuf = PathBuf::from("/run/vc/vm/template"), { .on(TEMPLATE) };
@@ -317,9 +317,10 @@ settings! {
     /// `[runtime]`
     pub struct Runtime in "runtime": |config| config.runtime;
 
-    /// Which driver runs the machine. `builtin` is this project's own, which needs KVM; `auto` is that one where KVM works, and QEMU
-    /// where not or where its `path` or another `machine_type` is named. All drivers have the settings of `[hypervisor.qemu]`, but for those of QEMU itself; Cloud Hypervisor and Firecracker have those of their own section over
-    /// them, and their program from `path` of that section alone.
+    /// Which driver runs the machine. `builtin` is this project's own, which needs KVM; `auto` is that one where KVM works, and
+    /// QEMU where not or where its `path` or another `machine_type` is named. All drivers have the settings of `[hypervisor.qemu]`,
+    /// but for those of QEMU itself; Cloud Hypervisor and Firecracker have those of their own section over them, and their program
+    /// from `path` of that section alone.
     hypervisor_name: HypervisorChoice = HypervisorChoice::Auto,
         { .rust() .upstream("\"qemu\"") .annotated() .planned_words(&["dragonball", "openvmm", "remote"]) };
     /// Hardware virtualisation, emulation, or whichever the host can do.

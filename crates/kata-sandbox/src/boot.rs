@@ -135,7 +135,10 @@ pub enum BootError {
     #[error("the agent reported with {0:?}, which is no announcement")]
     Announcement(String),
     /// The agent of a machine that started from a template does not become a pod's of its own.
-    #[error("the agent cannot {what}, which a machine that started from a template needs{console}")]
+    #[error(
+        "the agent cannot {what}, which a machine that started from a template needs; `kata-ctl factory status --verify` tells whether \
+         the template is whole, `factory destroy` removes it{console}"
+    )]
     Copy {
         /// `set the clock`, `take new random numbers`.
         what: &'static str,
@@ -260,9 +263,7 @@ pub(crate) async fn for_template(
     pod.resources.started_with(size).await;
     let spec = VmSpec { growth: Some(growth), ..guest.vm_spec(pod, size, shared.1, Vec::new()) };
     start(pod, spec, shared.0.as_ref(), &mut timeline).await?;
-    let reached = reach_agent(pod, ready, guest.announces, Instant::now(), &mut timeline);
-    let (agent, announcement) = alive(pod, shared.0.as_ref(), in_time(pod, reached)).await?;
-    Ok(Up::booted(agent, announcement, shared.0, Vec::new()).await)
+    served(pod, ready, guest.announces, shared.0, Vec::new(), &mut timeline).await
 }
 
 /// Starts the machine and waits for its agent: from the template if there is one that is of use, else by booting.
@@ -279,18 +280,14 @@ async fn bring_up(
     let Some(Chosen { files, about, size, growth }) = template else {
         let spec = guest.vm_spec(pod, pod.resources.start(), shared_fs, nics);
         start(pod, spec, daemon, timeline).await?;
-        let reached = reach_agent(pod, ready, guest.announces, Instant::now(), timeline);
-        let (agent, announcement) = alive(pod, daemon, in_time(pod, reached)).await?;
-        return Ok(Up::booted(agent, announcement, virtiofsd, Vec::new()).await);
+        return served(pod, ready, guest.announces, virtiofsd, Vec::new(), timeline).await;
     };
     pod.resources.started_with(size).await;
     let spec = guest.vm_spec(pod, size, shared_fs, Vec::new());
     let spec = VmSpec { growth: Some(growth), template: Some(files), ..spec };
     if let Origin::Instead(reason) = start(pod, spec, daemon, timeline).await? {
         template::warn_cold(&pod.id, &reason);
-        let reached = reach_agent(pod, ready, guest.announces, Instant::now(), timeline);
-        let (agent, announcement) = alive(pod, daemon, in_time(pod, reached)).await?;
-        return Ok(Up::booted(agent, announcement, virtiofsd, nics).await);
+        return served(pod, ready, guest.announces, virtiofsd, nics, timeline).await;
     }
     let begin = Instant::now();
     let agent = alive(pod, daemon, in_time(pod, async { Ok(dial(pod).await) })).await?;
@@ -300,19 +297,25 @@ async fn bring_up(
     Ok(Up { agent, agent_version, guest_kernel, virtiofsd, nics, copied: true })
 }
 
-impl Up {
-    async fn booted(
-        agent: Agent,
-        announcement: Option<Announcement>,
-        virtiofsd: Option<Child>,
-        nics: Vec<Nic>,
-    ) -> Self {
-        let (agent_version, guest_kernel) = match announcement {
+/// Waits until the agent of a machine that boots serves.
+async fn served(
+    pod: &Pod,
+    ready: &UnixListener,
+    announces: bool,
+    virtiofsd: Option<Child>,
+    nics: Vec<Nic>,
+    timeline: &mut Timeline,
+) -> Result<Up, BootError> {
+    let reached = async {
+        let (agent, announcement) = reach_agent(pod, ready, announces, Instant::now(), timeline).await?;
+        let (version, kernel) = match announcement {
             Some(announcement) => (guest_text(&announcement.agent_version), guest_text(&announcement.kernel)),
             None => (agent.version().await.unwrap_or_default(), String::new()),
         };
-        Self { agent, agent_version, guest_kernel, virtiofsd, nics, copied: false }
-    }
+        Ok((agent, version, kernel))
+    };
+    let (agent, agent_version, guest_kernel) = alive(pod, virtiofsd.as_ref(), in_time(pod, reached)).await?;
+    Ok(Up { agent, agent_version, guest_kernel, virtiofsd, nics, copied: false })
 }
 
 /// Has the VMM run the machine, and puts it where it belongs.

@@ -43,6 +43,9 @@ pub enum TemplateError {
     /// The driver writes no machines to files.
     #[error("{0} cannot write a machine to files; set runtime.hypervisor_name to \"builtin\"")]
     Unsupported(String),
+    /// What else is configured has none.
+    #[error("there are no templates with {0}")]
+    Excluded(&'static str),
     /// The directory is not for templates.
     #[error(
         "{path} cannot hold templates: {why}; whoever can write there decides what runs in pods, so set \
@@ -105,10 +108,10 @@ pub enum TemplateError {
 enum Cold {
     /// There are none, or none that fits; what is different from one that nearly does.
     None { dir: PathBuf, other: Vec<&'static str> },
-    /// The pod's machine is another one.
-    Size(&'static str),
     /// There is one, and it is of no use.
     Faulty(String),
+    /// None could be of use to this pod.
+    Never(String),
 }
 
 impl fmt::Display for Cold {
@@ -118,8 +121,7 @@ impl fmt::Display for Cold {
             Self::None { dir, other } => {
                 write!(f, "those in {} are of another {}", dir.display(), other.join(", "))
             }
-            Self::Size(why) => f.write_str(why),
-            Self::Faulty(why) => f.write_str(why),
+            Self::Faulty(why) | Self::Never(why) => f.write_str(why),
         }
     }
 }
@@ -141,6 +143,10 @@ pub(crate) fn choose(pod: &Pod, guest: &Guest) -> Option<Chosen> {
     }
     match find(pod, guest) {
         Ok(chosen) => Some(chosen),
+        Err(cold @ Cold::Never(_)) => {
+            tracing::info!(pod = pod.id, reason = %cold, "the pod boots its machine: no template can be of use to it");
+            None
+        }
         Err(cold) => {
             warn_cold(&pod.id, &cold.to_string());
             None
@@ -159,9 +165,12 @@ pub(crate) fn warn_cold(pod: &str, reason: &str) {
 
 fn find(pod: &Pod, guest: &Guest) -> Result<Chosen, Cold> {
     if !pod.vm.capabilities().snapshot {
-        return Err(Cold::Faulty(format!("{} starts from none", pod.choice.driver)));
+        return Err(Cold::Never(format!("{} starts from none", pod.choice.driver)));
     }
-    let (size, growth) = pod.resources.template().map_err(Cold::Size)?;
+    if let Some(key) = excluded(&pod.config) {
+        return Err(Cold::Never(format!("there are none with {key}")));
+    }
+    let (size, growth) = pod.resources.template().map_err(|why| Cold::Never(why.to_owned()))?;
     let faulty = |error: TemplateError| Cold::Faulty(chain(&error));
     let ingredients = Ingredients::of(&pod.config, &pod.artefacts, guest, size, growth).map_err(faulty)?;
     let store = Store::of(&pod.config);
@@ -172,6 +181,16 @@ fn find(pod: &Pod, guest: &Guest) -> Result<Chosen, Cold> {
             Err(Cold::None { dir, other: store.nearest(&ingredients) })
         }
         Err(Faulty(why)) => Err(Cold::Faulty(why)),
+    }
+}
+
+/// The key that no template goes together with, if it is set: such memory is taken anew by each machine.
+fn excluded(config: &Config) -> Option<&'static str> {
+    let qemu = &config.hypervisor.qemu;
+    match (qemu.enable_hugepages, qemu.enable_mem_prealloc) {
+        (true, _) => Some("hypervisor.qemu.enable_hugepages"),
+        (_, true) => Some("hypervisor.qemu.enable_mem_prealloc"),
+        _ => None,
     }
 }
 

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant, SystemTime};
 use kata_hypervisor::Vm;
 use tokio::task::JoinSet;
 
-use super::store::{About, Store};
+use super::store::{About, Entry, Store};
 use super::{Ingredients, TemplateError};
 use crate::boot::{self, Guest};
+use crate::error::chain;
 use crate::lifecycle::Pod;
 use crate::pod::SandboxSpec;
 use crate::process_table::millis;
@@ -29,6 +30,9 @@ pub async fn make(
 ) -> Result<About, TemplateError> {
     if !vm.capabilities().snapshot {
         return Err(TemplateError::Unsupported(spec.choice.driver.to_string()));
+    }
+    if let Some(key) = super::excluded(&spec.config) {
+        return Err(TemplateError::Excluded(key));
     }
     let store = Store::of(&spec.config);
     let (size, _) = crate::resources::template_size(&spec.config);
@@ -88,6 +92,9 @@ async fn write(
     };
     fresh.finish(&about)?;
     let now = &about.ingredients;
-    store.clear(|entry| entry.about.as_ref().is_none_or(|other| other.ingredients.are_gone(now)))?;
+    let stale = |entry: &Entry| entry.about.as_ref().is_none_or(|other| other.ingredients.are_gone(now));
+    if let Err(error) = store.clear(stale) {
+        tracing::warn!(error = chain(&error), "templates that nothing starts from any more are left");
+    }
     Ok(about)
 }

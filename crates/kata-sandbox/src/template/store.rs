@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use kata_config::Config;
 use kata_hypervisor::Template;
-use rustix::fs::{Mode, OFlags, SeekFrom as DataOrHole, openat, seek};
+use rustix::fs::{CWD, Mode, OFlags, SeekFrom as DataOrHole, openat, seek};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -198,7 +198,11 @@ impl Store {
         let mut removed = Vec::new();
         for name in chosen.chain(abandoned) {
             let path = self.dir.join(&name);
-            std::fs::remove_dir_all(&path).map_err(file_error("remove", &path))?;
+            match std::fs::remove_dir_all(&path) {
+                // Somebody else was faster.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                outcome => outcome.map_err(file_error("remove", &path))?,
+            }
             removed.push(name);
         }
         Ok(removed)
@@ -218,7 +222,7 @@ impl Store {
     pub(super) fn prepare(&self, memory_mib: u64) -> Result<(), TemplateError> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
         made.map_err(file_error("make", &self.dir))?;
-        open_dir(&self.dir)?;
+        self.clear(|_| false)?;
         let room = rustix::fs::statvfs(&self.dir);
         let room = room.map_err(|error| file_error("look at", &self.dir)(error.into()))?;
         let free_mib = room.f_bavail.saturating_mul(room.f_frsize) / MIB;
@@ -232,6 +236,13 @@ impl Store {
     /// Begins a template.
     pub(super) fn begin(&self) -> Result<(Fresh<'_>, Template), TemplateError> {
         let dir = self.dir.join(format!("{NEW}{}", std::process::id()));
+        // What is there was begun by a process of this number that is no more.
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(file_error("remove", &dir)(error));
+            }
+            _ => {}
+        }
         DirBuilder::new().mode(0o700).create(&dir).map_err(file_error("make", &dir))?;
         let fresh = Fresh { store: self, dir };
         let make = |name: &str| {
@@ -271,13 +282,15 @@ impl Fresh<'_> {
             File::open(&path).and_then(|file| file.sync_all()).map_err(file_error("write", &path))?;
         }
         let named = self.store.dir.join(about.ingredients.digest());
-        match std::fs::remove_dir_all(&named) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(file_error("remove", &named)(source));
+        match std::fs::rename(&self.dir, &named) {
+            // At no time there is none: the one before has this one's old name now, and goes with it.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                let exchange = rustix::fs::RenameFlags::EXCHANGE;
+                let exchanged = rustix::fs::renameat_with(CWD, &self.dir, CWD, &named, exchange);
+                exchanged.map_err(|error| file_error("replace", &named)(error.into()))
             }
-            _ => {}
+            renamed => renamed.map_err(file_error("rename", &self.dir)),
         }
-        std::fs::rename(&self.dir, &named).map_err(file_error("rename", &self.dir))
     }
 }
 
@@ -303,7 +316,7 @@ fn file_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Te
 /// Opens a directory that nobody but this user and root can write to; `None` where there is none.
 fn open_dir(path: &Path) -> Result<Option<File>, TemplateError> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    match openat(rustix::fs::CWD, path, flags, Mode::empty()) {
+    match openat(CWD, path, flags, Mode::empty()) {
         Ok(dir) => {
             let dir = File::from(dir);
             trust(&dir, path)?;
