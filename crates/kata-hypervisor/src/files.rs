@@ -19,6 +19,8 @@ pub(crate) struct BootFiles {
     pub kernel: OwnedFd,
     pub initrd: Option<OwnedFd>,
     pub image: Option<OwnedFd>,
+    /// The disks of the start, by their names.
+    pub disks: Vec<(String, OwnedFd)>,
 }
 
 impl BootFiles {
@@ -31,6 +33,11 @@ impl BootFiles {
             kernel: open_for(identity, &spec.kernel, "guest kernel")?,
             initrd: open(&spec.initrd, "initrd")?,
             image: open(&spec.image, "image")?,
+            disks: spec
+                .disks
+                .iter()
+                .map(|disk| Ok((disk.id.clone(), open_for(identity, &disk.path, "disk")?)))
+                .collect::<Result<_, HypervisorError>>()?,
         })
     }
 }

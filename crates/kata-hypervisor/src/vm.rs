@@ -103,6 +103,14 @@ pub struct Disk {
     pub readonly: bool,
 }
 
+/// Longest serial number of a virtio disk (virtio 1.3, 5.2.6.1), in bytes.
+const SERIAL_LIMIT: usize = 20;
+
+/// What the guest sees of a disk's name.
+pub(crate) fn serial(id: &str) -> String {
+    id.chars().take(SERIAL_LIMIT).collect()
+}
+
 /// What each disk of a machine may move, the disk that it boots from included: both directions together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskLimits {
@@ -158,6 +166,8 @@ pub struct VmSpec {
     pub initrd: Option<PathBuf>,
     /// Root disk image, raw, attached read-only as the first virtio block device.
     pub image: Option<PathBuf>,
+    /// Disks that the guest has from the start, read-only all of them, after the image.
+    pub disks: Vec<Disk>,
     /// The guest kernel's command line, one parameter each. The driver adds nothing of its own but what the machine type needs.
     pub kernel_params: Vec<String>,
     /// Virtual CPUs, at least 1.
@@ -193,14 +203,19 @@ impl VmSpec {
             Self { vcpus: 0, .. } => "it has no virtual CPU",
             Self { memory_mib: ..64, .. } => "it has less than 64 MiB of memory, which boots no guest",
             Self { initrd: None, image: None, .. } => "it has neither an initrd nor an image to boot from",
-            _ => match self.nics.iter().find_map(|nic| Some((nic, nic.fault()?))) {
-                Some((nic, reason)) => {
-                    return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
-                }
-                None => return Ok(()),
-            },
+            _ => return self.check_devices(),
         };
         Err(HypervisorError::InvalidSpec { id: self.id.clone(), reason: reason.to_owned() })
+    }
+
+    fn check_devices(&self) -> Result<(), HypervisorError> {
+        let nics = self.nics.iter().filter_map(|nic| Some((&nic.id, nic.fault()?)));
+        let written = self.disks.iter().filter(|disk| !disk.readonly);
+        let written = written.map(|disk| (&disk.id, "a disk that the machine starts with is read-only"));
+        match nics.chain(written).next() {
+            Some((id, reason)) => Err(HypervisorError::InvalidDevice { id: id.clone(), reason }),
+            None => Ok(()),
+        }
     }
 
     /// What a `driver` that holds no disk to limits does not start.

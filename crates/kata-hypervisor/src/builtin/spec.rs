@@ -39,6 +39,10 @@ pub(super) fn machine(
         let file = DiskFile::open(&path, true)?.fd;
         disks.push(disk_spec(IMAGE, descriptors.add(file), true, spec.disk_limits));
     }
+    for cold in &spec.disks {
+        let file = DiskFile::open(&cold.path, cold.readonly)?.fd;
+        disks.push(disk_spec(&cold.id, descriptors.add(file), cold.readonly, spec.disk_limits));
+    }
     let shared_fs = match spec.shared_fs {
         Some(shared) => {
             let socket = descriptors.add(shared.connect(&spec.run_dir)?);

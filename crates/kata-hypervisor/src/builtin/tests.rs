@@ -41,6 +41,7 @@ impl Bench {
             kernel: at("kernel"),
             initrd: Some(at("initrd")),
             image: None,
+            disks: Vec::new(),
             kernel_params: vec!["console=ttyS0".to_owned(), "panic=1".to_owned()],
             vcpus: 2,
             memory_mib: 256,
@@ -122,15 +123,25 @@ async fn machine_is_described_by_descriptors_alone() {
         vhost: vec![null(), null()],
     };
     let limits = DiskLimits { bytes_per_second: NonZeroU64::new(1 << 20), requests_per_second: None };
-    let image = Some(bench.dir.path().join("image"));
-    let spec = VmSpec { image, nics: vec![nic("eth0")], disk_limits: limits, ..bench.spec() };
+    let path = bench.dir.path().join("image");
+    let disks = vec![Disk { id: "initdata".to_owned(), path: path.clone(), readonly: true }];
+    let spec =
+        VmSpec { image: Some(path), disks, nics: vec![nic("eth0")], disk_limits: limits, ..bench.spec() };
     let (machine, descriptors) = spec::machine(spec, null(), null()).unwrap();
     insta::assert_json_snapshot!(machine);
     let (client, peer) = pair();
     let server = tokio::task::spawn_blocking(move || serve(&peer, done));
     let command = Command::Create(Box::new(machine));
     client.execute(command.clone(), descriptors, COMMAND_BOUND).await.unwrap();
-    assert_eq!(server.await.unwrap(), (command, 9));
+    assert_eq!(server.await.unwrap(), (command, 10));
+}
+
+#[test]
+fn machine_starts_with_no_disk_that_can_be_written() {
+    let bench = Bench::new();
+    let disks = vec![Disk { id: "data".to_owned(), path: bench.dir.path().join("image"), readonly: false }];
+    let error = VmSpec { disks, ..bench.spec() }.check().unwrap_err().to_string();
+    assert_eq!(error, "device \"data\" cannot be added: a disk that the machine starts with is read-only");
 }
 
 #[test]

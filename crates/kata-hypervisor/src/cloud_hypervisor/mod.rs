@@ -33,7 +33,7 @@ use crate::process::{Child, Identity, Namespaces, Record, Spawn, capture};
 use crate::rest::{Address, ApiError, Named, Room, vcpu_threads};
 use crate::vm::{
     Capabilities, Disk, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Vm, VmExit,
-    VmSpec,
+    VmSpec, serial,
 };
 
 const DRIVER: &str = "Cloud Hypervisor";
@@ -41,8 +41,6 @@ const DRIVER: &str = "Cloud Hypervisor";
 const REMOVAL_BOUND: Duration = Duration::from_secs(10);
 /// Between two looks whether it has: there is no event for it.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Longest serial number that a virtio disk has.
-const SERIAL_LIMIT: usize = 20;
 /// Context id of the guest. The host's side is a socket, so machines may have the same one.
 const GUEST_CID: u32 = 3;
 /// Memory is added in whole blocks of a Linux guest, in MiB.
@@ -111,7 +109,13 @@ impl CloudHypervisorVm {
             console: name(console_end),
             kernel: name(files.kernel),
             initrd: files.initrd.map(&mut name),
-            image: files.image.map(&mut name),
+            disks: files
+                .image
+                .map(|fd| ("image".to_owned(), fd))
+                .into_iter()
+                .chain(files.disks)
+                .map(|(id, fd)| (id, name(fd)))
+                .collect(),
             shared_fs: spec.shared_fs.map(|fs| (fs.tag, name(fs.socket))),
             vsock,
         };
@@ -167,7 +171,8 @@ struct Names {
     console: String,
     kernel: String,
     initrd: Option<String>,
-    image: Option<String>,
+    /// What the guest boots from, and the other disks of the start, by their ids.
+    disks: Vec<(String, String)>,
     /// Tag and socket.
     shared_fs: Option<(String, String)>,
     vsock: PathBuf,
@@ -192,7 +197,7 @@ fn machine(spec: &VmSpec, names: Names) -> VmConfig {
             cmdline: spec.kernel_params.join(" "),
             initramfs: names.initrd,
         },
-        disks: names.image.map(|path| raw_disk("image".to_owned(), path, true)).into_iter().collect(),
+        disks: names.disks.into_iter().map(|(id, path)| raw_disk(id, path, true)).collect(),
         fs: names
             .shared_fs
             .map(|(tag, socket)| FsConfig { tag, socket, num_queues: 1, queue_size: 1024 })
@@ -210,7 +215,7 @@ fn machine(spec: &VmSpec, names: Names) -> VmConfig {
 }
 
 fn raw_disk(id: String, path: String, readonly: bool) -> DiskConfig {
-    let serial = id.chars().take(SERIAL_LIMIT).collect();
+    let serial = serial(&id);
     DiskConfig { id, path, readonly, serial, image_type: "Raw" }
 }
 

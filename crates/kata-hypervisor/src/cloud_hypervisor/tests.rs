@@ -122,6 +122,7 @@ async fn machine_is_asked_for_in_published_terms_and_files_go_as_descriptors() {
     let tap = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
     let spec = VmSpec {
         image: Some(bench.path("image")),
+        disks: vec![Disk { id: "initdata".to_owned(), path: bench.path("initrd"), readonly: true }],
         growth: Some(Growth { vcpus: 4, memory_mib: 300, slots: 2 }),
         backing: Backing { prealloc: true, hugepages: false, reporting: true },
         shared_fs: Some(SharedFs { tag: "share".to_owned(), socket: way }),
@@ -146,8 +147,11 @@ async fn machine_is_asked_for_in_published_terms_and_files_go_as_descriptors() {
         "cpus": {"boot_vcpus": 1, "max_vcpus": 4},
         "memory": {"size": 256 << 20, "hotplug_size": 128 << 20, "shared": true, "hugepages": false, "prefault": true},
         "payload": {"kernel": "/proc/self/fd/6", "cmdline": "console=ttyS0 quiet", "initramfs": "/proc/self/fd/7"},
-        "disks": [{"id": "image", "path": "/proc/self/fd/8", "readonly": true, "serial": "image", "image_type": "Raw"}],
-        "fs": [{"tag": "share", "socket": "/proc/self/fd/9", "num_queues": 1, "queue_size": 1024}],
+        "disks": [
+            {"id": "image", "path": "/proc/self/fd/8", "readonly": true, "serial": "image", "image_type": "Raw"},
+            {"id": "initdata", "path": "/proc/self/fd/9", "readonly": true, "serial": "initdata", "image_type": "Raw"},
+        ],
+        "fs": [{"tag": "share", "socket": "/proc/self/fd/10", "num_queues": 1, "queue_size": 1024}],
         "vsock": {"cid": 3, "socket": vsock},
         "serial": {"mode": "File", "file": "/proc/self/fd/5"},
         "console": {"mode": "Off"},
@@ -156,11 +160,11 @@ async fn machine_is_asked_for_in_published_terms_and_files_go_as_descriptors() {
     assert_eq!(seen[1].body, expected);
     assert_eq!(seen[2].body, json!({"id": "eth0", "mac": "02:00:00:00:00:0a", "mtu": 1400, "num_queues": 4}));
     assert_eq!(seen[2].fds, 2);
-    for (number, file) in [(6, "kernel"), (7, "initrd"), (8, "image")] {
+    for (number, file) in [(6, "kernel"), (7, "initrd"), (8, "image"), (9, "initrd")] {
         assert_eq!(fs::read_link(format!("/proc/{pid}/fd/{number}")).unwrap(), bench.path(file));
     }
     // The daemon's socket has no path any more, and whoever has the descriptor gets through.
-    let _stream = UnixStream::connect(format!("/proc/{pid}/fd/9")).unwrap();
+    let _stream = UnixStream::connect(format!("/proc/{pid}/fd/10")).unwrap();
     daemon.accept().unwrap();
     assert!(vm.capabilities().hotplug_cpu && vm.capabilities().hotplug_memory);
     vm.stop().await.unwrap();

@@ -27,6 +27,7 @@ impl Place {
             kernel: "/kernel".into(),
             initrd: None,
             image: None,
+            disks: Vec::new(),
             kernel_params: Vec::new(),
             vcpus: 1,
             memory_mib: 128,

@@ -193,6 +193,7 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     spec.check_on_kvm(DRIVER)?;
     spec.check_unlimited(DRIVER)?;
     let refused = match spec {
+        VmSpec { disks, .. } if !disks.is_empty() => ("a disk with a serial number", OTHERS),
         VmSpec { shared_fs: Some(_), .. } => ("sharing files of the host", OTHERS),
         VmSpec { growth: Some(_), .. } => (
             "growing while it runs",

@@ -48,6 +48,7 @@ async fn machine_is_asked_for_in_published_terms_pauses_and_goes_on() {
     let _ready = UnixListener::bind(bench.path("kata.hvsock_1028")).unwrap();
     let spec = VmSpec {
         image: Some(bench.path("image")),
+        disks: Vec::new(),
         vcpus: 2,
         backing: Backing { hugepages: true, reporting: true, prealloc: false },
         ..bench.spec()
@@ -91,12 +92,14 @@ async fn what_it_has_not_is_refused_by_name_before_anything_is_started() {
     let Some(bench) = Bench::new() else { return };
     let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
     let nic = Nic { id: "eth0".to_owned(), mac: [2; 6], mtu: 1500, queues: vec![null()], vhost: Vec::new() };
+    let disk = Disk { id: "initdata".to_owned(), path: bench.path("image"), readonly: true };
     let share = SharedFs { tag: "share".to_owned(), socket: null() };
     let growth = Growth { vcpus: 2, memory_mib: 512, slots: 1 };
     let backing = Backing { prealloc: true, ..Backing::default() };
     for (spec, what) in [
         (VmSpec { shared_fs: Some(share), ..bench.spec() }, "sharing files of the host"),
         (VmSpec { nics: vec![nic], ..bench.spec() }, "a network interface"),
+        (VmSpec { disks: vec![disk], ..bench.spec() }, "a disk with a serial number"),
         (VmSpec { growth: Some(growth), ..bench.spec() }, "growing while it runs"),
         (VmSpec { backing, ..bench.spec() }, "taking its memory beforehand"),
         (VmSpec { vcpus: 33, ..bench.spec() }, "a machine of more than 32 virtual CPUs"),

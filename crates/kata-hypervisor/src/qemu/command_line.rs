@@ -20,10 +20,12 @@ use std::os::fd::RawFd;
 
 use super::throttle;
 use crate::slots::BRIDGE_SLOT;
-use crate::vm::{Accelerator, Backing, DiskLimits, Growth, Machine};
+use crate::vm::{Accelerator, Backing, DiskLimits, Growth, Machine, serial};
 
 /// Identifier of the bridge of a q35 that devices are plugged into while it runs. The root bus itself takes none then.
 pub(super) const BRIDGE: &str = "bridge";
+/// Name of the disk that the guest boots from.
+pub(super) const IMAGE: &str = "image";
 
 /// File descriptors as QEMU sees them.
 #[derive(Clone, Copy, Debug)]
@@ -38,8 +40,6 @@ pub(super) struct Fds {
     pub kernel: RawFd,
     /// Initial RAM disk.
     pub initrd: Option<RawFd>,
-    /// Raw root disk, read-only.
-    pub image: Option<RawFd>,
     /// Connected vhost-user socket of the virtio-fs daemon.
     pub shared_fs: Option<RawFd>,
 }
@@ -57,11 +57,20 @@ pub(super) struct Plan<'a> {
     pub kernel_params: &'a [String],
     pub shared_fs_tag: Option<&'a str>,
     pub nics: &'a [NicPlan],
+    pub disks: &'a [DiskPlan],
     pub disk_limits: DiskLimits,
     pub seccomp_sandbox: &'a str,
     /// Rate of the time stamp counter where the guest cannot be trusted to find it out, see [`super::clock`].
     pub tsc_khz: Option<u64>,
     pub fds: Fds,
+}
+
+/// A raw disk that the machine starts with, read-only.
+#[derive(Clone, Debug)]
+pub(super) struct DiskPlan {
+    /// Its name, and the serial number that the guest sees.
+    pub id: String,
+    pub fd: RawFd,
 }
 
 /// A network interface that the machine starts with.
@@ -215,26 +224,8 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
         line.option("-chardev", format!("socket,id=fs,fd={fd}"));
         line.option("-device", format!("vhost-user-fs-{bus},chardev=fs,tag={}", escaped(tag)));
     }
-    if let Some(fd) = plan.fds.image {
-        line.option("-add-fd", format!("fd={fd},set=1"));
-        line.option(
-            "-blockdev",
-            "driver=file,node-name=image-file,filename=/dev/fdset/1,read-only=on,locking=off",
-        );
-        match throttle::group("image-limits", plan.disk_limits) {
-            Some(group) => {
-                line.option("-blockdev", "driver=raw,node-name=image-raw,file=image-file,read-only=on");
-                line.option("-object", group.to_string());
-                line.option(
-                    "-blockdev",
-                    "driver=throttle,node-name=image,throttle-group=image-limits,file=image-raw,read-only=on",
-                );
-            }
-            None => {
-                line.option("-blockdev", "driver=raw,node-name=image,file=image-file,read-only=on");
-            }
-        }
-        line.option("-device", format!("virtio-blk-{bus},drive=image"));
+    for (index, disk) in plan.disks.iter().enumerate() {
+        cold_disk(plan, bus, index, disk, line);
     }
     for (index, nic) in plan.nics.iter().enumerate() {
         line.option("-netdev", network_back_end(index, nic));
@@ -248,6 +239,30 @@ fn devices(plan: &Plan<'_>, line: &mut Line) {
             format!("pci-bridge,id={BRIDGE},bus=pcie.0,addr={BRIDGE_SLOT:x},chassis_nr=1,shpc=off,{room}"),
         );
     }
+}
+
+/// Node names may not begin with a digit or be anybody else's, so only the image goes by its own.
+fn cold_disk(plan: &Plan<'_>, bus: &str, index: usize, DiskPlan { id, fd }: &DiskPlan, line: &mut Line) {
+    let (set, node) = (index + 1, if id == IMAGE { id.clone() } else { format!("cold{index}") });
+    line.option("-add-fd", format!("fd={fd},set={set}"));
+    let file = format!("driver=file,node-name={node}-file,filename=/dev/fdset/{set}");
+    line.option("-blockdev", format!("{file},read-only=on,locking=off"));
+    let group = format!("{node}-limits");
+    match throttle::group(&group, plan.disk_limits) {
+        Some(limits) => {
+            line.option(
+                "-blockdev",
+                format!("driver=raw,node-name={node}-raw,file={node}-file,read-only=on"),
+            );
+            line.option("-object", limits.to_string());
+            let held = format!("driver=throttle,node-name={node},throttle-group={group},file={node}-raw");
+            line.option("-blockdev", format!("{held},read-only=on"));
+        }
+        None => {
+            line.option("-blockdev", format!("driver=raw,node-name={node},file={node}-file,read-only=on"));
+        }
+    }
+    line.option("-device", format!("virtio-blk-{bus},drive={node},serial={}", escaped(&serial(id))));
 }
 
 /// Where the kernel does not take its part over, QEMU says so and moves the packets itself.

@@ -39,12 +39,10 @@ use super::qmp::{Event, Qmp, QmpError};
 use super::throttle;
 use crate::files::DiskFile;
 use crate::slots::{self, Slots};
-use crate::vm::{Disk, DiskLimits, HypervisorError, Nic, PciPath};
+use crate::vm::{Disk, DiskLimits, HypervisorError, Nic, PciPath, serial};
 
 /// For the guest to let go of a device. It takes 0.2 s, and some more on a busy host.
 pub(super) const REMOVAL_BOUND: Duration = Duration::from_secs(10);
-/// Longest serial number that a virtio disk has.
-const SERIAL_LIMIT: usize = 20;
 
 /// The devices of a running machine that were added to it.
 #[derive(Debug, Default)]
@@ -162,8 +160,7 @@ impl Device {
         }
         let undo = Undo::Command("blockdev-del", json!({ "node-name": name }));
         self.step(qmp, "blockdev-add", node, None, undo).await?;
-        let serial: String = disk.id.chars().take(SERIAL_LIMIT).collect();
-        let device = json!({ "driver": "virtio-blk-pci", "drive": name, "serial": serial });
+        let device = json!({ "driver": "virtio-blk-pci", "drive": name, "serial": serial(&disk.id) });
         self.step(qmp, "device_add", placed(device, &name, slot), None, Undo::Device).await
     }
 

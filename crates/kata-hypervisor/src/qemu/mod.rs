@@ -28,7 +28,7 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use self::clock::Measurement;
-use self::command_line::{Fds, NicPlan, Plan, command_line};
+use self::command_line::{DiskPlan, Fds, IMAGE, NicPlan, Plan, command_line};
 use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
 use self::resize::Resizer;
@@ -327,7 +327,6 @@ fn spawn_qemu(
         vsock: give(ends.vsock),
         kernel: give(files.kernel),
         initrd: files.initrd.map(&mut give),
-        image: files.image.map(&mut give),
         shared_fs: ends.shared_fs.map(&mut give),
     };
     let nics: Vec<NicPlan> = spec
@@ -340,6 +339,9 @@ fn spawn_qemu(
             vhost: vhost.into_iter().map(&mut give).collect(),
         })
         .collect();
+    let image = files.image.map(|fd| (IMAGE.to_owned(), fd));
+    let disks: Vec<DiskPlan> =
+        image.into_iter().chain(files.disks).map(|(id, fd)| DiskPlan { id, fd: give(fd) }).collect();
     let args = command_line(&Plan {
         id: &spec.id,
         machine: spec.machine,
@@ -351,6 +353,7 @@ fn spawn_qemu(
         kernel_params: &spec.kernel_params,
         shared_fs_tag: shared_fs_tag.as_deref(),
         nics: &nics,
+        disks: &disks,
         disk_limits: spec.disk_limits,
         seccomp_sandbox: &spec.seccomp_sandbox,
         tsc_khz,

@@ -68,6 +68,7 @@ impl Bench {
             kernel: path,
             initrd: Some(self.dir.path().join("initrd")),
             image: None,
+            disks: Vec::new(),
             kernel_params: vec!["console=ttyS0".to_owned()],
             vcpus: 1,
             memory_mib: 64,

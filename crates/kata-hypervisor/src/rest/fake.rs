@@ -244,6 +244,7 @@ impl Bench {
             kernel: self.path("kernel"),
             initrd: Some(self.path("initrd")),
             image: None,
+            disks: Vec::new(),
             kernel_params: vec!["console=ttyS0".to_owned(), "quiet".to_owned()],
             vcpus: 1,
             memory_mib: 256,

@@ -66,6 +66,7 @@ impl Guest {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             image: self.image.clone(),
+            disks: Vec::new(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             growth: pod.resources.growth(),

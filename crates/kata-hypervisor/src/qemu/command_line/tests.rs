@@ -25,18 +25,11 @@ fn text_of<'a>(
         kernel_params: params,
         shared_fs_tag: Some("kataShared"),
         nics: &[],
+        disks: &[],
         disk_limits: DiskLimits::default(),
         seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         tsc_khz: (accelerator == Accelerator::Tcg).then_some(2_596_120),
-        fds: Fds {
-            qmp: 3,
-            console: 4,
-            vsock: 5,
-            kernel: 6,
-            initrd: Some(7),
-            image: None,
-            shared_fs: Some(8),
-        },
+        fds: Fds { qmp: 3, console: 4, vsock: 5, kernel: 6, initrd: Some(7), shared_fs: Some(8) },
     };
     change(&mut plan);
     // One option with its value a line.
@@ -96,12 +89,39 @@ fn microvm_with_kvm() {
 
 #[test]
 fn q35_with_an_image_and_without_files_shared() {
-    insta::assert_snapshot!(text(Machine::Q35, Accelerator::Tcg, |plan| {
+    let (params, image) = (PARAMS.map(str::to_owned), [disk("image", 7)]);
+    insta::assert_snapshot!(text_of(Machine::Q35, Accelerator::Tcg, &params, |plan| {
         plan.shared_fs_tag = None;
         plan.fds.shared_fs = None;
         plan.fds.initrd = None;
-        plan.fds.image = Some(7);
+        plan.disks = &image;
     }));
+}
+
+fn disk(id: &str, fd: i32) -> DiskPlan {
+    DiskPlan { id: id.to_owned(), fd }
+}
+
+#[test]
+fn disks_of_the_start_are_found_by_their_serial_numbers() {
+    let params = PARAMS.map(str::to_owned);
+    let disks = [disk("image", 7), disk("initdata", 9), disk("a-name-of-more-than-twenty-characters", 10)];
+    for (machine, bus) in [(Machine::Q35, "pci"), (Machine::Microvm, "device")] {
+        let lines = text_of(machine, Accelerator::Kvm, &params, |plan| plan.disks = &disks);
+        for (set, node, fd, serial) in
+            [(1, "image", 7, "image"), (2, "cold1", 9, "initdata"), (3, "cold2", 10, "a-name-of-more-than-")]
+        {
+            for line in [
+                format!("-add-fd fd={fd},set={set}"),
+                format!(
+                    "-blockdev driver=file,node-name={node}-file,filename=/dev/fdset/{set},read-only=on,locking=off"
+                ),
+                format!("-device virtio-blk-{bus},drive={node},serial={serial}"),
+            ] {
+                assert!(lines.lines().any(|found| found == line), "{line} in {lines}");
+            }
+        }
+    }
 }
 
 fn nics() -> [NicPlan; 2] {
@@ -143,9 +163,10 @@ fn kernel_moves_the_packets_of_interfaces_that_have_its_descriptors() {
 
 #[test]
 fn image_is_held_to_the_limits_of_disks() {
-    insta::assert_snapshot!(text(Machine::Q35, Accelerator::Kvm, |plan| {
+    let (params, image) = (PARAMS.map(str::to_owned), [disk("image", 7)]);
+    insta::assert_snapshot!(text_of(Machine::Q35, Accelerator::Kvm, &params, |plan| {
         plan.fds.initrd = None;
-        plan.fds.image = Some(7);
+        plan.disks = &image;
         plan.disk_limits = DiskLimits {
             bytes_per_second: NonZeroU64::new(1 << 20),
             requests_per_second: NonZeroU64::new(50),
