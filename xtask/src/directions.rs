@@ -15,7 +15,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-vmm", &["kata-vmm-api"]),
     ("kata-image", &[]),
     ("kata-virtiofsd", &[]),
-    ("kata-agent", &["kata-api"]),
+    ("kata-agent", &["kata-api", "kata-policy"]),
+    ("kata-initdata", &[]),
+    ("kata-policy", &["kata-api"]),
     ("kata-hypervisor", &["kata-config", "kata-vmm-api"]),
     // Of kata-image only the manifest's types: see docs/adr/0002
     ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image"]),

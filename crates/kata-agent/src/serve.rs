@@ -22,6 +22,7 @@ use crate::forward;
 use crate::log::LogBuffer;
 use crate::modules::Modules;
 use crate::reaper::Reaper;
+use crate::rpc::guard::Guard;
 use crate::rpc::{self, Agent};
 
 /// The agent cannot serve.
@@ -90,8 +91,9 @@ pub fn run(
         // Only now: what containers are made from has started, and they do not inherit it.
         raise_descriptor_limit();
         let agent = Arc::new(Agent::new(engine, reaper, Arc::new(modules), settings));
-        listen(&agent, logs)?;
-        let mut server = serve_rpc(&agent).await?;
+        let guard = Arc::new(Guard::boot());
+        listen(&agent, logs, &guard)?;
+        let mut server = serve_rpc(&agent, &guard).await?;
         timeline.note("listen", listening);
         tracing::info!(version = env!("CARGO_PKG_VERSION"), address = agent.settings.server_addr, "serving");
         tokio::spawn(announce(timeline.clone()));
@@ -121,14 +123,14 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn serve_rpc(agent: &Arc<Agent>) -> Result<Server, ServeError> {
+async fn serve_rpc(agent: &Arc<Agent>, guard: &Arc<Guard>) -> Result<Server, ServeError> {
     let address = agent.settings.server_addr.clone();
     let failed = |source| ServeError::Rpc { address: address.clone(), source };
     let server = match vsock_port(&address) {
         Some(port) => Server::new().add_listener(connections(bind(port)?)),
         None => Server::new().bind(&address).map_err(failed)?,
     };
-    let mut server = server.register_service(rpc::services(agent));
+    let mut server = server.register_service(guard.before(rpc::services(agent)));
     server.start().await.map_err(failed)?;
     Ok(server)
 }
@@ -147,7 +149,7 @@ fn connections(listener: VsockListener) -> Listener {
 }
 
 /// Listens for logs, streams, ways to the loopback and, where enabled, the debug console.
-fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
+fn listen(agent: &Arc<Agent>, logs: LogBuffer, guard: &Arc<Guard>) -> Result<(), ServeError> {
     let settings = &agent.settings;
     let log_listener = bind(settings.log_port)?;
     tokio::spawn(async move {
@@ -168,9 +170,13 @@ fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
             }
         }
     });
-    listen_for_forwards()?;
+    listen_for_forwards(guard)?;
     match (settings.debug_console, console::shell()) {
         (false, _) => {}
+        // The host asks for it, and a shell is asked by nobody what it does.
+        (true, _) if guard.is_active() => {
+            tracing::warn!("there is no debug console in a guest with a policy")
+        }
         (true, None) => tracing::warn!("the debug console is enabled, but the image has no shell"),
         (true, Some(shell)) => listen_for_consoles(agent, shell)?,
     }
@@ -178,13 +184,17 @@ fn listen(agent: &Arc<Agent>, logs: LogBuffer) -> Result<(), ServeError> {
 }
 
 /// Ways to the guest's loopback. Who finds all of them taken waits in the kernel's queue.
-fn listen_for_forwards() -> Result<(), ServeError> {
+fn listen_for_forwards(guard: &Arc<Guard>) -> Result<(), ServeError> {
     let listener = bind(ports::FORWARD)?;
     let places = Arc::new(Semaphore::new(forward::MOST));
+    let guard = guard.clone();
     tokio::spawn(async move {
         // Nobody closes the semaphore.
         while let Ok(place) = places.clone().acquire_owned().await {
             let (peer, _) = accept(&listener).await;
+            if guard.allows("ForwardRequest").is_err() {
+                continue;
+            }
             tokio::spawn(async move {
                 if let Err(error) = forward::serve(peer).await {
                     tracing::debug!(%error, "a way to the loopback ended");

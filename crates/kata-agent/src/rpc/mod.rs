@@ -4,6 +4,11 @@ pub mod agent;
 mod container;
 mod error;
 mod files;
+#[cfg(feature = "policy")]
+pub mod guard;
+#[cfg(not(feature = "policy"))]
+#[path = "unguarded.rs"]
+pub mod guard;
 mod guest;
 pub mod hooks;
 mod metrics;

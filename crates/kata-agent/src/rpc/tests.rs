@@ -105,30 +105,37 @@ impl Engine for PlainEngine {
     }
 }
 
-struct Guest {
+pub(super) struct Guest {
     agent: Arc<Agent>,
-    client: AgentServiceClient,
-    health: HealthClient,
+    pub(super) client: AgentServiceClient,
+    pub(super) health: HealthClient,
     _server: Server,
     _dir: tempfile::TempDir,
 }
 
 impl Guest {
     async fn boot() -> Self {
+        Self::behind(|services| services).await
+    }
+
+    /// With something before the services.
+    pub(super) async fn behind(
+        guard: impl FnOnce(HashMap<String, Service>) -> HashMap<String, Service>,
+    ) -> Self {
         let reaper = Reaper::new();
         tokio::spawn(reaper.clone().run());
         let engine = Arc::new(PlainEngine::default());
         let agent = Arc::new(Agent::new(engine, reaper, Arc::new(Modules::default()), Settings::default()));
         let dir = tempfile::tempdir().unwrap();
         let address = format!("unix://{}", dir.path().join("agent.sock").display());
-        let mut server = Server::new().bind(&address).unwrap().register_service(services(&agent));
+        let mut server = Server::new().bind(&address).unwrap().register_service(guard(services(&agent)));
         server.start().await.unwrap();
         let client = Client::connect(&address).await.unwrap();
         let health = HealthClient::new(client.clone());
         Self { agent, client: AgentServiceClient::new(client), health, _server: server, _dir: dir }
     }
 
-    async fn create(&self, id: &str, script: &str) -> ttrpc::Result<wire::Empty> {
+    pub(super) async fn create(&self, id: &str, script: &str) -> ttrpc::Result<wire::Empty> {
         let mut request = wire::CreateContainerRequest { container_id: id.into(), ..Default::default() };
         let spec = request.oci.mut_or_insert_default();
         spec.root.mut_or_insert_default().path = "/".into();
@@ -136,7 +143,12 @@ impl Guest {
         self.client.create_container(context(), &request).await
     }
 
-    async fn exec(&self, id: &str, exec: &str, process: oci::Process) -> ttrpc::Result<wire::Empty> {
+    pub(super) async fn exec(
+        &self,
+        id: &str,
+        exec: &str,
+        process: oci::Process,
+    ) -> ttrpc::Result<wire::Empty> {
         let request = wire::ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -163,15 +175,15 @@ impl Guest {
     }
 }
 
-fn context() -> Context {
+pub(super) fn context() -> Context {
     ttrpc::context::with_timeout(20_000_000_000)
 }
 
-fn sh(script: &str) -> oci::Process {
+pub(super) fn sh(script: &str) -> oci::Process {
     oci::Process { args: ["/bin/sh", "-c", script].map(str::to_owned).into(), ..Default::default() }
 }
 
-fn code<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> (Code, String) {
+pub(super) fn code<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> (Code, String) {
     match answer {
         Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other:?}"),

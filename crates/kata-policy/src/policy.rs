@@ -1,0 +1,199 @@
+//! The rules, and what they remember.
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use regorus::utils::limits::ExecutionTimerConfig;
+use regorus::{Engine, Value};
+use serde::Deserialize;
+
+use crate::request::Request;
+
+/// The package that the rules are in.
+const PACKAGE: &str = "data.agent_policy";
+/// The rule that turns denials into warnings, for whoever tries a policy out.
+const LENIENT: &str = "AllowRequestsFailingPolicy";
+/// The rule that says why everything is denied.
+const REASON: &str = "reason";
+/// What rules remember, at first.
+const STATE: &str = r#"{"pstate": {}}"#;
+/// How long one request may be thought about. The host waits for its answer, and so does every other request.
+const TIMER: ExecutionTimerConfig =
+    ExecutionTimerConfig { limit: Duration::from_secs(2), check_interval: NonZeroU32::new(1000).unwrap() };
+
+/// A policy that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// It does not parse.
+    #[error("the policy {name:?} is not valid Rego: {reason}")]
+    Syntax {
+        /// Where it is from.
+        name: String,
+        /// What the parser says, with the line.
+        reason: String,
+    },
+    /// It is of another package.
+    #[error("the policy {name:?} is package {found:?}, and has to be \"agent_policy\"")]
+    Package {
+        /// Where it is from.
+        name: String,
+        /// Its package.
+        found: String,
+    },
+}
+
+/// Why a request is not served. It names the rule and not what the request holds.
+#[derive(Debug, thiserror::Error)]
+#[error("the policy denies {request}: {why}")]
+pub struct Denied {
+    request: String,
+    why: Why,
+}
+
+#[derive(Debug)]
+enum Why {
+    /// No rule allows it.
+    Rule(String),
+    /// The policy has no rule of this name.
+    NoRule(String),
+    /// Everything is denied.
+    Reason(String),
+    /// The rule gave something that is no answer, or none within its time.
+    Fault(String, String),
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rule(rule) => write!(f, "rule {rule} does not allow it"),
+            Self::NoRule(rule) => write!(f, "it has no rule {rule}"),
+            Self::Reason(reason) => f.write_str(reason),
+            Self::Fault(rule, fault) => write!(f, "rule {rule} gives no answer: {fault}"),
+        }
+    }
+}
+
+/// What a rule answers that does more than allow.
+#[derive(Deserialize)]
+struct Answer {
+    allowed: bool,
+    #[serde(default)]
+    ops: Option<json_patch::Patch>,
+}
+
+/// Rules, and what they remember of the requests that they allowed.
+pub struct Policy {
+    name: String,
+    engine: Engine,
+    lenient: bool,
+    reason: Option<String>,
+}
+
+impl fmt::Debug for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Policy").field("lenient", &self.lenient).finish_non_exhaustive()
+    }
+}
+
+impl Policy {
+    /// Reads a policy; `name` is what faults call it. Rego of version 1 is tried first, then that of version 0.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    pub fn parse(name: &str, text: &str) -> Result<Self, PolicyError> {
+        let read = |v0| {
+            let mut engine = Engine::new();
+            engine.set_rego_v0(v0);
+            engine.set_execution_timer_config(TIMER);
+            let package = engine.add_policy(name.to_owned(), text.to_owned());
+            package.map(|package| (engine, package)).map_err(|error| error.to_string())
+        };
+        // Of two refusals the first is of the language that new policies are written in.
+        let read = read(false).or_else(|reason| read(true).map_err(|_| reason));
+        let (mut engine, package) =
+            read.map_err(|reason| PolicyError::Syntax { name: name.to_owned(), reason })?;
+        if package != PACKAGE {
+            let found = package.trim_start_matches("data.").to_owned();
+            return Err(PolicyError::Package { name: name.to_owned(), found });
+        }
+        let syntax = |error: &dyn fmt::Display| PolicyError::Syntax {
+            name: name.to_owned(),
+            reason: error.to_string(),
+        };
+        engine.add_data_json(STATE).map_err(|error| syntax(&error))?;
+        // Rules that most policies do not have: an error says no more than that.
+        engine.set_input_json("{}").map_err(|error| syntax(&error))?;
+        let lenient = matches!(rule(&mut engine, LENIENT), Ok(Value::Bool(true)));
+        let reason = match rule(&mut engine, REASON) {
+            Ok(Value::String(reason)) => Some(reason.to_string()),
+            _ => None,
+        };
+        Ok(Self { name: name.to_owned(), engine, lenient, reason })
+    }
+
+    /// A policy that denies every request with a reason.
+    pub fn denial(reason: &str) -> Self {
+        Self { name: String::new(), engine: Engine::new(), lenient: false, reason: Some(reason.to_owned()) }
+    }
+
+    /// Whether denials are to be told and not carried out.
+    pub fn is_lenient(&self) -> bool {
+        self.lenient
+    }
+
+    /// Whether `request` is allowed. What its rule wants to remember is remembered then.
+    ///
+    /// # Errors
+    /// [`Denied`], also where [`Self::is_lenient`].
+    pub fn check(&mut self, request: &Request) -> Result<(), Denied> {
+        let denied = |why| Denied { request: request.name.clone(), why };
+        let path = format!("agent_policy.{}", request.name);
+        let fault = |what: &dyn fmt::Display| denied(Why::Fault(path.clone(), what.to_string()));
+        if let Some(reason) = &self.reason {
+            return Err(denied(Why::Reason(reason.clone())));
+        }
+        // Asked for a rule that is not there, the engine has an error and no undefined value.
+        if !self.engine.has_declared_rule_rooted_at(&self.name, &request.name).unwrap_or(false) {
+            return Err(denied(Why::NoRule(path)));
+        }
+        self.engine.set_input(Value::from(request.input.clone()));
+        match rule(&mut self.engine, &request.name) {
+            Ok(Value::Bool(true)) => Ok(()),
+            Ok(Value::Bool(false)) => Err(denied(Why::Rule(path))),
+            Ok(Value::Undefined) => Err(denied(Why::Rule(path))),
+            Ok(answer) => {
+                let text = answer.to_json_str().map_err(|error| fault(&error))?;
+                // A list would do for the fields in their order, and is no answer.
+                let object = text.starts_with('{').then(|| serde_json::from_str(&text).ok()).flatten();
+                // What is wrong with it may quote the request.
+                let Some(Answer { allowed, ops }) = object else {
+                    return Err(fault(&"it is neither true or false nor an object with \"allowed\""));
+                };
+                match (allowed, ops) {
+                    (false, _) => Err(denied(Why::Rule(path))),
+                    (true, None) => Ok(()),
+                    (true, Some(ops)) => self.remember(&ops).map_err(|error| fault(&error)),
+                }
+            }
+            Err(error) => Err(fault(&error)),
+        }
+    }
+
+    /// Applies a patch to the data that rules see.
+    fn remember(&mut self, ops: &json_patch::Patch) -> Result<(), String> {
+        let text = self.engine.get_data().to_json_str().map_err(|error| error.to_string())?;
+        let mut data: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+        json_patch::patch(&mut data, ops).map_err(|error| error.to_string())?;
+        let data = Value::from(data);
+        self.engine.clear_data();
+        self.engine.add_data(data).map_err(|error| error.to_string())
+    }
+}
+
+fn rule(engine: &mut Engine, name: &str) -> Result<Value, String> {
+    engine.eval_rule(format!("{PACKAGE}.{name}")).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests;
