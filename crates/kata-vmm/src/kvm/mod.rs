@@ -172,6 +172,11 @@ impl Hypervisor {
         Processor::of(&self.kvm)
     }
 
+    /// How many bits physical addresses of the guest have.
+    pub fn address_bits(&self) -> Result<u32, KvmError> {
+        Ok(cpuid::address_bits(&cpuid::supported(&self.kvm)?))
+    }
+
     /// Its interrupt controllers and clock, for a snapshot; all CPUs stand still.
     pub fn save(&self) -> Result<ControllerState, KvmError> {
         ControllerState::of(&self.machine)

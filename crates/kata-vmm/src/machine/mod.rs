@@ -33,7 +33,7 @@ use crate::cpus::{self, Present};
 use crate::events::EventError;
 use crate::generation::{self, Generation};
 use crate::kvm::{Buses, Cpu, CpuThread, Ending, Hypervisor, KvmError};
-use crate::memory::{self, Backing, MemoryError, PCI_WINDOW};
+use crate::memory::{self, Backing, MemoryError};
 use crate::pci::{self, PciError, Slot};
 use crate::power::{self, Power};
 use crate::seccomp;
@@ -229,7 +229,8 @@ impl Machine {
         let ending = Arc::new(Ending::new().map_err(host("have a descriptor for its end"))?);
         let event = router.pin(EVENT_PIN)?;
         let buses = Buses::default();
-        let root = pci::Root::new(router.clone(), Arc::clone(&buses.memory), memory.clone(), PCI_WINDOW);
+        let windows = memory::windows(&memory.memory(), hypervisor.address_bits()?);
+        let root = pci::Root::new(router.clone(), Arc::clone(&buses.memory), memory.clone(), windows);
         // From here on every way out stops the devices.
         let bus = Devices(root);
         ports(&buses.ports, &bus.0, &ending)?;
