@@ -76,6 +76,7 @@ pub(super) fn machine(
         shared_fs,
         disks,
         nics,
+        host_devices: Vec::new(),
     };
     match descriptors.fit() {
         true => Ok((machine, descriptors)),

@@ -3,11 +3,14 @@
 //! ```text
 //!   /dev/kvm ──▶ Hypervisor ── memory slots, APICs
 //!                   ├──▶ Router   irqfd, ioeventfd, the table of interrupts     (crate::events::Events)
+//!                   ├──▶ Lending  pages and groups of devices of the host
 //!                   └──▶ Cpu      registers at boot, the loop of exits, one thread each
 //! ```
 
 mod cpu;
 mod cpuid;
+#[cfg(feature = "vfio")]
+mod lending;
 mod router;
 mod state;
 
@@ -23,6 +26,8 @@ use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub use cpu::{Buses, Cpu, CpuThread, End, Ending, State};
+#[cfg(feature = "vfio")]
+pub use lending::Lending;
 pub use router::Router;
 pub use state::{ControllerState, CpuState, Processor};
 
@@ -165,6 +170,12 @@ impl Hypervisor {
     /// Interrupts and doorbells of this machine.
     pub fn router(&self) -> Arc<Router> {
         Arc::new(Router::new(Arc::clone(&self.machine)))
+    }
+
+    /// What is for devices of the host.
+    #[cfg(feature = "vfio")]
+    pub fn lending(&self) -> Arc<Lending> {
+        Arc::new(Lending::new(Arc::clone(&self.machine)))
     }
 
     /// What processor its CPUs are.
