@@ -292,6 +292,7 @@ impl Vm for FakeVm {
             hotplug_memory: hotplug,
             hotplug_block: hotplug,
             hotplug_network: hotplug,
+            host_devices: false,
             snapshot: !lock(&self.0.script).no_snapshot,
         }
     }

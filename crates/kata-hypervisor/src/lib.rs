@@ -10,6 +10,7 @@
 //!                      ├─ host      what this machine can run, and the choice that follows from it
 //!                      ├─ life      the processes of one machine until their end, and why they ended
 //!                      ├─ files     what a VMM is given as open descriptors
+//!                      ├─ host_devices  PCI devices of the host that a guest has for itself
 //!                      ├─ rest      what the drivers over HTTP have in common
 //!                      ├─ slots     which device is plugged in where
 //!                      ├─ process   the one way a child is started, watched, ended and recorded
@@ -25,6 +26,7 @@ pub mod fake;
 mod files;
 mod firecracker;
 pub mod host;
+mod host_devices;
 mod life;
 pub mod process;
 mod qemu;
@@ -35,6 +37,7 @@ mod vsock;
 
 pub use builtin::BuiltinError;
 pub use host::{Choice, DriverKind, Host};
+pub use host_devices::{HostDevice, HostDeviceError};
 pub use qemu::qmp::QmpError;
 pub use rest::ApiError;
 pub use vm::{

@@ -7,13 +7,14 @@ use crate::{Capabilities, Machine, Vm};
 /// A row of the table in the docs, and the answer that it is about.
 type Row = (&'static str, fn(&Capabilities) -> bool);
 
-const ROWS: [Row; 7] = [
+const ROWS: [Row; 8] = [
     ("files shared with the guest (`shared_fs`)", |can| can.shared_fs),
     ("pause and resume", |can| can.pause),
     ("disks added while it runs", |can| can.hotplug_block),
     ("network interfaces added while it runs", |can| can.hotplug_network),
     ("virtual CPUs added while it runs", |can| can.hotplug_cpu),
     ("memory added while it runs", |can| can.hotplug_memory),
+    ("PCI devices of the host, from the start and added while it runs", |can| can.host_devices),
     ("started from a [template](factory.md)", |can| can.snapshot),
 ];
 

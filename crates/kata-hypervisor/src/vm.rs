@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::HypervisorError;
 
+use crate::host_devices::HostDevice;
 use crate::process::{Exit, Identity, Record};
 
 /// How the guest's instructions are run.
@@ -185,6 +186,8 @@ pub struct VmSpec {
     pub shared_fs: Option<SharedFs>,
     /// Network interfaces that the machine starts with.
     pub nics: Vec<Nic>,
+    /// PCI devices of the host that it starts with. Needs [`Capabilities::host_devices`].
+    pub host_devices: Vec<HostDevice>,
     /// Bounds on each disk, those that are added later included.
     pub disk_limits: DiskLimits,
     /// Who the VMM and the vsock back end run as. Anyone but root runs without capabilities.
@@ -232,6 +235,14 @@ impl VmSpec {
         match &self.template {
             None => Ok(()),
             Some(_) => Err(HypervisorError::unsupported("starting from a template", driver, BUILTIN_HAS)),
+        }
+    }
+
+    /// What a `driver` that gives no device of the host away does not start.
+    pub(crate) fn check_own_devices(&self, driver: &str) -> Result<(), HypervisorError> {
+        match self.host_devices.is_empty() {
+            true => Ok(()),
+            false => Err(HypervisorError::unsupported(HOST_DEVICES, driver, BUILTIN_HAS)),
         }
     }
 
@@ -309,7 +320,9 @@ pub struct Layout {
     pub vcpu_threads: Vec<u32>,
 }
 
-/// What to do where a driver has no templates.
+/// What only one driver does.
+const HOST_DEVICES: &str = "giving a guest a device of the host";
+/// What to do where a driver cannot do what that one can.
 const BUILTIN_HAS: &str = "set runtime.hypervisor_name to \"builtin\"";
 
 /// What a driver can do on the machine it was asked for. Everything not listed as `true` answers
@@ -328,6 +341,8 @@ pub struct Capabilities {
     pub hotplug_block: bool,
     /// Network interfaces can be added to a running machine.
     pub hotplug_network: bool,
+    /// PCI devices of the host can be given to a machine, before its start and while it runs.
+    pub host_devices: bool,
     /// A running machine's state can be written to files and started from there.
     pub snapshot: bool,
 }
@@ -455,6 +470,13 @@ pub trait Vm: Send + Sync {
 
     /// Adds a network interface to the running machine, in all else like [`Vm::add_disk`].
     async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError>;
+
+    /// Gives the running machine a PCI device of the host, in all else like [`Vm::add_disk`]. All memory that the guest can have is
+    /// taken from the host then, and stays taken.
+    async fn add_host_device(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
+        drop(device);
+        Err(HypervisorError::unsupported(HOST_DEVICES, "this virtual machine monitor", BUILTIN_HAS))
+    }
 
     /// Takes a device away that was added, once the guest has let go of it. After an error it can be tried again.
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError>;

@@ -50,8 +50,10 @@ pub enum Command {
     AddDisk(DiskSpec),
     /// Adds a network interface.
     AddNic(NicSpec),
+    /// Adds a device of the host.
+    AddHostDevice(HostDeviceSpec),
     /// Writes the paused machine into two empty files, and leaves it paused. Not for a machine that has memory, processors or
-    /// devices which came while it ran.
+    /// devices which came while it ran, or devices of the host.
     Snapshot(SnapshotSpec),
     /// Takes a device away; answered when the guest has let go of it.
     RemoveDevice {
@@ -95,6 +97,9 @@ pub struct MachineSpec {
     /// Network interfaces that it starts with, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<NicSpec>,
+    /// Devices of the host that it starts with, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_devices: Vec<HostDeviceSpec>,
 }
 
 /// What a guest begins with.
@@ -211,6 +216,23 @@ pub struct NicSpec {
     /// `/dev/vhost-net`, a descriptor a queue pair; without them this process carries the packets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vhost: Vec<Descriptor>,
+}
+
+/// A PCI device of the host, which is bound to `vfio-pci`. From the first one on all memory that the machine can have is pinned: the
+/// process's limit of locked memory (`RLIMIT_MEMLOCK`) has to allow that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct HostDeviceSpec {
+    /// Name among the machine's devices.
+    pub id: String,
+    /// Where it is on the host, as in `/sys/bus/pci/devices`: `0000:01:00.0`.
+    pub address: String,
+    /// `/dev/vfio/vfio`, newly opened.
+    pub container: Descriptor,
+    /// `/dev/vfio/GROUP`. Of two devices of one group both have the same open file.
+    pub group: Descriptor,
+    /// Number of its IOMMU group.
+    pub group_number: u32,
 }
 
 /// How large a machine is, or is to be.

@@ -27,6 +27,7 @@ fn every_line_of_the_documentation_is_read_as_it_is_written() {
     assert!(replies > 0);
     let all = [
         "add-disk",
+        "add-host-device",
         "add-nic",
         "boot",
         "create",

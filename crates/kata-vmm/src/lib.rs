@@ -5,6 +5,7 @@
 //!                                ├─ kvm                   CPUs, interrupts, doorbells
 //!                                ├─ snapshot              the machine in files
 //!                                ├─ bus ─▶ pci ─▶ virtio  what the guest reaches, and the threads that serve it
+//!                                │           └──▶ vfio, dma   devices of the host, and the memory that they reach
 //!                                └─ power, serial, generation   the rest of a PC that is left
 //!   around all of it: jail, seccomp
 //! ```
@@ -13,6 +14,7 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod cpus;
+pub mod dma;
 pub mod events;
 pub mod generation;
 pub mod jail;
@@ -25,6 +27,8 @@ pub mod seccomp;
 pub mod serial;
 pub mod server;
 pub mod snapshot;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;

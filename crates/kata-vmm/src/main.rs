@@ -232,6 +232,7 @@ fn boot(args: &BootArgs) -> Result<(), Box<dyn Error>> {
         shared_fs: None,
         disks: Vec::new(),
         nics: Vec::new(),
+        host_devices: Vec::new(),
     };
     let machine = Machine::new(&spec, Descriptors::new(files), Place { kvm: None, sockets: None })?;
     machine.resume()?;

@@ -7,6 +7,7 @@
 //!   0xfee0_0000              local APICs     ┘
 //!   0x1_0000_0000 4 GiB      the rest of the RAM
 //!   the next 2 GiB boundary behind, from 6 GiB on: what a virtio-mem device may give the guest later
+//!   the next 64 GiB boundary behind: window of PCI devices whose BARs have 64 bits, to the end of the processor's addresses
 //! ```
 //!
 //! All RAM is one file in memory, shared: other processes that work on it (vhost-user) map the same file. A machine that starts from
@@ -25,7 +26,7 @@ use vm_memory::{
     GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
-use crate::pci::Window;
+use crate::pci::{HighWindow, Window, Windows};
 use crate::virtio::Memory;
 
 /// End of the RAM below 4 GiB, at most.
@@ -34,6 +35,10 @@ pub const LOW_END: u64 = 0xc000_0000;
 pub const HIGH_BEGIN: u64 = 1 << 32;
 /// Addresses of PCI devices.
 pub const PCI_WINDOW: Window = Window { base: 0xc000_0000, size: 0x1000_0000 };
+/// What the window above all memory is aligned to.
+const HIGH_WINDOW_ALIGN: u64 = 64 << 30;
+/// Most bits of an address there: what page tables of four levels reach, with one bit to spare.
+const HIGH_WINDOW_BITS: u32 = 46;
 /// What later memory is aligned to: the largest units by which Linux takes it.
 const GROWTH_ALIGN: u64 = 2 << 30;
 /// The I/O APIC's registers, which are KVM's.
@@ -203,6 +208,15 @@ pub fn growth(memory: &GuestMemoryMmap) -> Option<(u64, u64)> {
     memory.iter().find(|region| !is_ram(region)).map(|region| (region.start_addr().0, region.len()))
 }
 
+/// Where BARs may be, for a processor whose addresses have so many bits.
+pub fn windows(memory: &GuestMemoryMmap, bits: u32) -> Windows {
+    let end = memory.last_addr().0.max(HIGH_BEGIN) + 1;
+    let base = end.next_multiple_of(HIGH_WINDOW_ALIGN);
+    let most = 1_u64 << bits.min(HIGH_WINDOW_BITS);
+    let size = most.saturating_sub(base);
+    Windows { low: PCI_WINDOW, high: (size > 0).then_some(HighWindow { base, size }) }
+}
+
 /// End of the RAM below the window of PCI devices.
 pub fn low_end(memory: &GuestMemoryMmap) -> u64 {
     size(memory).min(LOW_END)
@@ -253,6 +267,18 @@ mod tests {
             let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
             assert!(blocks * 512 <= LEAST);
         }
+    }
+
+    #[test]
+    fn high_window_lies_behind_all_memory_and_ends_with_the_processor_s_addresses() {
+        let memory = allocate(LEAST, 70 << 30, Backing::default()).unwrap();
+        let memory = memory.memory();
+        let (base, length) = growth(&memory).unwrap();
+        assert_eq!(base + length, 76 << 30);
+        let high = |bits| windows(&memory, bits).high;
+        assert_eq!(high(40), Some(HighWindow { base: 128 << 30, size: (1 << 40) - (128 << 30) }));
+        assert_eq!(high(52), Some(HighWindow { base: 128 << 30, size: (1 << 46) - (128 << 30) }));
+        assert_eq!(high(36), None);
     }
 
     #[test]

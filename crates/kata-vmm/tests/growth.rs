@@ -68,6 +68,7 @@ fn cpus_come_and_memory_comes_and_goes_while_the_guest_runs() {
         shared_fs: None,
         disks: Vec::new(),
         nics: Vec::new(),
+        host_devices: Vec::new(),
     };
     let place = Place { kvm: None, sockets: None };
     let mut machine = Machine::new(&spec, Descriptors::new(files), place).unwrap();

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
@@ -24,6 +25,10 @@ const MACHINE: &str = "q35,memory-backend=ram,vmport=off,smbus=off,sata=off,usb=
 const PROCESSOR: &str = "EPYC,+svm,+npt";
 /// The lab guards nothing, and mitigations cost an emulated processor a tenth of its time. A panic ends the machine.
 const PARAMETERS: &str = "console=ttyS0 mitigations=off no_timer_check panic=-1 reboot=t";
+/// In front of the drive alone: virtio devices go by it. Interrupts are remapped, without which VFIO lends nothing.
+const IOMMU: &str = "intel-iommu,intremap=on,caching-mode=on";
+/// Bytes of the drive.
+const DRIVE: u64 = 16 << 20;
 /// Lines of the console that are kept for an error.
 const CONSOLE_LINES: usize = 30;
 
@@ -65,8 +70,17 @@ impl Machine {
         command.args(["-chardev", &format!("socket,id={PORT},fd={}", number(&qemu_port))]);
         command.args(["-device", "virtio-serial-pci", "-device"]);
         command.arg(format!("virtserialport,chardev={PORT},name={PORT}"));
+        let drive = if options.iommu { Some(drive()?) } else { None };
+        if let Some(drive) = &drive {
+            let number = number(drive);
+            command
+                .args(["-blockdev", &format!("driver=file,node-name=drive,filename=/proc/self/fd/{number}")]);
+            command.args(["-device", "nvme,serial=lab,drive=drive"]);
+        }
         command.stdin(Stdio::null()).stderr(output.try_clone().map_err(socket)?).stdout(output);
-        let qemu = spawn(&mut command, &[&lab.initrd, &root, &sources, &qemu_port])?;
+        let mut inherited: Vec<&dyn AsFd> = vec![&lab.initrd, &root, &sources, &qemu_port];
+        inherited.extend(drive.iter().map(|drive| -> &dyn AsFd { drive }));
+        let qemu = spawn(&mut command, &inherited)?;
         let file_servers = std::mem::take(&mut file_servers.0);
         Ok(Self { qemu, file_servers, port, console: Console::Unread(console) })
     }
@@ -145,6 +159,10 @@ fn machine_options(command: &mut Command, options: &Options) {
     command.args(["-smp", &cpus.to_string(), "-m", &format!("{memory}M")]);
     command.args(["-object", &format!("memory-backend-memfd,id=ram,size={memory}M,share=on")]);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
+    // Before all devices that are to be behind it.
+    if options.iommu {
+        command.args(["-device", IOMMU]);
+    }
     command.args(["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"]);
 }
 
@@ -155,8 +173,16 @@ fn parameters(options: &Options) -> Chores<String> {
         ChoreError::Found(format!("{} cannot be named on a kernel's command line", tree.display()))
     })?;
     let systemd = if options.systemd { SYSTEMD_PARAMETER } else { "" };
+    let iommu = if options.iommu { "intel_iommu=on" } else { "" };
     let quiet = if options.console { "" } else { "quiet" };
-    Ok(format!("{PARAMETERS} {quiet} {TREE_PARAMETER}{path} {systemd}"))
+    Ok(format!("{PARAMETERS} {quiet} {iommu} {TREE_PARAMETER}{path} {systemd}"))
+}
+
+/// An empty drive, in memory.
+fn drive() -> Chores<File> {
+    let file = memfd_create("lab-drive", MemfdFlags::CLOEXEC).map(File::from);
+    let sized = file.map_err(Into::into).and_then(|file| file.set_len(DRIVE).map(|()| file));
+    sized.map_err(|source| ChoreError::Socket { what: "the lab's drive", source })
 }
 
 /// Reads the console to its end, which is the machine's.

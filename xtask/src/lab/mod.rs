@@ -68,6 +68,9 @@ pub enum Lab {
         /// Every test that boots machines: an hour or two.
         #[arg(long)]
         all: bool,
+        /// Give the lab an IOMMU and a drive: for the tests that pass a device of the host on.
+        #[arg(long)]
+        iommu: bool,
         /// Passed on to the test runner, e.g. a part of a test's name; instead of the choice of the lab.
         filter: Vec<String>,
     },
@@ -97,6 +100,9 @@ pub struct Options {
     /// Boot systemd, and run the command as a service.
     #[arg(long)]
     systemd: bool,
+    /// Give it an IOMMU, and a drive behind it that a guest can have for itself.
+    #[arg(long)]
+    iommu: bool,
     /// Show the machine's console, with all that the kernel says, on standard error.
     #[arg(long)]
     console: bool,
@@ -104,7 +110,7 @@ pub struct Options {
 
 /// The short suite, after the others of `make test`.
 pub fn test() -> Chores {
-    match suite::run(false, &[])? {
+    match suite::run(false, false, &[])? {
         0 => Ok(()),
         status => Err(ChoreError::Found(format!("the tests in the lab failed: status {status}"))),
     }
@@ -121,7 +127,7 @@ pub fn run(chore: Lab) -> ExitCode {
         Lab::Build { again } => debian::build(again).map(|_| 0),
         Lab::Run { options, env, command } => prepare().and_then(|lab| lab.run(&options, env, command)),
         Lab::Shell { options } => prepare().and_then(|lab| lab.shell(&options)),
-        Lab::Test { all, filter } => suite::run(all, &filter),
+        Lab::Test { all, iommu, filter } => suite::run(all, iommu, &filter),
         Lab::Bench { runs, kernel } => measure(runs, &kernel),
     };
     let status = result.unwrap_or_else(|error| {
@@ -157,7 +163,7 @@ fn prepare() -> Chores<Prepared> {
 impl Options {
     /// As by default, but for the time.
     fn with_timeout(timeout: u64) -> Self {
-        Self { timeout, cpus: CPUS, memory: MEMORY, systemd: false, console: false }
+        Self { timeout, cpus: CPUS, memory: MEMORY, systemd: false, iommu: false, console: false }
     }
 
     fn patience(&self) -> Duration {

@@ -26,8 +26,8 @@ const AGAIN: usize = 1;
 /// Every test that boots machines or needs a host with controllers.
 const ALL: &str = "package(kata-testkit) & binary(/^vm_/) | package(kata-agent) & binary(=container)";
 
-/// Runs the lab's choice, or all, or what the filter says; answers the runner's status.
-pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
+/// Runs the lab's choice, or all, or what the filter says, in a lab with an IOMMU or without; answers the runner's status.
+pub fn run(all: bool, iommu: bool, filter: &[String]) -> Chores<u8> {
     packages::for_test()?;
     let mut environment = vec!["KATA_TEST_LAB=1".to_owned()];
     for (name, path) in suite::prepare()? {
@@ -41,7 +41,8 @@ pub fn run(all: bool, filter: &[String]) -> Chores<u8> {
     let command = runner(all, filter)?;
     let lab = prepare()?;
     let choice = !all && filter.is_empty();
-    let options = Options::with_timeout(if choice { TIME_OF_CHOICE } else { TIME_OF_ALL });
+    let options =
+        Options { iommu, ..Options::with_timeout(if choice { TIME_OF_CHOICE } else { TIME_OF_ALL }) };
     let report = suite::report(PROFILE);
     if report.exists() {
         std::fs::remove_file(&report).map_err(at("remove", &report))?;

@@ -203,6 +203,7 @@ fn name(command: &Command) -> &'static str {
         Command::Resume => "resume",
         Command::AddDisk(_) => "add-disk",
         Command::AddNic(_) => "add-nic",
+        Command::AddHostDevice(_) => "add-host-device",
         Command::RemoveDevice { .. } => "remove-device",
         Command::Resize(_) => "resize",
         Command::Info => "info",

@@ -23,10 +23,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kata_vmm_api::{Answer, Command, FailureKind, Info, MachineSpec};
 
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+
 pub use client::BuiltinError;
 use client::{Client, Descriptors};
 
 use crate::files::socket_pair;
+use crate::host_devices::{Groups, HostDevice, HostDeviceError};
 use crate::life::{SETTLE, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
@@ -37,6 +40,10 @@ use crate::vsock;
 
 /// Name of the process in logs, errors and the record.
 const NAME: &str = "kata-vmm";
+/// What is done with a device of the host, in errors.
+const HOST_DEVICE: &str = "adding a device of the host";
+/// Why a machine boots a kernel that has a template.
+const NOT_IN_A_TEMPLATE: &str = "devices of the host are in no template";
 /// What this driver calls itself in errors.
 const DRIVER: &str = "the built-in virtual machine monitor";
 /// Hardware virtualisation.
@@ -47,10 +54,14 @@ const CREATE_BOUND: Duration = Duration::from_secs(60);
 const SNAPSHOT_BOUND: Duration = Duration::from_secs(300);
 /// For one command.
 const COMMAND_BOUND: Duration = Duration::from_secs(10);
+/// For all of the guest's memory to be pinned.
+const PIN_BOUND: Duration = Duration::from_secs(120);
 /// For the guest to let go of a device: the VMM's own bound, and some more.
 const REMOVAL_BOUND: Duration = Duration::from_secs(15);
 /// For the guest to take memory: the VMM waits on as long as it gets further.
 const RESIZE_BOUND: Duration = Duration::from_secs(60);
+/// Locked memory of the VMM beside the guest's: rings of kernel and devices.
+const LOCKED_BESIDE: u64 = 64 << 20;
 /// Open files of the VMM: a connection of the guest's takes one.
 const OPEN_FILES: u64 = 16 * 1024;
 
@@ -61,6 +72,10 @@ pub(crate) struct BuiltinVm {
     most: OnceLock<Size>,
     /// What disks that are added are held to.
     disk_limits: OnceLock<DiskLimits>,
+    /// Most memory that it can have, in MiB.
+    most_memory: OnceLock<u64>,
+    /// Groups of the host's devices that it has.
+    groups: Groups,
 }
 
 /// A VMM that runs the guest.
@@ -98,7 +113,13 @@ impl Handle {
 
 impl BuiltinVm {
     pub(crate) fn new() -> Self {
-        Self { vmm: Vmm::default(), most: OnceLock::new(), disk_limits: OnceLock::new() }
+        Self {
+            vmm: Vmm::default(),
+            most: OnceLock::new(),
+            disk_limits: OnceLock::new(),
+            most_memory: OnceLock::new(),
+            groups: Groups::default(),
+        }
     }
 
     /// What it says of itself once it runs a machine that may grow.
@@ -123,8 +144,17 @@ impl BuiltinVm {
         tokio::spawn(async move { life.supervise(subject, vec![console]).await });
 
         let handle = Handle { client: Client::new(api), child };
-        let template = spec.template.take();
-        let (machine, descriptors) = spec::machine(spec, console_end, listener.into())?;
+        let devices = std::mem::take(&mut spec.host_devices);
+        let mut template = spec.template.take();
+        let (mut machine, mut descriptors) = spec::machine(spec, console_end, listener.into())?;
+        if !devices.is_empty() {
+            self.allow_pinning(&handle.child)?;
+            for device in &devices {
+                let ready = self.groups.open(device)?;
+                machine.host_devices.push(spec::host_device(device, ready, &mut descriptors));
+            }
+        }
+        let instead = template.take_if(|_| !devices.is_empty()).map(|_| NOT_IN_A_TEMPLATE);
         let booted = match handle.create(machine, descriptors, template).await {
             Ok(origin) => {
                 let boot = Command::Boot;
@@ -135,7 +165,7 @@ impl BuiltinVm {
         match booted {
             Ok(origin) => {
                 self.vmm.runs(handle);
-                Ok(origin)
+                Ok(instead.map_or(origin, |why| Origin::Instead(why.to_owned())))
             }
             Err(error) => Err(self.explain(error, &program, &handle.child).await),
         }
@@ -188,10 +218,11 @@ impl BuiltinVm {
         id: String,
         command: Command,
         descriptors: Descriptors,
+        bound: Duration,
     ) -> Result<PciPath, HypervisorError> {
-        match self.command(operation, command, descriptors, COMMAND_BOUND).await.map_err(of_device(id))? {
+        match self.command(operation, command, descriptors, bound).await.map_err(of_device(id))? {
             Answer::Slot(slot) => Ok(PciPath(format!("{slot:02x}"))),
-            other => Err(garbled("add-disk or add-nic", &other)),
+            other => Err(garbled("a new device", &other)),
         }
     }
 
@@ -205,6 +236,38 @@ impl BuiltinVm {
                 "set runtime.static_sandbox_resource_mgmt to false",
             )),
         }
+    }
+
+    /// Lets the VMM pin all memory that its guest can have: it has no right to by itself, and only with a device of the host a reason.
+    fn allow_pinning(&self, child: &Child) -> Result<(), HostDeviceError> {
+        let most = self.most_memory.get().copied().unwrap_or(0);
+        let bytes = most.saturating_mul(1 << 20).saturating_add(LOCKED_BESIDE);
+        let enough = |limit: Option<u64>| limit.is_none_or(|limit| limit >= bytes);
+        // What it was started with is this process's own.
+        let own = getrlimit(Resource::Memlock);
+        if enough(own.current) {
+            return Ok(());
+        }
+        let maximum = if enough(own.maximum) { own.maximum } else { Some(bytes) };
+        let limit = Rlimit { current: Some(bytes), maximum };
+        let pid = i32::try_from(child.pid()).ok().and_then(Pid::from_raw);
+        let set =
+            pid.ok_or(rustix::io::Errno::SRCH).and_then(|pid| prlimit(Some(pid), Resource::Memlock, limit));
+        set.map(drop).map_err(|errno| HostDeviceError::Limit { bytes, source: errno.into() })
+    }
+
+    /// Opens what belongs to a device of the host, and gives it to the machine.
+    async fn hand_over(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
+        let ready = self.groups.open(&device)?;
+        let mut descriptors = Descriptors::default();
+        let command = Command::AddHostDevice(spec::host_device(&device, ready, &mut descriptors));
+        let id = device.id.clone();
+        let added = self.plug(HOST_DEVICE, id, command, descriptors, PIN_BOUND).await;
+        // One of that name is there, and keeps its group.
+        if added.as_ref().is_err_and(|error| !matches!(error, HypervisorError::DeviceExists { .. })) {
+            self.groups.release(&device.id);
+        }
+        added
     }
 
     async fn info(&self, operation: &'static str) -> Result<Info, HypervisorError> {
@@ -226,6 +289,7 @@ impl Vm for BuiltinVm {
             pause: true,
             hotplug_block: true,
             hotplug_network: true,
+            host_devices: true,
             snapshot: true,
         }
     }
@@ -234,6 +298,7 @@ impl Vm for BuiltinVm {
         spec.check_on_kvm(DRIVER)?;
         self.vmm.begin()?;
         let _ = self.disk_limits.set(spec.disk_limits);
+        let _ = self.most_memory.set(spec::most(&spec).memory_mib);
         if spec.growth.is_some() {
             let Growth { vcpus, memory_mib, .. } = spec::most(&spec);
             let _ = self.most.set(Size { vcpus, memory_mib });
@@ -241,6 +306,7 @@ impl Vm for BuiltinVm {
         let outcome = self.start(spec, record).await;
         if outcome.is_err() {
             self.vmm.life.abandon().await;
+            self.groups.release_all();
         }
         outcome
     }
@@ -268,7 +334,7 @@ impl Vm for BuiltinVm {
         self.vmm.control(OPERATION)?;
         let limits = self.disk_limits.get().copied().unwrap_or_default();
         let (spec, descriptors) = spec::disk(&disk, limits)?;
-        self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors).await
+        self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors, COMMAND_BOUND).await
     }
 
     async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
@@ -279,13 +345,21 @@ impl Vm for BuiltinVm {
         }
         let id = nic.id.clone();
         let (spec, descriptors) = spec::nic(nic)?;
-        self.plug(OPERATION, id, Command::AddNic(spec), descriptors).await
+        self.plug(OPERATION, id, Command::AddNic(spec), descriptors, COMMAND_BOUND).await
+    }
+
+    async fn add_host_device(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
+        let vmm = self.vmm.control(HOST_DEVICE)?;
+        self.allow_pinning(&vmm.child)?;
+        self.hand_over(device).await
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
         let command = Command::RemoveDevice { id: id.to_owned() };
         let removed = self.command("removing a device", command, Descriptors::default(), REMOVAL_BOUND).await;
-        removed.map(drop).map_err(of_device(id.to_owned()))
+        removed.map(drop).map_err(of_device(id.to_owned()))?;
+        self.groups.release(id);
+        Ok(())
     }
 
     async fn resize(&self, size: Size) -> Result<Layout, HypervisorError> {
@@ -309,6 +383,7 @@ impl Vm for BuiltinVm {
 
     async fn stop(&self) -> Result<(), HypervisorError> {
         self.vmm.life.abandon().await;
+        self.groups.release_all();
         Ok(())
     }
 

@@ -5,12 +5,13 @@ use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 
 use kata_vmm_api::{
-    Descriptor, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec, SnapshotSpec, Start,
-    VsockSpec,
+    Descriptor, DiskSpec, HostDeviceSpec, KernelSpec, MachineSpec, MemorySpec, NicSpec, SharedFsSpec,
+    SnapshotSpec, Start, VsockSpec,
 };
 
 use super::client::Descriptors;
 use crate::files::{DiskFile, open_for};
+use crate::host_devices::{HostDevice, Ready};
 use crate::process::Identity;
 use crate::vm::{Disk, DiskLimits, Growth, HypervisorError, Nic, Template, VmSpec};
 
@@ -80,6 +81,7 @@ pub(super) fn machine(
         shared_fs,
         disks,
         nics,
+        host_devices: Vec::new(),
     };
     match descriptors.fit() {
         true => Ok((machine, descriptors)),
@@ -135,6 +137,21 @@ pub(super) fn nic(nic: Nic) -> Result<(NicSpec, Descriptors), HypervisorError> {
             let reason = "it has more queues than the virtual machine monitor takes";
             Err(HypervisorError::InvalidDevice { id: spec.id, reason })
         }
+    }
+}
+
+/// A device of the host, and its descriptors among the others.
+pub(super) fn host_device(
+    device: &HostDevice,
+    ready: Ready,
+    descriptors: &mut Descriptors,
+) -> HostDeviceSpec {
+    HostDeviceSpec {
+        id: device.id.clone(),
+        address: device.address.clone(),
+        container: descriptors.add(ready.container_file),
+        group: descriptors.add(ready.group_file),
+        group_number: ready.group,
     }
 }
 

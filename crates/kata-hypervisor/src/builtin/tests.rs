@@ -50,6 +50,7 @@ impl Bench {
             vsock: at("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            host_devices: Vec::new(),
             disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),
@@ -229,6 +230,64 @@ async fn device_is_found_by_the_number_of_its_slot() {
     assert!(matches!(command, Command::AddDisk(disk)
         if disk.readonly && disk.id == "data" && disk.requests_per_second == Some(50)));
     assert_eq!(descriptors, 1);
+    vm.stop().await.unwrap();
+}
+
+fn drive() -> HostDevice {
+    HostDevice { id: "drive".to_owned(), address: "0000:01:00.0".to_owned() }
+}
+
+#[tokio::test]
+async fn device_of_the_host_is_handed_over_open_and_its_group_is_free_when_it_is_gone() {
+    let (mut vm, peer, _bench) = running().await;
+    let (groups, host) = crate::host_devices::tests::drive(7);
+    vm.groups = groups;
+    let slot = |id| format!("{{\"id\":{id},\"done\":{{\"slot\":9}}}}\n").into_bytes();
+    let server = tokio::task::spawn_blocking(move || {
+        let added = serve(&peer, slot);
+        serve(&peer, done);
+        serve(&peer, refused(FailureKind::Host));
+        (added, peer)
+    });
+    assert_eq!(vm.hand_over(drive()).await.unwrap(), PciPath("09".to_owned()));
+    assert!(!vm.groups.is_empty(), "its group is not kept");
+    vm.remove_device("drive").await.unwrap();
+    assert!(vm.groups.is_empty(), "its group stays open");
+    let error = vm.hand_over(drive()).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Builtin(_)), "{error}");
+    assert!(vm.groups.is_empty(), "the group of one that was refused stays open");
+    let ((command, descriptors), _peer) = server.await.unwrap();
+    assert!(matches!(command, Command::AddHostDevice(device)
+        if device.address == drive().address && device.group_number == 7
+            && (device.container.0, device.group.0) == (0, 1)));
+    assert_eq!(descriptors, 2);
+    drop(host);
+    let error = vm.hand_over(drive()).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::HostDevice(HostDeviceError::NotFound(_))), "{error}");
+    vm.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn monitor_may_pin_the_most_memory_of_its_guest_or_gets_no_device() {
+    let (vm, _peer, _bench) = running().await;
+    vm.most_memory.set(512).unwrap();
+    let wanted = (512_u64 + 64) << 20;
+    let pinned = vm.allow_pinning(&vm.vmm.control(HOST_DEVICE).unwrap().child);
+    let own = getrlimit(Resource::Memlock);
+    match pinned {
+        // This process may not raise limits.
+        Err(error) => {
+            assert!(matches!(&error, HostDeviceError::Limit { bytes, .. } if *bytes == wanted), "{error}");
+            assert!(own.maximum.is_some_and(|most| most < wanted), "{error}");
+        }
+        Ok(()) if own.current.is_none_or(|limit| limit >= wanted) => {}
+        Ok(()) => {
+            let pid = vm.processes()[0].pid;
+            let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+            let locked = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap();
+            assert!(locked.contains(&wanted.to_string()), "{locked}");
+        }
+    }
     vm.stop().await.unwrap();
 }
 

@@ -303,6 +303,7 @@ impl Vm for CloudHypervisorVm {
             hotplug_memory,
             hotplug_block: true,
             hotplug_network: true,
+            host_devices: false,
             snapshot: false,
         }
     }
@@ -310,6 +311,7 @@ impl Vm for CloudHypervisorVm {
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         spec.check_on_kvm(DRIVER)?;
         spec.check_boots(DRIVER)?;
+        spec.check_own_devices(DRIVER)?;
         spec.check_unlimited(DRIVER)?;
         spec.nics.iter().try_for_each(check_vhost)?;
         self.vmm.begin()?;

@@ -218,6 +218,7 @@ impl Vm for FirecrackerVm {
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         check(&spec)?;
         spec.check_boots(DRIVER)?;
+        spec.check_own_devices(DRIVER)?;
         self.vmm.begin()?;
         let _ = self.size.set(Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib });
         let outcome = self.start(spec, record).await;

@@ -215,6 +215,7 @@ impl Vm for QemuVm {
             hotplug_memory: state.grows.1,
             hotplug_block: plugs,
             hotplug_network: plugs,
+            host_devices: false,
             ..Capabilities::default()
         }
     }
@@ -292,6 +293,7 @@ impl Vm for QemuVm {
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     spec.check()?;
     spec.check_boots("QEMU's driver")?;
+    spec.check_own_devices("QEMU's driver")?;
     match spec {
         VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => Err(HypervisorError::unsupported(
             "growing while it runs",

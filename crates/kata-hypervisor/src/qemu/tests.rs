@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use super::*;
+use crate::host_devices::HostDevice;
 use crate::process::Exit;
 use crate::vm::{Backing, DiskLimits, Machine};
 
@@ -77,6 +78,7 @@ impl Bench {
             vsock: self.dir.path().join("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            host_devices: Vec::new(),
             disk_limits: DiskLimits::default(),
             identity: Identity { uid: NOBODY, gid: NOBODY, groups: Vec::new() },
             seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -203,6 +205,13 @@ async fn missing_qemu_missing_kernel_and_impossible_machine_are_told_apart() {
     let spec = VmSpec { vcpus: 0, ..bench.spec(Machine::Q35, b"") };
     let error = QemuVm::new().boot(spec, &bench.record).await.unwrap_err();
     assert!(matches!(error, HypervisorError::InvalidSpec { .. }));
+
+    let drive = HostDevice { id: "drive".to_owned(), address: "0000:01:00.0".to_owned() };
+    let spec = VmSpec { host_devices: vec![drive.clone()], ..bench.spec(Machine::Q35, b"") };
+    let error = QemuVm::new().boot(spec, &bench.record).await.unwrap_err();
+    assert!(error.to_string().ends_with("set runtime.hypervisor_name to \"builtin\""), "{error}");
+    let error = QemuVm::new().add_host_device(drive).await.unwrap_err();
+    assert!(matches!(error, HypervisorError::Unsupported { .. }), "{error}");
 }
 
 #[tokio::test]

@@ -253,6 +253,7 @@ impl Bench {
             vsock: self.path("kata.hvsock"),
             shared_fs: None,
             nics: Vec::new(),
+            host_devices: Vec::new(),
             identity: Identity { uid: 65_534, gid: 65_534, groups: Vec::new() },
             disk_limits: crate::vm::DiskLimits::default(),
             seccomp_sandbox: String::new(),

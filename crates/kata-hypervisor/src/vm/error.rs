@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::{Quoted, VmExit};
 use crate::builtin::BuiltinError;
+use crate::host_devices::HostDeviceError;
 use crate::process::{Exit, RecordError, SpawnError};
 use crate::qemu::qmp::QmpError;
 use crate::rest::ApiError;
@@ -168,6 +169,9 @@ pub enum HypervisorError {
         /// Its answer, or that there was none.
         reason: String,
     },
+    /// A device of the host.
+    #[error("the device of the host cannot be the guest's")]
+    HostDevice(#[from] HostDeviceError),
     /// The control socket failed.
     #[error("QEMU's control socket failed")]
     Qmp(#[from] QmpError),

@@ -74,6 +74,7 @@ impl Guest {
             vsock: pod.hybrid.clone(),
             shared_fs,
             nics,
+            host_devices: Vec::new(),
             disk_limits: disk_limits(qemu),
             identity: pod.identity.clone(),
             seccomp_sandbox: qemu.seccomp_sandbox.clone(),

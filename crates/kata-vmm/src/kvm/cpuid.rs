@@ -32,6 +32,16 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("say what CPUs it can offer"))
 }
 
+/// How many bits a guest's physical addresses have; the 36 of the oldest processors where it is not said.
+pub fn address_bits(supported: &CpuId) -> u32 {
+    let sizes = supported.as_slice().iter().find(|entry| entry.function == SIZES);
+    // A host that backs fewer than it has says so in the third byte.
+    sizes.map_or(36, |entry| match entry.eax >> 16 & 0xff {
+        0 => entry.eax & 0xff,
+        guest => guest.min(entry.eax & 0xff),
+    })
+}
+
 /// Of a leaf, which bits of EBX are the same whichever CPU is asked; `None` where nothing of it is to be relied on, for it tells which
 /// CPU that was, or is set for each CPU by [`of`].
 pub fn common(leaf: u32) -> Option<u32> {

@@ -3,11 +3,14 @@
 //! ```text
 //!   /dev/kvm ──▶ Hypervisor ── memory slots, APICs
 //!                   ├──▶ Router   irqfd, ioeventfd, the table of interrupts     (crate::events::Events)
+//!                   ├──▶ Lending  pages and groups of devices of the host
 //!                   └──▶ Cpu      registers at boot, the loop of exits, one thread each
 //! ```
 
 mod cpu;
 mod cpuid;
+#[cfg(feature = "vfio")]
+mod lending;
 mod router;
 mod state;
 
@@ -23,6 +26,8 @@ use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 pub use cpu::{Buses, Cpu, CpuThread, End, Ending, State};
+#[cfg(feature = "vfio")]
+pub use lending::Lending;
 pub use router::Router;
 pub use state::{ControllerState, CpuState, Processor};
 
@@ -167,9 +172,20 @@ impl Hypervisor {
         Arc::new(Router::new(Arc::clone(&self.machine)))
     }
 
+    /// What is for devices of the host.
+    #[cfg(feature = "vfio")]
+    pub fn lending(&self) -> Arc<Lending> {
+        Arc::new(Lending::new(Arc::clone(&self.machine)))
+    }
+
     /// What processor its CPUs are.
     pub fn processor(&self) -> Result<Processor, KvmError> {
         Processor::of(&self.kvm)
+    }
+
+    /// How many bits physical addresses of the guest have.
+    pub fn address_bits(&self) -> Result<u32, KvmError> {
+        Ok(cpuid::address_bits(&cpuid::supported(&self.kvm)?))
     }
 
     /// Its interrupt controllers and clock, for a snapshot; all CPUs stand still.

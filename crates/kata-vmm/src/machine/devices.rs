@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use super::{Descriptors, MachineError};
 use crate::chain;
+use crate::dma::Dma;
 use crate::kvm::Ending;
 use crate::memory::Backing;
 use crate::virtio::balloon::Balloon;
@@ -36,6 +37,10 @@ pub enum DeviceError {
     /// A network interface.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A device of the host.
+    #[cfg(feature = "vfio")]
+    #[error(transparent)]
+    Host(#[from] crate::vfio::VfioError),
     /// The share.
     #[error(transparent)]
     SharedFs(#[from] SharedFsError),
@@ -67,12 +72,13 @@ pub(super) fn all(
     files: &mut Descriptors,
     sockets: Option<&Path>,
     ending: &Arc<Ending>,
+    dma: &Dma,
 ) -> Result<Vec<Named>, MachineError> {
     let mut all: Vec<Named> = Vec::new();
     let mut add = |id: &str, device| all.push((id.to_owned(), device));
     add(RNG, Box::new(Rng::new().map_err(|e| failed(RNG, e))?));
     if spec.memory.reporting {
-        add(BALLOON, Box::new(Balloon::new().map_err(|e| failed(BALLOON, e))?));
+        add(BALLOON, Box::new(Balloon::new(dma.clone()).map_err(|e| failed(BALLOON, e))?));
     }
     if let Some(wanted) = &spec.vsock {
         add(VSOCK, vsock(wanted, files, sockets)?);
@@ -94,9 +100,10 @@ pub(super) fn growth(
     base: u64,
     size: u64,
     backing: Backing,
+    dma: Dma,
 ) -> Result<(Growth, Box<dyn Device>), MachineError> {
     let populate = backing.prealloc || backing.hugepages;
-    let (device, growth) = Mem::new(base, size, populate).map_err(|e| failed(GROWTH, e))?;
+    let (device, growth) = Mem::new(base, size, populate, dma).map_err(|e| failed(GROWTH, e))?;
     Ok((growth, Box::new(device)))
 }
 

@@ -10,6 +10,7 @@
 
 mod devices;
 mod monitor;
+mod passing;
 mod snapshot;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kata_vmm_api::{Descriptor, DiskSpec, MachineSpec, NicSpec, Size, Start};
+use kata_vmm_api::{Descriptor, DiskSpec, HostDeviceSpec, MachineSpec, NicSpec, Size, Start};
 use thiserror::Error;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -30,10 +31,11 @@ use crate::boot::BootError;
 use crate::bus::{Bus, BusError, Device};
 use crate::chain;
 use crate::cpus::{self, Present};
+use crate::dma::Dma;
 use crate::events::EventError;
 use crate::generation::{self, Generation};
 use crate::kvm::{Buses, Cpu, CpuThread, Ending, Hypervisor, KvmError};
-use crate::memory::{self, Backing, MemoryError, PCI_WINDOW};
+use crate::memory::{self, Backing, MemoryError};
 use crate::pci::{self, PciError, Slot};
 use crate::power::{self, Power};
 use crate::seccomp;
@@ -44,6 +46,7 @@ use crate::virtio::{self, Memory};
 
 use devices::DeviceError;
 pub use monitor::Vmm;
+use passing::Passing;
 use snapshot::Origin;
 
 /// How long the guest may take to let go of a device.
@@ -54,6 +57,8 @@ const GROWTH_BOUND: Duration = Duration::from_secs(5);
 const GROWTH_LOOK: Duration = Duration::from_millis(2);
 /// How often it is looked whether the machine has ended meanwhile.
 const LOOK: Duration = Duration::from_millis(100);
+/// What is done when there is one.
+const NEW_DEVICE: &str = "tell the guest of a new device";
 /// Longest name of a device, in bytes.
 const LONGEST_ID: usize = 64;
 
@@ -198,6 +203,8 @@ pub struct Machine {
     /// Memory that it can have later.
     growth: Option<Growth>,
     memory: Memory,
+    /// What takes devices of the host.
+    passing: Passing,
     event: EventFd,
     ending: Arc<Ending>,
 }
@@ -229,7 +236,8 @@ impl Machine {
         let ending = Arc::new(Ending::new().map_err(host("have a descriptor for its end"))?);
         let event = router.pin(EVENT_PIN)?;
         let buses = Buses::default();
-        let root = pci::Root::new(router.clone(), Arc::clone(&buses.memory), memory.clone(), PCI_WINDOW);
+        let windows = memory::windows(&memory.memory(), hypervisor.address_bits()?);
+        let root = pci::Root::new(router.clone(), Arc::clone(&buses.memory), memory.clone(), windows);
         // From here on every way out stops the devices.
         let bus = Devices(root);
         ports(&buses.ports, &bus.0, &ending)?;
@@ -240,15 +248,22 @@ impl Machine {
         if let Some(port) = &serial {
             buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), port.clone())?;
         }
-        let ready = devices::all(spec, &mut files, place.sockets.as_deref(), &ending)?;
+        let dma = Dma::new(memory.clone());
+        let passing = Passing::new(&hypervisor, dma.clone());
+        let ready = devices::all(spec, &mut files, place.sockets.as_deref(), &ending, &dma)?;
+        let take = |spec: &HostDeviceSpec| Ok((spec.id.clone(), passing.take(spec, &mut files)?));
+        let passed = spec.host_devices.iter().map(take).collect::<Result<Vec<_>, MachineError>>()?;
         files.finish()?;
         let (growth, grows) = match memory::growth(&memory.memory()) {
-            Some((base, size)) => Some(devices::growth(base, size, backing)?).unzip(),
+            Some((base, size)) => Some(devices::growth(base, size, backing, dma)?).unzip(),
             None => (None, None),
         };
         let grows = grows.map(|device| (devices::GROWTH.to_owned(), device));
         for (id, device) in ready.into_iter().chain(grows) {
             bus.0.attach(&id, device)?;
+        }
+        for (id, device) in passed {
+            bus.0.attach_passed(&id, device)?;
         }
         let present = Arc::new(Present::new(spec.cpus));
         buses.ports.insert(cpus::PORT.into(), cpus::PORTS.into(), present.clone())?;
@@ -266,6 +281,7 @@ impl Machine {
             serial,
             growth,
             memory,
+            passing,
             event,
             ending,
         };
@@ -364,10 +380,24 @@ impl Machine {
         self.plug(&spec.id, device)
     }
 
+    /// Adds a device of the host while the guest runs.
+    pub fn add_host_device(
+        &self,
+        spec: &HostDeviceSpec,
+        mut files: Descriptors,
+    ) -> Result<Slot, MachineError> {
+        check_id(&spec.id)?;
+        let device = self.passing.take(spec, &mut files)?;
+        files.finish()?;
+        let slot = self.bus.0.plug_passed(&spec.id, device)?;
+        self.tell(NEW_DEVICE)?;
+        Ok(slot)
+    }
+
     fn plug(&self, id: &str, device: Box<dyn virtio::Device>) -> Result<Slot, MachineError> {
         check_id(id)?;
         let slot = self.bus.0.plug(id, device)?;
-        self.tell("tell the guest of a new device")?;
+        self.tell(NEW_DEVICE)?;
         Ok(slot)
     }
 
@@ -436,6 +466,7 @@ fn check(spec: &MachineSpec) -> Result<(), MachineError> {
         .iter()
         .map(|disk| &disk.id)
         .chain(spec.nics.iter().map(|nic| &nic.id))
+        .chain(spec.host_devices.iter().map(|device| &device.id))
         .try_for_each(|id| check_id(id))
 }
 

@@ -84,7 +84,11 @@ impl Monitor for Vmm {
         let live = &[State::Created, State::Running, State::Paused];
         if !matches!(
             command,
-            Command::Create(_) | Command::AddDisk(_) | Command::AddNic(_) | Command::Snapshot(_)
+            Command::Create(_)
+                | Command::AddDisk(_)
+                | Command::AddNic(_)
+                | Command::AddHostDevice(_)
+                | Command::Snapshot(_)
         ) {
             files.finish().map_err(|e| failure(&e))?;
         }
@@ -103,6 +107,10 @@ impl Monitor for Vmm {
             }
             Command::AddNic(spec) => {
                 self.machine("add-nic", running)?.add_nic(&spec, files).map(slot).map_err(|e| failure(&e))
+            }
+            Command::AddHostDevice(spec) => {
+                let machine = self.machine("add-host-device", running)?;
+                machine.add_host_device(&spec, files).map(slot).map_err(|e| failure(&e))
             }
             Command::RemoveDevice { id } => {
                 self.machine("remove-device", running)?.remove(&id).map_err(|e| failure(&e))?;
@@ -162,7 +170,9 @@ fn failure(error: &MachineError) -> Failure {
         | MachineError::Unsupported { .. } => FailureKind::Unsupported,
         MachineError::Pci(PciError::Exists { .. }) => FailureKind::Exists,
         MachineError::Pci(PciError::NotFound { .. }) => FailureKind::NotFound,
-        MachineError::Pci(PciError::Full | PciError::Window { .. }) => FailureKind::Full,
+        MachineError::Pci(PciError::Full | PciError::Window { .. } | PciError::NoRoom { .. }) => {
+            FailureKind::Full
+        }
         MachineError::Held { .. } => FailureKind::Held,
         _ => FailureKind::Host,
     };

@@ -16,6 +16,7 @@ fn spec() -> MachineSpec {
         shared_fs: None,
         disks: Vec::new(),
         nics: Vec::new(),
+        host_devices: Vec::new(),
     }
 }
 
@@ -37,6 +38,13 @@ fn machine_that_makes_no_sense_is_refused_before_anything_is_touched() {
         bytes_per_second: None,
         requests_per_second: None,
     };
+    let drive = |id: &str| HostDeviceSpec {
+        id: id.to_owned(),
+        address: "0000:01:00.0".to_owned(),
+        container: Descriptor(0),
+        group: Descriptor(1),
+        group_number: 1,
+    };
     let wrong = [
         MachineSpec { cpus: 0, ..spec() },
         MachineSpec { max_cpus: 0, ..spec() },
@@ -44,6 +52,7 @@ fn machine_that_makes_no_sense_is_refused_before_anything_is_touched() {
         MachineSpec { disks: vec![disk("")], ..spec() },
         MachineSpec { disks: vec![disk("../x")], ..spec() },
         MachineSpec { disks: vec![disk("vsock")], ..spec() },
+        MachineSpec { host_devices: vec![drive("rng")], ..spec() },
     ];
     for spec in wrong {
         let (kind, message) = refusal(Command::Create(Box::new(spec)), Vec::new());

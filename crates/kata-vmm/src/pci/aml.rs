@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Device (\_SB.PCI0)
-//!     _CRS      bus 0, the configuration ports, the window
+//!     _CRS      bus 0, the configuration ports, the windows
 //!     CAME, LEAV, EJCT   the hot-plug registers
 //!     PCNT ()   for each slot: Notify (Sxx, 1) if it has a new device, Notify (Sxx, 3) if its device is to go
 //!     Device (Sxx)  _ADR, _SUN, _EJ0 for each of the slots 1 to 31
@@ -16,20 +16,24 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use super::ports::{CONFIGURATION_PORT, CONFIGURATION_PORTS, HOTPLUG_PORT, HOTPLUG_PORTS};
-use super::{SLOTS, Window};
+use super::{SLOTS, Windows};
 
 /// Device check, and request to eject (ACPI 6.5, table 5.218).
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
 
 /// The device `\_SB.PCI0`.
-pub fn root(window: Window) -> Vec<u8> {
+pub fn root(windows: Windows) -> Vec<u8> {
     let ports = u8::try_from(CONFIGURATION_PORTS).unwrap_or(u8::MAX);
     let buses = AddressSpace::<u16>::new_bus_number(0, 0);
     let ports = IO::new(CONFIGURATION_PORT, CONFIGURATION_PORT, 1, ports);
     let uncached = AddressSpaceCacheable::NotCacheable;
-    let window = AddressSpace::<u32>::new_memory(uncached, true, window.base, window.last(), None);
-    let resources = ResourceTemplate::new(vec![&buses, &ports, &window]);
+    let Windows { low, high } = windows;
+    let low = AddressSpace::<u32>::new_memory(uncached, true, low.base, low.last(), None);
+    let high = high.map(|high| AddressSpace::<u64>::new_memory(uncached, true, high.base, high.last(), None));
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &ports, &low];
+    resources.extend(high.iter().map(|high| -> &dyn Aml { high }));
+    let resources = ResourceTemplate::new(resources);
     let slots: Vec<Bytes> = (1..SLOTS).map(slot).collect();
     let scan = Bytes(scan());
     let registers = Field::new(
@@ -104,6 +108,7 @@ fn scan() -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{HighWindow, Window};
     use super::*;
 
     fn find(bytes: &[u8], part: &[u8]) -> usize {
@@ -112,9 +117,13 @@ mod tests {
 
     #[test]
     fn window_and_every_slot_are_told() {
-        let bytes = root(Window { base: 0xc000_0000, size: 0x1000_0000 });
+        let low = Window { base: 0xc000_0000, size: 0x1000_0000 };
+        let high = Some(HighWindow { base: 0x40_0000_0000, size: 0x10_0000_0000 });
+        let bytes = root(Windows { low, high });
         let window: Vec<u8> = [0xc000_0000u32, 0xcfff_ffff, 0, 0x1000_0000].map(u32::to_le_bytes).concat();
         assert_eq!(find(&bytes, &window), 1);
+        let window = [0x40_0000_0000u64, 0x4f_ffff_ffff, 0, 0x10_0000_0000].map(u64::to_le_bytes).concat();
+        assert_eq!((find(&bytes, &window), find(&root(low.into()), &window)), (1, 0));
         assert_eq!(find(&bytes, b"_EJ0"), usize::from(SLOTS) - 1);
         for slot in 1..SLOTS {
             // Its device, and a notification of each kind.

@@ -1,8 +1,8 @@
-//! The configuration space of a function: header of type 0 with one memory BAR, and a list of capabilities (PCI 3.0, section 6).
+//! The configuration space of a function: header of type 0 with memory BARs, and a list of capabilities (PCI 3.0, section 6).
 //!
 //! ```text
 //!   0x00 vendor, device, command, status, revision, class      read-only but for three bits of the command
-//!   0x10 BAR 0: 32 bits, memory, not prefetchable              writable above its size
+//!   0x10 BARs: memory, of 32 or 64 bits                        writable above their size
 //!   0x2c subsystem           0x34 first capability             0x3c interrupt line: for the guest to remember
 //!   0x40 capabilities, one after another
 //! ```
@@ -47,6 +47,26 @@ pub struct Identity {
     pub subsystem: (u16, u16),
 }
 
+/// A memory BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// Number of its register, the first of two where it is wide: 0 to 5.
+    pub register: usize,
+    /// Bytes, a power of two from 16.
+    pub size: u64,
+    /// Its address has 64 bits, and two registers.
+    pub wide: bool,
+    /// Reading changes nothing.
+    pub prefetchable: bool,
+}
+
+impl Bar {
+    /// Where its register is.
+    fn offset(self) -> usize {
+        BAR + 4 * self.register
+    }
+}
+
 /// A configuration space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Configuration {
@@ -81,18 +101,36 @@ impl Configuration {
         space
     }
 
-    /// Gives it BAR 0 of `size` bytes, a power of two from 16, first at `base`.
-    pub fn set_bar(&mut self, size: u32, base: u32) {
-        let address = !(size.max(16).next_power_of_two() - 1);
-        self.place(BAR, &(base & address).to_le_bytes());
-        self.open(BAR, &address.to_le_bytes());
+    /// Gives it a BAR, first at `base`.
+    pub fn set_bar(&mut self, bar: Bar, base: u64) {
+        let address = !(bar.size.max(16) - 1);
+        let kind = u32::from(bar.wide) << 2 | u32::from(bar.prefetchable) << 3;
+        let ([low, high], [low_mask, high_mask]) = (halves(base & address), halves(address));
+        self.place(bar.offset(), &(low | kind).to_le_bytes());
+        self.open(bar.offset(), &low_mask.to_le_bytes());
+        if bar.wide {
+            self.place(bar.offset() + 4, &high.to_le_bytes());
+            self.open(bar.offset() + 4, &high_mask.to_le_bytes());
+        }
     }
 
     /// Adds a capability: its body comes after identifier and link, and so do the bits of it that a guest can write. Answers its
     /// offset.
     pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Result<usize, PciError> {
         let at = self.free;
-        let end = at + 2 + body.len();
+        self.put_capability(at, id, body, writable)?;
+        Ok(at)
+    }
+
+    /// The same at an offset of the caller's choice, behind all others in the list.
+    pub fn put_capability(
+        &mut self,
+        at: usize,
+        id: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> Result<(), PciError> {
+        let end = at.saturating_add(2 + body.len());
         let link = u8::try_from(at).ok().filter(|_| end <= SIZE && writable.len() <= body.len());
         let link = link.ok_or(PciError::Capabilities)?;
         self.place(STATUS, &HAS_CAPABILITIES.to_le_bytes());
@@ -101,8 +139,8 @@ impl Configuration {
         self.place(at + 2, body);
         self.open(at + 2, writable);
         self.link = at + 1;
-        self.free = end.next_multiple_of(4);
-        Ok(at)
+        self.free = self.free.max(end.next_multiple_of(4));
+        Ok(())
     }
 
     /// Reads what there is at an offset; beyond the end `into` stays as it is.
@@ -168,14 +206,32 @@ impl Configuration {
         u32::from_le_bytes(bytes)
     }
 
-    /// Where the guest wants BAR 0 to answer now.
-    pub fn decoded(&self) -> Option<u32> {
-        (self.word(COMMAND) & MEMORY != 0).then(|| self.double(BAR))
+    /// Where the guest wants a BAR to answer now.
+    pub fn decoded(&self, bar: Bar) -> Option<u64> {
+        let high = if bar.wide { self.double(bar.offset() + 4) } else { 0 };
+        let base = u64::from(high) << 32 | u64::from(self.double(bar.offset()) & !0xf);
+        (self.word(COMMAND) & MEMORY != 0).then_some(base)
     }
+
+    /// Whether the guest lets the function reach memory by itself.
+    pub fn is_master(&self) -> bool {
+        self.word(COMMAND) & MASTER != 0
+    }
+
+    /// Takes the guest's commands back, as a reset does.
+    pub fn clear_command(&mut self) {
+        self.place(COMMAND, &[0; 2]);
+    }
+}
+
+fn halves(value: u64) -> [u32; 2] {
+    [value, value >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0))
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn space() -> Configuration {
@@ -187,9 +243,11 @@ mod tests {
             subsystem: (0x1af4, 0x40),
         };
         let mut space = Configuration::new(identity);
-        space.set_bar(0x8000, 0xc000_8000);
+        space.set_bar(FIRST, 0xc000_8000);
         space
     }
+
+    const FIRST: Bar = Bar { register: 0, size: 0x8000, wide: false, prefetchable: false };
 
     #[test]
     fn identity_is_where_the_specification_has_it_and_cannot_be_written() {
@@ -210,12 +268,36 @@ mod tests {
         space.write(BAR, &u32::MAX.to_le_bytes());
         assert_eq!(!space.double(BAR) + 1, 0x8000);
         space.write(BAR, &0xc123_ffff_u32.to_le_bytes());
-        assert_eq!(space.decoded(), None);
+        assert_eq!(space.decoded(FIRST), None);
         space.write(COMMAND, &MEMORY.to_le_bytes());
-        assert_eq!(space.decoded(), Some(0xc123_8000));
+        assert_eq!(space.decoded(FIRST), Some(0xc123_8000));
         // Other BARs are not there.
         space.write(BAR + 4, &u32::MAX.to_le_bytes());
         assert_eq!(space.double(BAR + 4), 0);
+    }
+
+    proptest! {
+        /// As guests ask: all ones into the registers, and what stays says how large it is.
+        #[test]
+        fn bar_of_any_size_tells_it_and_answers_only_at_its_multiples(
+            register in 0usize..5, order in 4u32..50, prefetchable: bool, base: u64
+        ) {
+            let bar = Bar { register, size: 1 << order, wide: order > 30, prefetchable };
+            let mut space = space();
+            space.set_bar(bar, 0);
+            space.write(COMMAND, &MEMORY.to_le_bytes());
+            space.write(bar.offset(), &[0xff; 4]);
+            let high = if bar.wide { space.write(bar.offset() + 4, &[0xff; 4]); space.double(bar.offset() + 4) } else { u32::MAX };
+            let low = space.double(bar.offset());
+            prop_assert_eq!(low & 0xf, u32::from(bar.wide) << 2 | u32::from(prefetchable) << 3);
+            let mask = u64::from(high) << 32 | u64::from(low & !0xf);
+            prop_assert_eq!((!mask).wrapping_add(1), bar.size);
+
+            let [low, high] = halves(base);
+            space.write(bar.offset(), &low.to_le_bytes());
+            let whole = if bar.wide { space.write(bar.offset() + 4, &high.to_le_bytes()); base } else { low.into() };
+            prop_assert_eq!(space.decoded(bar), Some(whole & !(bar.size - 1)));
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::guest::{COMMON, DOORBELLS, Guest, MEMORY, WINDOW};
 use super::virtio::BAR_SIZE;
 use super::{SLOTS, Slot};
+use crate::dma::Dma;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::rng::Rng;
 
@@ -79,7 +80,7 @@ fn plug(guest: &Guest, which: usize) {
     // It is refused while there is one.
     let _ = match id {
         "rng" => guest.root.plug(id, Box::new(Rng::new().expect("a device"))),
-        _ => guest.root.plug(id, Box::new(Balloon::new().expect("a device"))),
+        _ => guest.root.plug(id, Box::new(Balloon::new(Dma::new(guest.memory.clone())).expect("a device"))),
     };
 }
 

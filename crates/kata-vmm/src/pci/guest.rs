@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Root, Window};
+use super::{HighWindow, Root, Window, Windows};
 use crate::bus::{Bus, Device};
 use crate::events::{EventError, Events, Line, Msi};
 use crate::virtio::Memory;
@@ -24,6 +24,8 @@ use crate::virtio::Memory;
 pub const MEMORY: usize = 0x10_0000;
 /// Where BARs may be.
 pub const WINDOW: Window = Window { base: 0xc000_0000, size: 0x20_0000 };
+/// Where wide ones may be, too.
+pub const HIGH: HighWindow = HighWindow { base: 0x10_0000_0000, size: 0x10_0000_0000 };
 /// Offsets of the parts of a BAR.
 pub const COMMON: u32 = 0;
 pub const STATUS: u32 = 0x1000;
@@ -128,7 +130,8 @@ impl Guest {
         let events = Arc::new(Recorder::default());
         let bus = Arc::new(Bus::default());
         let memory = Memory::from(Arc::new(memory));
-        let root = Root::new(events.clone(), Arc::clone(&bus), memory.clone(), WINDOW);
+        let windows = Windows { low: WINDOW, high: Some(HIGH) };
+        let root = Root::new(events.clone(), Arc::clone(&bus), memory.clone(), windows);
         let (ports, hotplug) = (root.config_ports(), root.hotplug_block());
         Guest { events, bus, memory, root, ports, hotplug }
     }

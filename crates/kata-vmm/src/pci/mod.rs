@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   0xcf8, 0xcfc ──▶ ports ────────────┐                        ┌─▶ slot 0: host bridge
-//!   hot-plug ports ──────▶ HotPlug ────┼─▶ Root ─ 32 slots ─────┴─▶ virtio::Function ─▶ virtio::Device
-//!   the VMM: attach, plug, unplug ─────┘    └ BARs on the memory bus, in the window ◀── guest's accesses
+//!   hot-plug ports ──────▶ HotPlug ────┼─▶ Root ─ 32 slots ─────┼─▶ virtio::Function ─▶ virtio::Device
+//!   the VMM: attach, plug, unplug ─────┘    │                   └─▶ passed::Function ─▶ passed::Lent, a device of the host
+//!                                           └ BARs on the memory bus, in the windows ◀── guest's accesses
 //! ```
 //!
 //! | Part | What it knows | From |
@@ -12,6 +13,7 @@
 //! | `configuration` | bytes of a configuration space and which of them a guest can change | PCI 3.0, 6.1, 6.7 |
 //! | `msix` | vectors, masks, routes of the hypervisor | PCI 3.0, 6.8.2 |
 //! | [`virtio`] | a virtio device behind a BAR | virtio 1.2, 4.1 |
+//! | [`passed`] | what a guest sees of a device of the host | PCI 3.0, 6; PCI Express 4.0, 7.5 |
 //! | `aml` | what ACPI says of all this, and the methods of hot-plug | ACPI 6.5, 5.6.6, 6.3 |
 //!
 //! There is no firmware: BARs are given out here, before the guest runs, and Linux keeps them or moves them as it likes. Interrupts
@@ -23,11 +25,13 @@
 
 mod aml;
 mod configuration;
+mod function;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod guest;
 mod msix;
+pub mod passed;
 mod ports;
 mod root;
 pub mod virtio;
@@ -37,6 +41,7 @@ use thiserror::Error;
 use crate::events::EventError;
 use crate::virtio::ActivateError;
 
+pub use function::Function;
 pub use ports::{CONFIGURATION_PORT, CONFIGURATION_PORTS, HOTPLUG_PORT, HOTPLUG_PORTS};
 pub use root::{BusState, Departure, Root};
 
@@ -72,6 +77,49 @@ impl Window {
     }
 }
 
+/// Addresses above 4 GiB that wide BARs may have, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HighWindow {
+    /// First address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl HighWindow {
+    /// Last address.
+    pub fn last(self) -> u64 {
+        self.base.saturating_add(self.size.saturating_sub(1))
+    }
+}
+
+/// All addresses that BARs may have. No memory of the guest's is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// For every BAR.
+    pub low: Window,
+    /// For wide ones; none where the processor has no addresses left.
+    pub high: Option<HighWindow>,
+}
+
+impl Windows {
+    /// Whether a whole BAR is in one of them.
+    pub fn hold(self, base: u64, size: u64) -> bool {
+        let within = |first: u64, length: u64| {
+            let end = base.checked_sub(first).and_then(|offset| offset.checked_add(size));
+            end.is_some_and(|end| end <= length)
+        };
+        let Windows { low, high } = self;
+        within(low.base.into(), low.size.into()) || high.is_some_and(|high| within(high.base, high.size))
+    }
+}
+
+impl From<Window> for Windows {
+    fn from(low: Window) -> Windows {
+        Windows { low, high: None }
+    }
+}
+
 /// Why a device does not come, go, stop or go on.
 #[derive(Debug, Error)]
 pub enum PciError {
@@ -96,6 +144,15 @@ pub enum PciError {
         /// Bytes of the window.
         size: u32,
     },
+    /// Neither has room for a BAR of a device of the host.
+    #[error("the windows for PCI devices have no room for a BAR of {size:#x} bytes; remove a device first")]
+    NoRoom {
+        /// Bytes of the BAR.
+        size: u64,
+    },
+    /// A device of the host.
+    #[error(transparent)]
+    Passed(#[from] passed::PassedError),
     /// More queues than there are vectors for.
     #[error("a device of {queues} queues is not possible, the most are {}", virtio::MAX_QUEUES)]
     Queues {

@@ -1,5 +1,5 @@
 //! Message-signalled interrupts of a function: MSI-X table, pending bits, and the lines into the guest behind them (PCI 3.0,
-//! section 6.8.2).
+//! section 6.8.2). MSI has the same vectors without a table.
 //!
 //! ```text
 //!   table entry: address, data, mask ─┐
@@ -145,6 +145,14 @@ impl Msix {
         vector.address = u64::from_le_bytes(low);
         vector.data = u32::from_le_bytes([a, b, c, d]);
         vector.masked = u32::from_le_bytes([m, n, o, p]) & MASKED != 0;
+        vectors.settle(&*self.events);
+    }
+
+    /// Sets a vector up, for a function whose vectors are not in a table: those of MSI (section 6.8.1).
+    pub fn set_vector(&self, vector: usize, msi: Msi, masked: bool) {
+        let mut vectors = self.lock();
+        let Some(vector) = vectors.table.get_mut(vector) else { return };
+        (vector.address, vector.data, vector.masked) = (msi.address, msi.data, masked);
         vectors.settle(&*self.events);
     }
 

@@ -11,9 +11,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::configuration::{Configuration, Identity};
+use super::passed::{self, Lent};
 use super::ports::{HotPlug, Ports};
-use super::virtio::{BAR_SIZE, Function, FunctionState};
-use super::{PciError, SLOTS, Slot, Window, aml};
+use super::virtio::{self, BAR_SIZE, FunctionState};
+use super::{Function, PciError, SLOTS, Slot, Windows, aml};
 use crate::bus::{self, Bus};
 use crate::events::Events;
 use crate::virtio::worker::descriptor;
@@ -28,7 +29,7 @@ pub struct Root {
     events: Arc<dyn Events>,
     bus: Arc<Bus>,
     memory: Memory,
-    window: Window,
+    windows: Windows,
     /// What the configuration mechanism points at.
     pub(super) address: AtomicU32,
     slots: Mutex<Slots>,
@@ -44,9 +45,14 @@ struct Slots {
     leave: u32,
 }
 
+/// A function, and the addresses that it was given.
+type Made = Result<(Arc<dyn Function>, Vec<(u64, u64)>), PciError>;
+
 struct Occupant {
     id: String,
-    function: Arc<Function>,
+    function: Arc<dyn Function>,
+    /// Addresses that its BARs were given, where they are not those of its slot: first and bytes of each.
+    given: Vec<(u64, u64)>,
     /// It came while the guest ran.
     came: bool,
     /// It was asked to leave: written to when it has.
@@ -92,15 +98,21 @@ impl Departure {
 }
 
 impl Root {
-    /// A bus with nothing but a host bridge. BARs are put on `bus`, in `window`; devices work with `memory`.
-    pub fn new(events: Arc<dyn Events>, bus: Arc<Bus>, memory: Memory, window: Window) -> Arc<Root> {
+    /// A bus with nothing but a host bridge. BARs are put on `bus`, in `windows`; devices work with `memory`.
+    pub fn new(
+        events: Arc<dyn Events>,
+        bus: Arc<Bus>,
+        memory: Memory,
+        windows: impl Into<Windows>,
+    ) -> Arc<Root> {
+        let windows = windows.into();
         let slots = Slots {
             bridge: Configuration::new(BRIDGE),
             occupants: std::array::from_fn(|_| None),
             came: 0,
             leave: 0,
         };
-        Arc::new(Root { events, bus, memory, window, address: AtomicU32::new(0), slots: Mutex::new(slots) })
+        Arc::new(Root { events, bus, memory, windows, address: AtomicU32::new(0), slots: Mutex::new(slots) })
     }
 
     /// The configuration mechanism, for [`CONFIGURATION_PORTS`](super::CONFIGURATION_PORTS) from
@@ -114,23 +126,30 @@ impl Root {
         Arc::new(HotPlug(Arc::clone(self)))
     }
 
-    /// What the DSDT says of the bus: the device `\_SB.PCI0` with its window, slots and [`SCAN_METHOD`](super::SCAN_METHOD).
+    /// What the DSDT says of the bus: the device `\_SB.PCI0` with its windows, slots and [`SCAN_METHOD`](super::SCAN_METHOD).
     pub fn aml(&self) -> Vec<u8> {
-        aml::root(self.window)
+        aml::root(self.windows)
     }
 
     /// Puts a device into the first free slot, before the guest runs.
     pub fn attach(&self, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
-        self.put(&mut self.lock(), id, device, false)
+        self.put(&mut self.lock(), id, false, self.virtio(device))
+    }
+
+    /// The same for a device of the host.
+    pub fn attach_passed(&self, id: &str, device: Box<dyn Lent>) -> Result<Slot, PciError> {
+        self.put(&mut self.lock(), id, false, self.passed(device))
     }
 
     /// Puts a device into the first free slot while the guest runs. The guest looks for it when the event is raised that leads to
     /// [`SCAN_METHOD`](super::SCAN_METHOD).
     pub fn plug(&self, id: &str, device: Box<dyn Device>) -> Result<Slot, PciError> {
-        let mut slots = self.lock();
-        let slot = self.put(&mut slots, id, device, true)?;
-        slots.came |= slot.bit();
-        Ok(slot)
+        self.put_running(id, self.virtio(device))
+    }
+
+    /// The same for a device of the host.
+    pub fn plug_passed(&self, id: &str, device: Box<dyn Lent>) -> Result<Slot, PciError> {
+        self.put_running(id, self.passed(device))
     }
 
     /// Asks the guest to let go of a device; it hears of that when the event is raised that leads to
@@ -187,16 +206,17 @@ impl Root {
         for (slot, occupant) in slots.numbered() {
             // Another machine's devices are in one slot after the other.
             let gap = next.replace(slot + 1).is_some_and(|next| next != slot);
-            let what = match occupant {
-                _ if gap => Some("a place before it that another device has left"),
-                Occupant { departure: Some(_), .. } => Some("a device that is to leave"),
-                Occupant { came: true, .. } => Some("a device that came while it ran"),
-                Occupant { function, .. } => function.unsaved(),
+            let state = match occupant {
+                _ if gap => Err("a place before it that another device has left"),
+                Occupant { departure: Some(_), .. } => Err("a device that is to leave"),
+                Occupant { came: true, .. } => Err("a device that came while it ran"),
+                Occupant { function, .. } => function.save(),
             };
-            if let Some(what) = what {
-                return Err(PciError::Unsaved { id: occupant.id.clone(), what });
-            }
-            saved.insert(slot, SlotState { id: occupant.id.clone(), function: occupant.function.save() });
+            let id = occupant.id.clone();
+            match state {
+                Ok(function) => saved.insert(slot, SlotState { id, function }),
+                Err(what) => return Err(PciError::Unsaved { id, what }),
+            };
         }
         let (address, bridge) = (self.address.load(Ordering::SeqCst), slots.bridge.bytes().to_vec());
         Ok(BusState { address, bridge, came: slots.came, slots: saved })
@@ -225,27 +245,70 @@ impl Root {
         Ok(())
     }
 
+    fn put_running(&self, id: &str, make: impl FnOnce(u8, &Slots) -> Made) -> Result<Slot, PciError> {
+        let mut slots = self.lock();
+        let slot = self.put(&mut slots, id, true, make)?;
+        slots.came |= slot.bit();
+        Ok(slot)
+    }
+
     fn put(
         &self,
         slots: &mut Slots,
         id: &str,
-        device: Box<dyn Device>,
         came: bool,
+        make: impl FnOnce(u8, &Slots) -> Made,
     ) -> Result<Slot, PciError> {
         if slots.find(id).is_some() {
             return Err(PciError::Exists { id: id.to_owned() });
         }
-        let free =
-            (1..SLOTS).zip(slots.occupants.iter_mut().skip(1)).find(|(_, occupant)| occupant.is_none());
-        let (slot, place) = free.ok_or(PciError::Full)?;
-        // Each slot has its own BAR at first, so none overlaps.
-        let base = self.window.base.saturating_add(u32::from(slot) * BAR_SIZE);
-        if !self.window.holds(base, BAR_SIZE) {
-            return Err(PciError::Window { size: self.window.size });
+        let free = (1..SLOTS).zip(slots.occupants.iter().skip(1)).find(|(_, occupant)| occupant.is_none());
+        let (slot, _) = free.ok_or(PciError::Full)?;
+        let (function, given) = make(slot, slots)?;
+        if let Some(place) = slots.occupants.get_mut(usize::from(slot)) {
+            *place = Some(Occupant { id: id.to_owned(), function, given, came, departure: None });
         }
-        let function = Function::new(Arc::clone(&self.events), self.memory.clone(), device, base)?;
-        *place = Some(Occupant { id: id.to_owned(), function: Arc::new(function), came, departure: None });
         Ok(Slot(slot))
+    }
+
+    /// How a virtio device becomes a function: each slot has its own BAR at first, so none overlaps.
+    fn virtio(&self, device: Box<dyn Device>) -> impl FnOnce(u8, &Slots) -> Made {
+        move |slot, _| {
+            let low = self.windows.low;
+            let base = low.base.saturating_add(u32::from(slot) * BAR_SIZE);
+            if !low.holds(base, BAR_SIZE) {
+                return Err(PciError::Window { size: low.size });
+            }
+            let function =
+                virtio::Function::new(Arc::clone(&self.events), self.memory.clone(), device, base)?;
+            Ok((Arc::new(function), Vec::new()))
+        }
+    }
+
+    /// How a device of the host becomes one: its BARs are behind those of the slots, where nobody else's is.
+    fn passed(&self, device: Box<dyn Lent>) -> impl FnOnce(u8, &Slots) -> Made {
+        move |_, slots| {
+            let mut given: Vec<_> =
+                slots.occupants().flat_map(|occupant| occupant.given.iter().copied()).collect();
+            let others = given.len();
+            let function = passed::Function::new(&self.events, device, |bar| {
+                let base = self.room(&given, bar.size, bar.wide)?;
+                given.push((base, bar.size));
+                Ok(base)
+            })?;
+            Ok((Arc::new(function), given.split_off(others)))
+        }
+    }
+
+    /// The first place in the windows for a BAR, among those that were given away.
+    fn room(&self, given: &[(u64, u64)], size: u64, wide: bool) -> Result<u64, PciError> {
+        let Windows { low, high } = self.windows;
+        let behind = u64::from(low.base) + u64::from(SLOTS) * u64::from(BAR_SIZE);
+        let low = (behind, u64::from(low.base) + u64::from(low.size));
+        let high = high.filter(|_| wide).map(|high| (high.base, high.base.saturating_add(high.size)));
+        let places = [Some(low), high].into_iter().flatten();
+        let found = places.filter_map(|(first, end)| gap(given, first, end, size)).next();
+        found.ok_or(PciError::NoRoom { size })
     }
 
     pub(super) fn read_configuration(&self, slot: u8, register: usize, into: &mut [u8]) {
@@ -263,7 +326,7 @@ impl Root {
             _ if slot == 0 => slots.bridge.write(register, data),
             Some(Some(occupant)) => {
                 occupant.function.write_configuration(register, data);
-                if occupant.function.place(&self.bus, self.window) {
+                if Arc::clone(&occupant.function).place(&self.bus, self.windows) {
                     self.place_others(&slots);
                 }
             }
@@ -274,7 +337,7 @@ impl Root {
     /// One BAR has moved away: another may have waited for its place.
     fn place_others(&self, slots: &Slots) {
         for occupant in slots.occupants() {
-            occupant.function.place(&self.bus, self.window);
+            Arc::clone(&occupant.function).place(&self.bus, self.windows);
         }
     }
 
@@ -307,6 +370,8 @@ impl Root {
             slots.came &= !slot.bit();
             slots.leave &= !slot.bit();
             function.remove(&self.bus);
+            // Before its owner hears of it: a device of the host is free for others then.
+            drop(function);
             self.place_others(&slots);
             tracing::debug!(id, slot = slot.0, "the guest has let go of a device");
             // It holds only this one, so it cannot overflow.
@@ -331,6 +396,20 @@ impl Slots {
     fn find(&mut self, id: &str) -> Option<(Slot, &mut Occupant)> {
         let slots = (0..SLOTS).zip(&mut self.occupants);
         slots.filter_map(|(slot, o)| Some((Slot(slot), o.as_mut()?))).find(|(_, occupant)| occupant.id == id)
+    }
+}
+
+/// The first multiple of `size` from `first` on of which `size` bytes are before `end` and none is given away.
+fn gap(given: &[(u64, u64)], first: u64, end: u64, size: u64) -> Option<u64> {
+    let mut base = first.checked_next_multiple_of(size)?;
+    loop {
+        let last = base.checked_add(size).filter(|last| *last <= end)?;
+        let taken =
+            given.iter().find(|(other, length)| *other < last && base < other.saturating_add(*length));
+        match taken {
+            None => return Some(base),
+            Some((other, length)) => base = other.checked_add(*length)?.checked_next_multiple_of(size)?,
+        }
     }
 }
 

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Where the BAR answers and which doorbells are watched always follows from the registers: after each access that can change
-//! either, both are compared with what is registered ([`Function::place`]).
+//! either, both are compared with what is registered ([`place`](super::Function::place)).
 
 mod signals;
 mod transport;
@@ -23,14 +23,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::signals::{Signals, SignalsState};
 use self::transport::{Transport, TransportState};
-use super::configuration::{Configuration, Identity};
-use super::{PciError, Window};
+use super::configuration::{Bar, Configuration, Identity};
+use super::{PciError, Windows};
 use crate::bus::{self, Bus};
 use crate::events::Events;
 use crate::virtio::{ActivateError, Device, Memory};
 
 /// Bytes of BAR 0.
 pub const BAR_SIZE: u32 = 0x8000;
+const BAR: Bar = Bar { register: 0, size: BAR_SIZE as u64, wide: false, prefetchable: false };
 /// Most queues of a device; a page has room for the vectors of no more.
 pub const MAX_QUEUES: usize = 255;
 
@@ -68,7 +69,7 @@ struct State {
     configuration: Configuration,
     transport: Transport,
     /// Where the BAR answers.
-    mapped: Option<u32>,
+    mapped: Option<u64>,
     /// Watched doorbells: address and what is signalled.
     doorbells: Vec<(u64, Arc<EventFd>)>,
 }
@@ -105,7 +106,7 @@ impl Function {
             subsystem: (VENDOR, 0x40 + kind),
         };
         let mut configuration = Configuration::new(identity);
-        configuration.set_bar(BAR_SIZE, base);
+        configuration.set_bar(BAR, base.into());
         let msix = configuration.add_capability(MSIX, &msix_body(queues), &[0, 0xc0])?;
         for (kind, offset, length, more) in [
             (1, COMMON, transport::LENGTH, &[][..]),
@@ -126,109 +127,15 @@ impl Function {
         Ok(Function { events, signals, state: Mutex::new(state), msix, access })
     }
 
-    /// A guest's read of the configuration space.
-    pub fn read_configuration(&self, offset: usize, into: &mut [u8]) {
-        let mut state = self.lock();
-        if overlaps(offset, into.len(), self.access + 16) {
-            self.access_bar(&mut state, false);
-        }
-        state.configuration.read(offset, into);
-    }
-
-    /// A guest's write to the configuration space. [`Function::place`] has to follow.
-    pub fn write_configuration(&self, offset: usize, data: &[u8]) {
-        let mut state = self.lock();
-        state.configuration.write(offset, data);
-        self.control(&state);
-        if overlaps(offset, data.len(), self.access + 16) {
-            self.access_bar(&mut state, true);
-        }
-    }
-
-    /// Lets the BAR answer where the registers say, if that is in the window and nobody else's. True if that changed anything.
-    pub fn place(self: &Arc<Self>, bus: &Bus, window: Window) -> bool {
-        let mut state = self.lock();
-        let wanted = state.configuration.decoded().filter(|base| window.holds(*base, BAR_SIZE));
-        if wanted == state.mapped {
-            return false;
-        }
-        let before = state.mapped;
-        self.unmap(&mut state, bus);
-        if let Some(base) = wanted {
-            let device: Arc<dyn bus::Device> = self.clone();
-            match bus.insert(base.into(), BAR_SIZE.into(), device) {
-                Ok(()) => state.mapped = Some(base),
-                Err(e) => tracing::debug!(error = %e, "a BAR does not answer where the guest put it"),
-            }
-        }
-        self.watch(&mut state);
-        state.mapped != before
-    }
-
-    /// Takes the function away: the device stands still, and nothing leads to it any more.
-    pub fn remove(&self, bus: &Bus) {
-        let mut state = self.lock();
-        self.unmap(&mut state, bus);
-        state.transport.reset();
-    }
-
-    /// Stops the device; the guest's CPUs stand still already.
-    pub fn pause(&self) {
-        self.lock().transport.pause();
-    }
-
-    /// Lets it go on where it was.
-    pub fn resume(&self) -> Result<(), ActivateError> {
-        self.lock().transport.resume()
-    }
-
-    /// What the device has that a snapshot does not keep.
-    pub fn unsaved(&self) -> Option<&'static str> {
-        self.lock().transport.device().unsaved()
-    }
-
-    /// For a snapshot; the device stands still.
-    pub fn save(&self) -> FunctionState {
-        let mut state = self.lock();
-        let device = state.transport.device();
-        FunctionState {
-            kind: device.kind(),
-            shape: device.shape(),
-            configuration: state.configuration.bytes().to_vec(),
-            signals: self.signals.save(),
-            transport: state.transport.save(),
-        }
-    }
-
-    /// From a snapshot, before the machine runs. [`Function::place`] and [`Function::resume`] have to follow. What does not fit is an
-    /// error that says what it is; the function is of no use then.
-    pub fn restore(&self, saved: &FunctionState) -> Result<(), &'static str> {
-        let mut state = self.lock();
-        let device = state.transport.device();
-        let fits = |fits: bool, otherwise| if fits { Ok(()) } else { Err(otherwise) };
-        fits(device.kind() == saved.kind, "it was a device of another kind")?;
-        fits(device.shape() == saved.shape, "it was configured otherwise, or of another size")?;
-        fits(state.transport.restore(&saved.transport), "it had other features or queues")?;
-        fits(self.signals.restore(&saved.signals), "it had another number of interrupts")?;
-        fits(state.configuration.restore(&saved.configuration), "it was another PCI function")?;
-        self.control(&state);
-        Ok(())
-    }
-
     /// Brings the function's interrupts to what its registers say.
     fn control(&self, state: &State) {
         let control = state.configuration.word(self.msix + 2);
         self.signals.msix.control(control & MSIX_ENABLED != 0, control & MSIX_MASKED != 0);
     }
 
-    /// What the device counts.
-    pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.lock().transport.device().counters()
-    }
-
     fn unmap(&self, state: &mut State, bus: &Bus) {
         if let Some(base) = state.mapped.take() {
-            bus.remove(base.into());
+            bus.remove(base);
         }
         self.watch(state);
     }
@@ -237,7 +144,7 @@ impl Function {
     fn watch(&self, state: &mut State) {
         let wanted: Vec<_> = match state.mapped {
             Some(base) => {
-                let address = |queue: usize| u64::from(base) + DOORBELLS + u64::from(DOORBELL) * queue as u64;
+                let address = |queue: usize| base + DOORBELLS + u64::from(DOORBELL) * queue as u64;
                 state.transport.kicks().map(|(queue, kick)| (address(queue), Arc::clone(kick))).collect()
             }
             None => Vec::new(),
@@ -314,6 +221,90 @@ impl Function {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl super::Function for Function {
+    fn read_configuration(&self, offset: usize, into: &mut [u8]) {
+        let mut state = self.lock();
+        if overlaps(offset, into.len(), self.access + 16) {
+            self.access_bar(&mut state, false);
+        }
+        state.configuration.read(offset, into);
+    }
+
+    fn write_configuration(&self, offset: usize, data: &[u8]) {
+        let mut state = self.lock();
+        state.configuration.write(offset, data);
+        self.control(&state);
+        if overlaps(offset, data.len(), self.access + 16) {
+            self.access_bar(&mut state, true);
+        }
+    }
+
+    fn place(self: Arc<Self>, bus: &Bus, windows: Windows) -> bool {
+        let mut state = self.lock();
+        let wanted = state.configuration.decoded(BAR).filter(|base| windows.hold(*base, BAR.size));
+        if wanted == state.mapped {
+            return false;
+        }
+        let before = state.mapped;
+        self.unmap(&mut state, bus);
+        if let Some(base) = wanted {
+            let device: Arc<dyn bus::Device> = self.clone();
+            match bus.insert(base, BAR.size, device) {
+                Ok(()) => state.mapped = Some(base),
+                Err(e) => tracing::debug!(error = %e, "a BAR does not answer where the guest put it"),
+            }
+        }
+        self.watch(&mut state);
+        state.mapped != before
+    }
+
+    fn remove(&self, bus: &Bus) {
+        let mut state = self.lock();
+        self.unmap(&mut state, bus);
+        state.transport.reset();
+    }
+
+    fn pause(&self) {
+        self.lock().transport.pause();
+    }
+
+    fn resume(&self) -> Result<(), ActivateError> {
+        self.lock().transport.resume()
+    }
+
+    fn save(&self) -> Result<FunctionState, &'static str> {
+        let mut state = self.lock();
+        let device = state.transport.device();
+        if let Some(what) = device.unsaved() {
+            return Err(what);
+        }
+        Ok(FunctionState {
+            kind: device.kind(),
+            shape: device.shape(),
+            configuration: state.configuration.bytes().to_vec(),
+            signals: self.signals.save(),
+            transport: state.transport.save(),
+        })
+    }
+
+    fn restore(&self, saved: &FunctionState) -> Result<(), &'static str> {
+        let mut state = self.lock();
+        let device = state.transport.device();
+        let fits = |fits: bool, otherwise| if fits { Ok(()) } else { Err(otherwise) };
+        fits(device.kind() == saved.kind, "it was a device of another kind")?;
+        fits(device.shape() == saved.shape, "it was configured otherwise, or of another size")?;
+        fits(state.transport.restore(&saved.transport), "it had other features or queues")?;
+        fits(self.signals.restore(&saved.signals), "it had another number of interrupts")?;
+        fits(state.configuration.restore(&saved.configuration), "it was another PCI function")?;
+        self.control(&state);
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.lock().transport.device().counters()
     }
 }
 

@@ -129,6 +129,41 @@ mod tests {
         std::thread::Builder::new().name(name.to_owned()).spawn(body).unwrap().join().unwrap();
     }
 
+    /// A request to the standard input, which does not know it.
+    #[cfg(feature = "vfio")]
+    fn ask(request: libc::c_ulong) {
+        // SAFETY: what does not know a request touches no memory for it.
+        let result = unsafe { libc::ioctl(libc::STDIN_FILENO, request, 0) };
+        assert_eq!(result, -1);
+    }
+
+    #[cfg(feature = "vfio")]
+    #[test]
+    fn devices_of_the_host_are_for_processors_and_their_memory_for_virtio_mem_as_well() {
+        const SET_IRQS: libc::c_ulong = 0x3b6e;
+        const MAP_DMA: libc::c_ulong = 0x3b71;
+        if let Some(what) = std::env::var_os(CONFINED) {
+            super::confine_threads().unwrap();
+            match what.to_str().unwrap() {
+                "vcpu" => thread("vcpu0", || [SET_IRQS, MAP_DMA].into_iter().for_each(ask)),
+                "mem maps" => thread("virtio-mem", || ask(MAP_DMA)),
+                "mem interrupts" => thread("virtio-mem", || ask(SET_IRQS)),
+                "net maps" => thread("virtio-net", || ask(MAP_DMA)),
+                what => unreachable!("{what}"),
+            }
+            std::process::exit(0);
+        }
+        let this = "devices_of_the_host_are_for_processors_and_their_memory_for_virtio_mem_as_well";
+        for what in ["vcpu", "mem maps"] {
+            let child = confined(this, what);
+            assert_eq!(child.status.code(), Some(0), "{what}: {child:?}");
+        }
+        for what in ["mem interrupts", "net maps"] {
+            let child = confined(this, what);
+            assert_eq!(child.status.signal(), Some(libc::SIGSYS), "{what}: {child:?}");
+        }
+    }
+
     #[test]
     fn thread_of_a_device_starts_no_thread_and_no_process_and_makes_no_socket() {
         use std::os::unix::net::UnixStream;

@@ -27,12 +27,14 @@ pub(super) const VHOST_USER: Table =
 /// The main thread of a VMM, which makes the machine and all other threads, and so can do all of what those can.
 pub(super) const API: Table = Table {
     calls: &[ABSENT, LOOP, SOCKETS, THREADS, MACHINE, FILES],
-    checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, OWN_THREAD, KVM, TAP, VHOST, DISK],
+    checked: &[MEMORY, UNIX_SOCKETS, DESCRIPTORS, THREAD_FLAGS, OWN_THREAD, KVM, TAP, VHOST, DISK, VFIO],
 };
 
 /// A virtual processor. By its writes to a device's registers the guest starts and stops devices, so threads come from here too,
 /// and it may do what those do.
 const VCPU: Table = API;
+/// Memory that comes is for devices of the host, too.
+const MEM: Table = Table { checked: &[MEMORY, INTERRUPTS, DMA], ..OTHER };
 const VSOCK: Table =
     Table { calls: &[ABSENT, LOOP, SOCKETS], checked: &[MEMORY, INTERRUPTS, UNIX_SOCKETS, DESCRIPTORS] };
 const BLOCK: Table =
@@ -50,6 +52,7 @@ pub(super) fn of_thread(name: &str) -> Table {
         "virtio-block" => BLOCK,
         "virtio-net" => NET,
         "virtio-fs" => SHARED_FS,
+        "virtio-mem" => MEM,
         name if name.starts_with("vcpu") => VCPU,
         _ => OTHER,
     }
@@ -208,6 +211,17 @@ const TAP: &[Checked] = &[
 ];
 /// Block devices: sizes, discard, zeroes.
 const DISK: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0x12))];
+
+/// Devices of the host, from their container to their reset.
+#[cfg(feature = "vfio")]
+const VFIO: &[Checked] = &[(libc::SYS_ioctl, 1, requests_of(0x3b))];
+#[cfg(not(feature = "vfio"))]
+const VFIO: &[Checked] = &[];
+/// VFIO_IOMMU_MAP_DMA and VFIO_IOMMU_UNMAP_DMA.
+#[cfg(feature = "vfio")]
+const DMA: &[Checked] = &[(libc::SYS_ioctl, 1, Test::Is(0x3b71)), (libc::SYS_ioctl, 1, Test::Is(0x3b72))];
+#[cfg(not(feature = "vfio"))]
+const DMA: &[Checked] = &[];
 
 /// A flag of the kernel's as the register has it.
 const fn bits(flag: i32) -> u64 {

@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, reason = "a fuzz target ends at the first surprise")]
 
 use super::{FORMAT, Header, State, open, sum};
+use crate::dma::Dma;
 use crate::pci::BusState;
 use crate::pci::guest::{Guest, WINDOW};
 use crate::pci::virtio::BAR_SIZE;
@@ -30,7 +31,10 @@ pub fn run(data: &[u8]) {
 fn bus() -> Guest {
     let guest = Guest::new();
     guest.root.attach("rng", Box::new(Rng::new().expect("a device"))).expect("a slot");
-    guest.root.attach("balloon", Box::new(Balloon::new().expect("a device"))).expect("a slot");
+    guest
+        .root
+        .attach("balloon", Box::new(Balloon::new(Dma::new(guest.memory.clone())).expect("a device")))
+        .expect("a slot");
     guest
 }
 

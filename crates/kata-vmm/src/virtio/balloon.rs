@@ -6,6 +6,7 @@
 //! ```
 //!
 //! What was discarded is zero when the guest uses it again, or, in a machine that started from a snapshot, what the snapshot has there.
+//! While a device of the host reaches the memory by itself nothing is discarded: see [`crate::dma`].
 //!
 //! Drivers differ about the number of the reporting queue: with statistics and hinting not offered, some count it as the third and
 //! others as the fifth. Here it is whichever of these the driver sets up.
@@ -26,6 +27,7 @@ use super::drain::drain;
 use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
 use super::{ActivateError, Activation, Counter, Device, read_space};
+use crate::dma::Dma;
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -44,14 +46,16 @@ const MOST_DESCRIPTORS: usize = 1024;
 pub struct Balloon {
     worker: Worker<Discard>,
     discarded: Arc<Counter>,
+    kept: Arc<Counter>,
 }
 
 impl Balloon {
-    /// Makes one.
-    pub fn new() -> Result<Balloon, ActivateError> {
-        let discarded = Arc::new(Counter::default());
-        let worker = Worker::new(Discard { discarded: Arc::clone(&discarded), failed: false })?;
-        Ok(Balloon { worker, discarded })
+    /// Makes one. What devices of the host reach by themselves stays.
+    pub fn new(dma: Dma) -> Result<Balloon, ActivateError> {
+        let (discarded, kept): (Arc<Counter>, Arc<Counter>) = Default::default();
+        let (all, not) = (Arc::clone(&discarded), Arc::clone(&kept));
+        let worker = Worker::new(Discard { dma, discarded: all, kept: not, failed: false })?;
+        Ok(Balloon { worker, discarded, kept })
     }
 }
 
@@ -81,12 +85,15 @@ impl Device for Balloon {
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        vec![("discarded-bytes", self.discarded.get())]
+        vec![("discarded-bytes", self.discarded.get()), ("kept-bytes", self.kept.get())]
     }
 }
 
 struct Discard {
+    dma: Dma,
     discarded: Arc<Counter>,
+    /// Free, and not given back.
+    kept: Arc<Counter>,
     /// The host refused before, which was said.
     failed: bool,
 }
@@ -148,9 +155,14 @@ impl Discard {
         else {
             return;
         };
-        // SAFETY: the range is whole pages inside one mapping, which lives as long as `region`. It is guest memory: nothing holds
-        // references into it, and all who read it expect that the guest changes it at any time.
-        match unsafe { madvise(pointer.cast(), length, advice) } {
+        let mut done = Ok(());
+        let discarded = self.dma.discard(|| {
+            // SAFETY: the range is whole pages inside one mapping, which lives as long as `region`. It is guest memory: nothing
+            // holds references into it, and all who read it expect that the guest changes it at any time.
+            done = unsafe { madvise(pointer.cast(), length, advice) };
+        });
+        match done {
+            Ok(()) if !discarded => self.kept.add(length),
             Ok(()) => self.discarded.add(length),
             Err(e) if !self.failed => {
                 self.failed = true;

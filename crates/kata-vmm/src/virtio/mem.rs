@@ -24,6 +24,7 @@ use super::drain::drain;
 use super::ring::QueueFault;
 use super::worker::{Rings, Then, Wake, Work, Worker};
 use super::{ActivateError, Activation, Device, Interrupt, read_space};
+use crate::dma::Dma;
 
 /// Bytes of a block: what Linux plugs at once, and a huge page.
 pub const BLOCK: u64 = 2 << 20;
@@ -109,13 +110,13 @@ impl Growth {
 
 impl Mem {
     /// A device for the guest's addresses from `base` on, a mapping of its own of whole blocks. With `populate` blocks are taken
-    /// from the host when they are plugged, not when they are touched.
-    pub fn new(base: u64, size: u64, populate: bool) -> Result<(Mem, Growth), ActivateError> {
+    /// from the host when they are plugged, not when they are touched. Devices of the host reach what is plugged, and no more.
+    pub fn new(base: u64, size: u64, populate: bool, dma: Dma) -> Result<(Mem, Growth), ActivateError> {
         let size = size / BLOCK * BLOCK;
         let (wanted, plugged, driver) = Default::default();
         let shared = Arc::new(Shared { base, size, wanted, plugged, driver });
         let blocks = Blocks::new(base, size);
-        let worker = Worker::new(Plugging { shared: Arc::clone(&shared), blocks, populate })?;
+        let worker = Worker::new(Plugging { shared: Arc::clone(&shared), blocks, populate, dma })?;
         Ok((Mem { worker, shared: Arc::clone(&shared) }, Growth(shared)))
     }
 }
@@ -164,6 +165,7 @@ struct Plugging {
     /// They outlive the driver: a new one asks, or unplugs all.
     blocks: Blocks,
     populate: bool,
+    dma: Dma,
 }
 
 impl Work for Plugging {
@@ -200,6 +202,7 @@ impl Plugging {
         let kind = u16::from_le_bytes([k0, k1]);
         let told = if kind == UNPLUG_ALL {
             self.blocks.unplug_all();
+            self.dma.unplug(self.shared.base, self.shared.size);
             give_back(memory, self.shared.base, self.shared.size);
             Told::Ack
         } else {
@@ -209,6 +212,7 @@ impl Plugging {
                 PLUG => self.plug(memory, address, first, count),
                 UNPLUG if self.blocks.state(first, count) == ALL_PLUGGED => {
                     self.blocks.set(first, count, false);
+                    self.dma.unplug(address, count * BLOCK);
                     give_back(memory, address, count * BLOCK);
                     Told::Ack
                 }
@@ -226,6 +230,11 @@ impl Plugging {
             return Told::Nack;
         }
         if self.populate && !advise(memory, address, count * BLOCK, Advice::LinuxPopulateWrite) {
+            give_back(memory, address, count * BLOCK);
+            return Told::Busy;
+        }
+        if let Err(error) = self.dma.plug(address, count) {
+            tracing::warn!(error = crate::chain(&error), "the guest does not get more memory");
             give_back(memory, address, count * BLOCK);
             return Told::Busy;
         }

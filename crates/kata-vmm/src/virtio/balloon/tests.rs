@@ -7,6 +7,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddressSpace};
 
 use super::*;
+use crate::dma::tests::Table;
 use crate::pci::guest::{DEVICE, DriverQueue, Guest, MEMORY, WINDOW, WRITE};
 
 const BAR: u32 = WINDOW.base;
@@ -16,6 +17,12 @@ const NUMBERS: u64 = 0x1_0000;
 
 /// A guest with a balloon whose memory is in a file, half of it in each of two regions.
 fn guest() -> (Guest, File) {
+    let (guest, file, _) = guest_and_dma();
+    (guest, file)
+}
+
+/// The same, and who reaches its memory beside it.
+fn guest_and_dma() -> (Guest, File, Dma) {
     let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(MEMORY as u64).unwrap();
     let half = MEMORY / 2;
@@ -25,11 +32,12 @@ fn guest() -> (Guest, File) {
     };
     let memory = GuestMemoryMmap::from_ranges_with_files([part(0), part(1)]).unwrap();
     let guest = Guest::with(memory);
-    guest.root.attach("balloon", Box::new(Balloon::new().unwrap())).unwrap();
+    let dma = Dma::new(guest.memory.clone());
+    guest.root.attach("balloon", Box::new(Balloon::new(dma.clone()).unwrap())).unwrap();
     guest.map(1, BAR);
     guest.set_vectors(1, BAR, 5);
     guest.negotiate(BAR);
-    (guest, file)
+    (guest, file, dma)
 }
 
 /// Pages of the file that there are.
@@ -86,6 +94,22 @@ fn reported_memory_goes_back_on_either_number_of_the_queue() {
 }
 
 #[test]
+fn reported_memory_stays_while_a_device_of_the_host_reaches_it() {
+    let (guest, file, dma) = guest_and_dma();
+    let mut reporting = DriverQueue::new(&guest, BAR, 2, 0x1000);
+    guest.set_status(BAR, 0xf);
+    touch(&guest, 0..100);
+    let before = resident(&file);
+    let reach = dma.enter(std::sync::Arc::new(Table::default())).unwrap();
+    reporting.offer(&[(PAGES, 0x8000, WRITE)]);
+    assert_eq!((reporting.used(), resident(&file)), (Some(0), before));
+    assert_eq!(guest.root.counters()["balloon.kept-bytes"], 0x8000);
+    drop(reach);
+    reporting.offer(&[(PAGES, 0x8000, WRITE)]);
+    assert_eq!((reporting.used(), resident(&file)), (Some(0), before - 8));
+}
+
+#[test]
 fn page_outside_the_memory_wants_a_reset() {
     for buffer in [(MEMORY as u64, 0x1000), (MEMORY as u64 - 0x1000, 0x2000), (u64::MAX - 0xfff, 0x2000)] {
         let (guest, _file) = guest();
@@ -106,7 +130,8 @@ fn reported_page_of_a_private_mapping_is_the_file_s_again_and_the_file_stays() {
     let mapping = vm_memory::MmapRegion::build(offset, MEMORY, libc::PROT_READ | libc::PROT_WRITE, private);
     let region = GuestRegionMmap::new(mapping.unwrap(), GuestAddress(0)).unwrap();
     let guest = Guest::with(GuestMemoryMmap::from_regions(vec![region]).unwrap());
-    guest.root.attach("balloon", Box::new(Balloon::new().unwrap())).unwrap();
+    let balloon = Balloon::new(Dma::new(guest.memory.clone())).unwrap();
+    guest.root.attach("balloon", Box::new(balloon)).unwrap();
     guest.map(1, BAR);
     guest.set_vectors(1, BAR, 5);
     guest.negotiate(BAR);

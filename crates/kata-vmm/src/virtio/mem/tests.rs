@@ -11,9 +11,14 @@ fn device() -> (Plugging, Growth, super::super::Memory, u64) {
     let memory = allocate(64 << 20, BLOCKS * BLOCK, Backing::default()).unwrap();
     let (base, size) = growth(&memory.memory()).unwrap();
     assert_eq!(size, BLOCKS * BLOCK);
-    let (mem, growth) = Mem::new(base, size, false).unwrap();
+    let (mem, growth) = Mem::new(base, size, false, Dma::new(memory.clone())).unwrap();
     let blocks = Blocks::new(base, size);
-    (Plugging { shared: mem.shared, blocks, populate: false }, growth, memory, base)
+    (
+        Plugging { shared: mem.shared, blocks, populate: false, dma: Dma::new(memory.clone()) },
+        growth,
+        memory,
+        base,
+    )
 }
 
 fn request(kind: u16, address: u64, count: u16) -> [u8; REQUEST] {
@@ -46,7 +51,7 @@ fn guest_gets_no_more_than_is_wanted_and_gives_back_what_it_unplugs() {
 
 #[test]
 fn configuration_tells_the_stretch_and_what_is_wanted() {
-    let (mem, growth) = Mem::new(6 << 30, 9 * BLOCK + 1, false).unwrap();
+    let (mem, growth) = Mem::new(6 << 30, 9 * BLOCK + 1, false, Dma::new(device().2)).unwrap();
     assert_eq!(growth.set(u64::MAX), 9 * BLOCK);
     let mut space = [0; 64];
     mem.read_configuration(0, &mut space);
@@ -83,8 +88,29 @@ proptest! {
 
 #[test]
 fn memory_that_came_keeps_its_machine_from_a_snapshot() {
-    let (mut device, growth) = Mem::new(0x1_8000_0000, 16 * BLOCK, false).unwrap();
+    let (mut device, growth) =
+        Mem::new(0x1_8000_0000, 16 * BLOCK, false, Dma::new(self::device().2)).unwrap();
     assert_eq!(device.unsaved(), None);
     growth.0.plugged.store(BLOCK, Ordering::SeqCst);
     assert!(device.unsaved().is_some());
+}
+
+#[test]
+fn devices_of_the_host_reach_what_is_plugged_and_a_host_that_pins_no_more_makes_the_driver_wait() {
+    let (mut plugging, growth, memory, base) = device();
+    growth.set(u64::MAX);
+    let table = std::sync::Arc::new(crate::dma::tests::Table { most: Some(4), ..Default::default() });
+    let _reach = plugging.dma.enter(table.clone()).unwrap();
+    let memory = memory.memory();
+    let mut ask = |kind, block: u64, count| {
+        let (told, _) = plugging.answer(&memory, &request(kind, base + block * BLOCK, count));
+        let blocks: Vec<u64> =
+            table.mapped.lock().unwrap().range(base..).map(|(at, _)| (at - base) / BLOCK).collect();
+        (told, blocks)
+    };
+    assert_eq!(ask(PLUG, 0, 2), (Told::Ack, vec![0, 1]));
+    assert_eq!(ask(PLUG, 4, 2), (Told::Busy, vec![0, 1]));
+    assert_eq!(ask(PLUG, 4, 1), (Told::Ack, vec![0, 1, 4]));
+    assert_eq!(ask(UNPLUG, 1, 1), (Told::Ack, vec![0, 4]));
+    assert_eq!(ask(UNPLUG_ALL, 0, 0), (Told::Ack, vec![]));
 }
