@@ -139,7 +139,7 @@ fn a_bomb_is_refused() {
     if !can_run(&["unshare"]) {
         return;
     }
-    let zeros = "\0".repeat(64 << 20);
+    let zeros = "\0".repeat(8 << 20);
     let liar = image(Made::of(&[layer(&[("zeros", &zeros)])]), |_| None);
     let (code, words) = refused(&liar, "[limits]\nbytes = 1048576\n");
     assert_eq!(code, Code::RESOURCE_EXHAUSTED, "{words}");

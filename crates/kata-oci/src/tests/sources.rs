@@ -256,7 +256,7 @@ fn a_bomb_is_given_up_at_the_limit_and_leaves_nothing() {
         return;
     }
     let place = Place::new();
-    let zeros = "\0".repeat(64 << 20);
+    let zeros = "\0".repeat(8 << 20);
     write_layout(&place.path("x"), &[layer(&[("zeros", &zeros)])]);
     let store = place.store.clone().within(Limits { bytes: 1 << 20, ..Limits::default() });
     let layout = layout::Layout::open(&place.path("x"), None).unwrap();
