@@ -4,8 +4,18 @@ use std::path::{Path, PathBuf};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const PROTOS: [&str; 9] =
-    ["agent", "control", "cri", "csi", "files", "health", "oci", "runtime_options", "types"];
+const PROTOS: [&str; 10] = [
+    "agent",
+    "control",
+    "cri",
+    "csi",
+    "files",
+    "guest_services",
+    "health",
+    "oci",
+    "runtime_options",
+    "types",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?).join("proto");

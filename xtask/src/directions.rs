@@ -14,6 +14,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-vmm-api", &[]),
     ("kata-vmm", &["kata-vmm-api"]),
     ("kata-image", &[]),
+    ("kata-oci", &[]),
+    ("kata-image-pull", &["kata-api", "kata-oci"]),
     ("kata-virtiofsd", &[]),
     ("kata-agent", &["kata-api", "kata-policy"]),
     ("kata-initdata", &[]),
@@ -23,7 +25,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image"]),
     // Of kata-hypervisor only the choice of a machine: see docs/adr/0003.
     ("kata-shim", &["kata-api", "kata-config", "kata-hypervisor", "kata-sandbox"]),
-    ("kata-ctl", &["kata-api", "kata-config", "kata-image"]),
+    ("kata-ctl", &["kata-api", "kata-config", "kata-image", "kata-oci"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
     ("lab-init", &[]),
     ("xtask", &["kata-config", "lab-init"]),

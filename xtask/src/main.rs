@@ -55,6 +55,8 @@ enum Chore {
     DepsCheck,
     /// Write the pages, man pages and schemas that are made of the code.
     Docs,
+    /// Build the static services that a guest image may have.
+    GuestServices,
     /// Measure the budgets and write the table of docs/performance.md.
     Bench {
         /// Runs of each measurement.
@@ -87,6 +89,7 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::DepsCheck => directions::check(),
         Chore::Docs => docs::write(),
+        Chore::GuestServices => products::build_guest_services(),
         Chore::Bench { runs, kernel, dry_run } => bench::run(runs, &kernel, dry_run),
         Chore::BenchInLab { runs } => bench::run_in_lab(runs),
         Chore::Lab(chore) => return lab::run(chore),

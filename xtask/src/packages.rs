@@ -15,6 +15,7 @@ const TEST: &[&str] = &[
     "cpio",
     "docker-registry",
     "skopeo",
+    "openssl",
     "procps",
     "containerd",
     "runc",

@@ -83,6 +83,16 @@ pub fn build_agent() -> Chores<PathBuf> {
     Ok(guest_dir().join("kata-agent"))
 }
 
+/// Builds the static services that a guest image may have, and sees them start without anything beside them.
+pub fn build_guest_services() -> Chores {
+    say("building the guest's services");
+    build_guest("kata-image-pull", &["--bin", "kata-image-pull"])?;
+    let program = guest_dir().join("kata-image-pull");
+    shell::run(std::process::Command::new(&program).arg("--version").env_clear())?;
+    say(&format!("built {}", program.display()));
+    Ok(())
+}
+
 /// Builds the static init that does nothing but end the machine.
 pub fn build_bare_init() -> Chores<PathBuf> {
     build_guest("kata-agent", &["--example", "bare-init"])?;

@@ -1,7 +1,7 @@
 //! `kata-ctl`: the operator's tool. It runs pods without containerd, and looks into them.
 //!
 //! ```text
-//!   command ─▶ image   (verified, unpacked layers)
+//!   command ─▶ image   (verified, unpacked layers: the crate kata-oci)
 //!           ─▶ bundle  (config.json)
 //!           ─▶ pod     (owner process, its socket, streams) ── nothing here knows virtual machines
 //! ```
@@ -12,10 +12,11 @@ mod cli;
 mod colour;
 mod command;
 mod failure;
-mod image;
 mod monitor;
 mod output;
 mod pod;
+#[cfg(feature = "registry")]
+mod progress;
 mod start;
 mod table;
 

@@ -4,7 +4,6 @@
 //! mounts. Where they differ, a comment says so.
 
 mod filter;
-mod user;
 mod volume;
 
 use std::fs;
@@ -12,12 +11,10 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use kata_oci::{ProcessDefaults, RootStack, User, UserError};
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 
-use crate::image::ProcessDefaults;
-
-pub use user::{RootStack, User, UserError};
 pub use volume::Volume;
 
 /// Capabilities of a container's processes.

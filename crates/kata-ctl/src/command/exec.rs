@@ -4,8 +4,10 @@ mod vm;
 
 use std::path::Path;
 
+use kata_oci::{RootStack, User};
+
 use super::{Outcome, exit_code};
-use crate::bundle::{self, RootStack, User};
+use crate::bundle;
 use crate::cli::ExecArgs;
 use crate::failure::Failure;
 use crate::pod::{

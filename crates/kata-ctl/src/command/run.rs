@@ -10,12 +10,13 @@
 use std::future::Future;
 use std::time::Instant;
 
+use kata_oci::Interrupt;
+
 use super::timing::Stopwatch;
 use super::{Outcome, exit_code};
 use crate::bundle;
 use crate::cli::RunArgs;
 use crate::failure::{self, Failure, chain};
-use crate::image::Interrupt;
 use crate::pod::{
     CallError, Client, CreateContainer, Owner, OwnerError, RawTerminal, Session, Signals, StreamPaths,
     Streams, Wanted,

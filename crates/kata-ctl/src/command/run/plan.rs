@@ -1,17 +1,27 @@
 //! What the command line of `run` amounts to. Everything that can be wrong with it is found before anything is started.
 
 use std::path::PathBuf;
+#[cfg(feature = "registry")]
+use std::sync::Arc;
 
 use kata_config::deprecation::Policy;
 use kata_config::paths;
+use kata_oci::{Credentials, Hints, ImageSource, Interrupt, PlainHttp, RegistryOptions, Store};
 
 use super::root::Root;
 use crate::bundle::{Request, Volume, absolute, extend_env};
 use crate::cli::RunArgs;
 use crate::command;
 use crate::failure::Failure;
-use crate::image::{self, ImageSource, Interrupt, RegistryOptions, Store};
 use crate::pod::{OwnerOptions, PodDir, is_terminal, random_name, terminal_size};
+#[cfg(feature = "registry")]
+use crate::progress::Bars;
+
+/// What to do about a registry that refuses.
+const HINTS: Hints = Hints {
+    unauthorized: " (log in first, e.g. with `skopeo login`, or check the name: registries answer the same for images that are not there)",
+    no_tls: " (a registry without TLS needs --insecure)",
+};
 
 /// What is to be run, and how.
 pub struct Plan {
@@ -22,7 +32,9 @@ pub struct Plan {
     pub detach: bool,
     pub timing: bool,
     from: From,
-    registry: RegistryOptions,
+    insecure: bool,
+    #[cfg(feature = "registry")]
+    progress: bool,
 }
 
 /// Where the root file system comes from.
@@ -46,7 +58,6 @@ impl Plan {
             absolute(workdir)?;
         }
         let volumes = args.volume.iter().map(|text| Volume::parse(text)).collect::<Result<_, _>>()?;
-        let visible = rustix::termios::isatty(rustix::stdio::stderr());
         Ok(Self {
             pod,
             owner,
@@ -65,7 +76,9 @@ impl Plan {
             detach: args.detach,
             timing: args.timing || std::env::var_os("KATA_TIMING").is_some_and(|value| value == "1"),
             from,
-            registry: RegistryOptions { insecure: args.insecure, progress: visible },
+            insecure: args.insecure,
+            #[cfg(feature = "registry")]
+            progress: rustix::termios::isatty(rustix::stdio::stderr()),
         })
     }
 
@@ -75,9 +88,21 @@ impl Plan {
             From::Dir(dir) => Ok(Root::Dir(dir.clone())),
             From::Image(source) => {
                 let store = Store::open(&paths::state_dir(), interrupt.clone())?;
-                let image = image::fetch(source.clone(), store, self.registry).await?;
+                let image = kata_oci::fetch(source.clone(), store, self.registry()).await?;
                 Ok(Root::image(image))
             }
+        }
+    }
+
+    fn registry(&self) -> RegistryOptions {
+        RegistryOptions {
+            plain: if self.insecure { PlainHttp::Always } else { PlainHttp::Loopback },
+            credentials: Credentials::OfTheUser,
+            remember: true,
+            hints: HINTS,
+            #[cfg(feature = "registry")]
+            progress: Some(Arc::new(Bars::new(self.progress))),
+            ..RegistryOptions::new(concat!("kata-ctl/", env!("CARGO_PKG_VERSION")))
         }
     }
 }

@@ -1,12 +1,12 @@
 //! The root file system of a container, and the mount that makes it.
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::DirBuilder;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use crate::bundle::RootStack;
-use crate::image::{Image, ProcessDefaults};
+use kata_oci::{Image, ProcessDefaults, RootStack};
+
 use crate::pod::PodDir;
 
 /// A root file system.
@@ -95,7 +95,8 @@ impl Root {
                 return Err(RootError::Unmountable(dir.clone()));
             }
         }
-        make_writable_layer(top, &upper, &work)?;
+        kata_oci::writable_layer(top, &upper, &work)
+            .map_err(|source| RootError::Create { path: upper.clone(), source })?;
         let lower: Vec<_> = layers.iter().map(|layer| layer.to_string_lossy()).collect();
         let options = vec![
             format!("lowerdir={}", lower.join(":")),
@@ -115,21 +116,11 @@ fn create(path: &Path, mode: u32) -> Result<(), RootError> {
     made.map_err(|source| RootError::Create { path: path.to_owned(), source })
 }
 
-/// The container's `/` shows owner and mode of the writable layer, so that gets those of the image's. What is above it is
-/// for root alone: a container may put set-uid programs there, which no user of the host may run.
-fn make_writable_layer(top: &Path, upper: &Path, work: &Path) -> Result<(), RootError> {
-    create(upper, 0o755)?;
-    create(work, 0o700)?;
-    let like_the_top = || {
-        let root = fs::metadata(top)?;
-        chown(upper, Some(root.uid()), Some(root.gid()))?;
-        fs::set_permissions(upper, Permissions::from_mode(root.mode() & 0o7777))
-    };
-    like_the_top().map_err(|source| RootError::Create { path: upper.to_owned(), source })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
     use super::*;
 
     fn pod(dir: &Path) -> PodDir {

@@ -1,9 +1,11 @@
+use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
 
 use super::*;
-use crate::image::{ImageSource, Interrupt, fetch as fetch_image};
+use crate::tests::chain;
+use crate::{Credentials, ImageSource, Interrupt, fetch as fetch_image};
 
 /// Debian's docker-registry on a port of the loopback address. Ends with the value.
 struct LocalRegistry {
@@ -96,7 +98,13 @@ fn run(program: &str, args: &[&str]) {
 fn pull(reference: &str, store: &Store) -> Result<Image, ImageError> {
     let source: ImageSource = reference.parse().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(fetch_image(source, store.clone(), RegistryOptions::default()))
+    let options = RegistryOptions {
+        plain: PlainHttp::Loopback,
+        credentials: Credentials::OfTheUser,
+        remember: true,
+        ..RegistryOptions::new("kata-oci/test")
+    };
+    runtime.block_on(fetch_image(source, store.clone(), options))
 }
 
 #[test]
@@ -140,7 +148,7 @@ fn without_the_registry_the_copy_serves_and_what_was_never_pulled_is_an_error() 
         "three"
     );
     let other = format!("127.0.0.1:{}/test/never:v1", registry.port);
-    let text = crate::failure::chain(&pull(&other, &store).unwrap_err());
+    let text = chain(&pull(&other, &store).unwrap_err());
     assert!(text.contains("cannot pull the manifest") && text.contains("test/never"), "{text}");
 }
 
@@ -165,7 +173,7 @@ fn a_layer_that_the_registry_corrupts_is_refused_and_not_kept() {
         }
     }
     assert_eq!(changed, 1);
-    let text = crate::failure::chain(&pull(&reference, &store).unwrap_err());
+    let text = chain(&pull(&reference, &store).unwrap_err());
     assert!(text.contains("layer sha256:") && text.to_lowercase().contains("digest"), "{text}");
     assert_eq!(fs::read_dir(store.root().join("layers")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(store.root().join("locks")).unwrap().count(), 0);
@@ -175,7 +183,7 @@ fn a_layer_that_the_registry_corrupts_is_refused_and_not_kept() {
 fn a_missing_image_is_told_by_name() {
     let Some(registry) = LocalRegistry::start() else { return };
     let reference = format!("127.0.0.1:{}/test/missing:v1", registry.port);
-    let text = crate::failure::chain(&pull(&reference, &registry.store("state")).unwrap_err());
+    let text = chain(&pull(&reference, &registry.store("state")).unwrap_err());
     assert!(text.contains("test/missing:v1"), "{text}");
 }
 

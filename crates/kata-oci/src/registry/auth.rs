@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use serde::Deserialize;
 
+use crate::Credentials;
+
 /// A file of credentials that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthError {
@@ -63,11 +65,28 @@ struct Entry {
     auth: Option<String>,
 }
 
-/// User name and password for `repository` of `registry`, from the first file that has them.
+/// User name and password for `repository` of `registry`.
 ///
 /// # Errors
-/// A file that is there and cannot be used. That a registry is in no file is no error.
-pub fn lookup(registry: &str, repository: &str) -> Result<Option<(String, String)>, AuthError> {
+/// A file that is there and cannot be used, or was named and is not there. That a registry is in no file is no error.
+pub fn lookup(
+    from: &Credentials,
+    registry: &str,
+    repository: &str,
+) -> Result<Option<(String, String)>, AuthError> {
+    match from {
+        Credentials::Nowhere => Ok(None),
+        Credentials::OfTheUser => of_the_user(registry, repository),
+        Credentials::File(path) => match path.try_exists() {
+            Ok(true) => in_file(path, registry, repository),
+            Ok(false) => Err(AuthError::Read { path: path.clone(), source: io::ErrorKind::NotFound.into() }),
+            Err(source) => Err(AuthError::Read { path: path.clone(), source }),
+        },
+    }
+}
+
+/// From the first file that has them.
+fn of_the_user(registry: &str, repository: &str) -> Result<Option<(String, String)>, AuthError> {
     let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
     if let Some(file) = env("REGISTRY_AUTH_FILE") {
         return in_file(&file, registry, repository);

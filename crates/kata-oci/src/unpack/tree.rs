@@ -201,12 +201,17 @@ impl Tree {
         Ok(())
     }
 
-    pub fn write_file(&self, dir: &OwnedFd, path: &Path, content: &mut impl Read) -> Result<(), UnpackError> {
+    /// Makes a file, and tells its length.
+    pub fn write_file(
+        &self,
+        dir: &OwnedFd,
+        path: &Path,
+        content: &mut impl Read,
+    ) -> Result<u64, UnpackError> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = fs::openat(dir, name_of(path), flags, Mode::from_raw_mode(0o600))
             .map_err(UnpackError::system("create", path))?;
-        io::copy(content, &mut File::from(fd)).map_err(|source| system_error("write", path, source))?;
-        Ok(())
+        io::copy(content, &mut File::from(fd)).map_err(|source| system_error("write", path, source))
     }
 
     pub fn symlink(&self, dir: &OwnedFd, path: &Path, target: &[u8]) -> Result<(), UnpackError> {

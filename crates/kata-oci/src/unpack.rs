@@ -14,6 +14,7 @@
 mod entry;
 mod tree;
 
+use std::cell::Cell;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -31,8 +32,9 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Other names with this prefix are bookkeeping of AUFS, and not part of the file system.
 const AUFS: &[u8] = b".wh..wh.";
-/// Most entries in a layer.
-const MAX_ENTRIES: u64 = 10_000_000;
+/// Most bytes between the content of one entry and that of the next: headers with long names and attributes, which are
+/// read into memory.
+const HEADERS_LIMIT: u64 = 4 << 20;
 
 /// Why a layer cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -68,9 +70,12 @@ pub enum UnpackError {
         /// The entry.
         path: PathBuf,
     },
-    /// More than any sensible layer has.
-    #[error("more than {MAX_ENTRIES} entries")]
+    /// More than what the image may still have.
+    #[error("more files than an image may have")]
     TooMany,
+    /// Larger than what the image may still be. Sparse files count with their holes.
+    #[error("more bytes than an image may have")]
+    TooLarge,
     /// The system said no.
     #[error("cannot {action} {}", path.display())]
     System {
@@ -90,23 +95,56 @@ impl UnpackError {
     }
 }
 
-/// Unpacks `stream` into the empty directory `into`. `lowers` are the layers below, topmost first: they tell what the
-/// directories are like that the stream itself does not describe.
+/// How much more an image may put on the disk. What a layer takes is gone for those above it.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Content of files.
+    pub bytes: u64,
+    /// Files, directories and all else that has a name.
+    pub entries: u64,
+}
+
+/// Unpacks `stream` into the empty directory `into`, within `budget`. `lowers` are the layers below, topmost first: they
+/// tell what the directories are like that the stream itself does not describe.
 ///
 /// # Errors
 /// [`UnpackError`]; the directory then holds a part of the layer and should be removed.
-pub fn unpack(stream: impl Read, into: &Path, lowers: &[PathBuf]) -> Result<(), UnpackError> {
+pub fn unpack(
+    stream: impl Read,
+    into: &Path,
+    lowers: &[PathBuf],
+    budget: &mut Budget,
+) -> Result<(), UnpackError> {
     let mut layer = Unpacking { tree: Tree::open(into, lowers)?, directories: Vec::new() };
-    let mut archive = tar::Archive::new(stream);
-    let mut count = 0;
-    for entry in archive.entries().map_err(UnpackError::Stream)? {
-        count += 1;
-        if count > MAX_ENTRIES {
-            return Err(UnpackError::TooMany);
-        }
-        layer.entry(&mut entry.map_err(UnpackError::Stream)?)?;
+    let ration = Cell::new(HEADERS_LIMIT);
+    let mut archive = tar::Archive::new(Rationed { from: stream, ration: &ration });
+    let mut entries = archive.entries().map_err(UnpackError::Stream)?;
+    loop {
+        ration.set(HEADERS_LIMIT);
+        let Some(entry) = entries.next() else { break };
+        let mut entry = entry.map_err(UnpackError::Stream)?;
+        budget.entries = budget.entries.checked_sub(1).ok_or(UnpackError::TooMany)?;
+        ration.set(u64::MAX);
+        layer.entry(&mut entry, budget)?;
+        // What nobody wanted to read would count as headers.
+        io::copy(&mut entry, &mut io::sink()).map_err(UnpackError::Stream)?;
     }
     layer.finish()
+}
+
+/// A reader that gives no more than what it is allowed to at the time.
+struct Rationed<'a, R> {
+    from: R,
+    ration: &'a Cell<u64>,
+}
+
+impl<R: Read> Read for Rationed<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.from.read(buffer)?;
+        let left = self.ration.get().checked_sub(read as u64);
+        self.ration.set(left.ok_or_else(|| io::Error::other("headers of more than 4 MiB"))?);
+        Ok(read)
+    }
 }
 
 struct Unpacking {
@@ -116,7 +154,11 @@ struct Unpacking {
 }
 
 impl Unpacking {
-    fn entry(&mut self, entry: &mut tar::Entry<'_, impl Read>) -> Result<(), UnpackError> {
+    fn entry(
+        &mut self,
+        entry: &mut tar::Entry<'_, impl Read>,
+        budget: &mut Budget,
+    ) -> Result<(), UnpackError> {
         let kind = entry.header().entry_type();
         if kind.is_pax_global_extensions() || kind == EntryType::GNULongName || kind == EntryType::GNULongLink
         {
@@ -135,7 +177,9 @@ impl Unpacking {
         self.tree.remove(&dir, &path)?;
         match kind {
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                self.tree.write_file(&dir, &path, entry)?;
+                let mut bounded = entry.take(budget.bytes.saturating_add(1));
+                let written = self.tree.write_file(&dir, &path, &mut bounded)?;
+                budget.bytes = budget.bytes.checked_sub(written).ok_or(UnpackError::TooLarge)?;
             }
             EntryType::Symlink => self.tree.symlink(&dir, &path, &link_target(entry))?,
             EntryType::Link => return self.hard_link(&dir, &path, &inside(&link_target(entry))?),

@@ -11,24 +11,28 @@ mod blob;
 mod digest;
 mod docker_archive;
 mod layout;
+mod options;
+mod overlay;
 #[cfg(feature = "registry")]
-mod registry;
+pub mod registry;
 mod source;
 mod spec;
 mod store;
 mod unpack;
+mod user;
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 pub use blob::{BlobError, Interrupt};
-pub use digest::Digest;
-pub use source::ImageSource;
-pub use spec::{ImageConfig, ProcessDefaults};
-pub use store::{Store, StoreError};
+pub use digest::{Digest, DigestError};
+pub use options::{Advance, Credentials, Hints, PlainHttp, Progress, RegistryOptions};
+pub use overlay::writable_layer;
+pub use source::{ImageSource, SourceError};
+pub use spec::{Descriptor, ImageConfig, Manifest, Platform, ProcessDefaults, RootFs, SpecError};
+pub use store::{Limits, Stack, Store, StoreError};
 pub use unpack::UnpackError;
-
-use spec::SpecError;
+pub use user::{RootStack, User, UserError};
 
 /// An image whose layers lie unpacked on this host.
 #[derive(Clone, Debug)]
@@ -37,16 +41,6 @@ pub struct Image {
     pub config: ImageConfig,
     /// Directories of the layers, topmost first: the order of overlay's `lowerdir`.
     pub layers: Vec<PathBuf>,
-}
-
-/// How to talk to a registry.
-#[derive(Clone, Copy, Debug, Default)]
-#[cfg_attr(not(feature = "registry"), expect(dead_code, reason = "only the registry client reads them"))]
-pub struct RegistryOptions {
-    /// Plain HTTP even where the registry is another machine.
-    pub insecure: bool,
-    /// Progress bars on the standard error output.
-    pub progress: bool,
 }
 
 /// Why an image cannot be had.
@@ -109,8 +103,8 @@ pub enum ImageError {
     /// This program was built without the `registry` feature.
     #[cfg(not(feature = "registry"))]
     #[error(
-        "{0} names an image in a registry, and this kata-ctl was built without registry support; \
-         use oci:DIR or docker-archive:FILE, or build with the default cargo feature `registry`"
+        "{0} names an image in a registry, and this program was built without registry support; \
+         use oci:DIR or docker-archive:FILE, or build with the cargo feature `registry`"
     )]
     NoRegistrySupport(String),
     /// The host has no thread left for the work.
@@ -174,6 +168,7 @@ trait Contents {
 }
 
 fn materialise(contents: &impl Contents, store: &Store) -> Result<Image, ImageError> {
+    store.admit(contents.layers())?;
     let mut stack = store.stack();
     for (index, layer) in contents.layers().iter().enumerate() {
         stack.push(layer, || contents.open(index))?;

@@ -9,19 +9,38 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use super::blob::{BlobError, Interrupt, Metered, decompress};
-use super::{Digest, ImageError, Layer, UnpackError, unpack};
+use super::unpack::{self, Budget, UnpackError};
+use super::{Digest, ImageError, Layer};
 
-/// Most bytes that a layer's tar stream may have.
-const UNPACKED_LIMIT: u64 = 128 << 30;
-/// Most bytes that a layer of unknown size may have.
-const BLOB_LIMIT: u64 = UNPACKED_LIMIT;
+/// What an image may need at most: what is beyond is a mistake or an attack. Layers that are in the store already count as
+/// layers only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Layers: overlayfs stacks no more than 500.
+    pub layers: usize,
+    /// Bytes of all files together; no layer's blob or tar stream may be longer either.
+    pub bytes: u64,
+    /// Files, directories and all else that has a name.
+    pub entries: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { layers: 500, bytes: 128 << 30, entries: 10_000_000 }
+    }
+}
+
+/// What a tar stream may have beside the content of files, whatever the limit of that is.
+const HEADERS: u64 = 16 << 20;
 
 /// The cache.
 #[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
+    limits: Limits,
     interrupt: Interrupt,
 }
 
@@ -47,6 +66,22 @@ pub enum StoreError {
         /// Why.
         #[source]
         source: UnpackError,
+    },
+    /// More layers than an image may have.
+    #[error("the image has {found} layers, and may have {limit}")]
+    Layers {
+        /// As the manifest says.
+        found: usize,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// A layer that alone is more than what an image may have.
+    #[error("{layer} has more than the {limit} bytes that are left for the image")]
+    Size {
+        /// Which layer.
+        layer: String,
+        /// What was left.
+        limit: u64,
     },
     /// The blob cannot be read to its end.
     #[error("cannot read {layer}")]
@@ -79,7 +114,47 @@ impl Store {
                 .create(&dir)
                 .map_err(StoreError::io("create", &dir))?;
         }
-        Ok(Self { root, interrupt })
+        Ok(Self { root, limits: Limits::default(), interrupt })
+    }
+
+    /// The same store, for images within `limits`.
+    #[must_use]
+    pub fn within(self, limits: Limits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// Refuses what the manifest alone tells to be too much.
+    ///
+    /// # Errors
+    /// [`StoreError::Layers`], [`StoreError::Size`].
+    pub(crate) fn admit(&self, layers: &[Layer]) -> Result<(), StoreError> {
+        let Limits { layers: limit, bytes, .. } = self.limits;
+        if layers.len() > limit {
+            return Err(StoreError::Layers { found: layers.len(), limit });
+        }
+        match layers.iter().find(|layer| layer.blob.as_ref().is_some_and(|(_, size)| *size > bytes)) {
+            Some(layer) => Err(StoreError::Size { layer: layer.name.clone(), limit: bytes }),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes what processes left that were killed while they unpacked a layer. Layers that others are at stay.
+    ///
+    /// # Errors
+    /// What cannot be listed or removed.
+    pub fn sweep(&self) -> Result<(), StoreError> {
+        let layers = self.root.join("layers");
+        for entry in fs::read_dir(&layers).map_err(StoreError::io("list", &layers))? {
+            let path = entry.map_err(StoreError::io("list", &layers))?.path();
+            if path.extension().is_none_or(|extension| extension != "partial") {
+                continue;
+            }
+            let name = path.file_stem().unwrap_or_default();
+            if let Some(_lock) = lock(self.root.join("locks").join(name), Wait::No)? {
+                remove(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Where the store keeps its things.
@@ -96,7 +171,8 @@ impl Store {
 
     /// An image without layers yet.
     pub fn stack(&self) -> Stack<'_> {
-        Stack { store: self, chain: None, layers: Vec::new() }
+        let Limits { bytes, entries, .. } = self.limits;
+        Stack { store: self, chain: None, layers: Vec::new(), budget: Budget { bytes, entries } }
     }
 
     /// Reads `blob` once, checks its digests, and keeps the layer only where both fit.
@@ -106,10 +182,11 @@ impl Store {
         blob: impl Read,
         into: &Path,
         lowers: &[PathBuf],
+        budget: &mut Budget,
     ) -> Result<(), ImageError> {
-        let limit = layer.blob.as_ref().map_or(BLOB_LIMIT, |(_, size)| *size);
+        let limit = layer.blob.as_ref().map_or(self.limits.bytes, |(_, size)| *size);
         let mut stored = Metered::new(blob, limit, self.interrupt.clone());
-        let unpacked = self.unpack_stream(layer, &mut stored, into, lowers);
+        let unpacked = self.unpack_stream(layer, &mut stored, into, lowers, budget);
         if self.interrupt.is_set() {
             return Err(ImageError::Interrupted);
         }
@@ -139,11 +216,20 @@ impl Store {
         stored: impl Read,
         into: &Path,
         lowers: &[PathBuf],
+        budget: &mut Budget,
     ) -> Result<Digest, ImageError> {
         let read = |source| StoreError::Read { layer: layer.name.clone(), source };
-        let mut plain =
-            Metered::new(decompress(stored).map_err(read)?, UNPACKED_LIMIT, self.interrupt.clone());
-        let unpacked = unpack::unpack(&mut plain, into, lowers);
+        // Headers and padding are no content of files: half as much again, and a little for small limits.
+        let limit = budget.bytes.saturating_add(budget.bytes / 2).saturating_add(HEADERS);
+        let mut plain = Metered::new(decompress(stored).map_err(read)?, limit, self.interrupt.clone());
+        let unpacked = unpack::unpack(&mut plain, into, lowers, budget);
+        // The rest of a bomb is not worth the time that its digest takes.
+        if plain.over_limit() {
+            return Err(StoreError::Size { layer: layer.name.clone(), limit }.into());
+        }
+        if let Err(source @ (UnpackError::TooLarge | UnpackError::TooMany)) = unpacked {
+            return Err(StoreError::Unpack { layer: layer.name.clone(), source }.into());
+        }
         let digest = plain.finish();
         match (unpacked, digest) {
             // The tar reader fails on what another digest explains.
@@ -168,6 +254,7 @@ pub struct Stack<'a> {
     chain: Option<Digest>,
     /// Topmost first.
     layers: Vec<PathBuf>,
+    budget: Budget,
 }
 
 impl Stack<'_> {
@@ -180,7 +267,7 @@ impl Stack<'_> {
         let chain = self.next(layer);
         let place = self.place(&chain);
         if !place.is_dir() {
-            let _lock = lock(self.store.root.join("locks").join(chain.hex()))?;
+            let _lock = lock(self.store.root.join("locks").join(chain.hex()), Wait::Yes)?;
             // Another process may have been faster.
             if !place.is_dir() {
                 self.unpack_at(&place, layer, blob()?)?;
@@ -221,7 +308,7 @@ impl Stack<'_> {
         self.store.root.join("layers").join(chain.hex())
     }
 
-    fn unpack_at(&self, place: &Path, layer: &Layer, blob: impl Read) -> Result<(), ImageError> {
+    fn unpack_at(&mut self, place: &Path, layer: &Layer, blob: impl Read) -> Result<(), ImageError> {
         let work = place.with_extension("partial");
         let _sweep = Sweep(&work);
         // What an earlier process left when it was killed.
@@ -229,7 +316,7 @@ impl Stack<'_> {
         fs::create_dir(&work).map_err(StoreError::io("create", &work))?;
         fs::set_permissions(&work, fs::Permissions::from_mode(0o755))
             .map_err(StoreError::io("set the mode of", &work))?;
-        self.store.unpack(layer, blob, &work, &self.layers)?;
+        self.store.unpack(layer, blob, &work, &self.layers, &mut self.budget)?;
         let dir = File::open(&work).map_err(StoreError::io("open", &work))?;
         // A name that survives a power failure has to have its content too.
         rustix::fs::syncfs(&dir).map_err(|error| StoreError::io("write out", &work)(error.into()))?;
@@ -262,7 +349,19 @@ struct Lock {
     _file: File,
 }
 
-fn lock(path: PathBuf) -> Result<Lock, StoreError> {
+/// Whether to wait for a lock that somebody else holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    Yes,
+    No,
+}
+
+/// `None` only where it is not waited for, and somebody else holds it.
+fn lock(path: PathBuf, wait: Wait) -> Result<Option<Lock>, StoreError> {
+    let operation = match wait {
+        Wait::Yes => FlockOperation::LockExclusive,
+        Wait::No => FlockOperation::NonBlockingLockExclusive,
+    };
     loop {
         let file = File::options()
             .create(true)
@@ -270,12 +369,14 @@ fn lock(path: PathBuf) -> Result<Lock, StoreError> {
             .write(true)
             .open(&path)
             .map_err(StoreError::io("create", &path))?;
-        rustix::fs::flock(&file, FlockOperation::LockExclusive)
-            .map_err(|error| StoreError::io("lock", &path)(error.into()))?;
+        match rustix::fs::flock(&file, operation) {
+            Err(Errno::WOULDBLOCK) if wait == Wait::No => return Ok(None),
+            locked => locked.map_err(|error| StoreError::io("lock", &path)(error.into()))?,
+        }
         // The holder before may have removed the file while this one waited; then it locks nothing.
         let held = file.metadata().map_err(StoreError::io("look at", &path))?.ino();
         if fs::metadata(&path).is_ok_and(|there| there.ino() == held) {
-            return Ok(Lock { path, _file: file });
+            return Ok(Some(Lock { path, _file: file }));
         }
     }
 }

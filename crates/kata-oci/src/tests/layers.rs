@@ -1,16 +1,25 @@
 //! Single layers, and how they lie over one another.
 
 use super::*;
+use crate::unpack::Budget;
 
 /// Unpacks each stream over the ones before; their directories, lowest first.
 fn unpack_all(streams: &[Vec<u8>]) -> Result<(tempfile::TempDir, Vec<PathBuf>), UnpackError> {
+    unpack_within(Budget { bytes: u64::MAX, entries: u64::MAX }, streams)
+}
+
+/// The same, where all streams together may need no more than `budget`.
+fn unpack_within(
+    mut budget: Budget,
+    streams: &[Vec<u8>],
+) -> Result<(tempfile::TempDir, Vec<PathBuf>), UnpackError> {
     let dir = tempfile::tempdir().unwrap();
     let mut layers: Vec<PathBuf> = Vec::new();
     for (index, stream) in streams.iter().enumerate() {
         let layer = dir.path().join(index.to_string());
         fs::create_dir(&layer).unwrap();
         let lowers: Vec<PathBuf> = layers.iter().rev().cloned().collect();
-        unpack::unpack(stream.as_slice(), &layer, &lowers)?;
+        unpack::unpack(stream.as_slice(), &layer, &lowers, &mut budget)?;
         layers.push(layer);
     }
     Ok((dir, layers))
@@ -315,4 +324,64 @@ fn a_stream_that_is_cut_off_or_of_unknown_kind_is_an_error() {
     assert!(cut.is_err());
     let odd = unpack_one(Tar::new().entry("odd", EntryType::new(b'Q'), |_| {}, b""));
     assert!(!is_root() || matches!(odd, Err(UnpackError::Kind { kind: 'Q', .. })), "{odd:?}");
+}
+
+#[test]
+fn an_image_with_more_files_than_it_may_have_is_refused() {
+    if !is_root() {
+        return;
+    }
+    let layers = [Tar::new().file("a", "").file("b", "").bytes(), Tar::new().file("c", "").bytes()];
+    let within = |entries| unpack_within(Budget { bytes: u64::MAX, entries }, &layers);
+    assert!(within(3).is_ok());
+    assert!(matches!(within(2), Err(UnpackError::TooMany)), "what lower layers took is gone");
+}
+
+#[test]
+fn an_image_with_more_bytes_than_it_may_have_is_refused() {
+    if !is_root() {
+        return;
+    }
+    let layers = [Tar::new().file("a", "1234").bytes(), Tar::new().file("b", "5678").bytes()];
+    let within = |bytes| unpack_within(Budget { bytes, entries: u64::MAX }, &layers);
+    assert!(within(8).is_ok());
+    assert!(matches!(within(7), Err(UnpackError::TooLarge)), "what lower layers took is gone");
+}
+
+#[test]
+fn the_holes_of_a_sparse_file_count_as_bytes() {
+    if !is_root() {
+        return;
+    }
+    let huge = |header: &mut Header| {
+        let gnu = Header::new_gnu();
+        let (name, size) = (header.as_old().name, header.as_old().size);
+        *header = gnu;
+        header.as_old_mut().name = name;
+        header.as_old_mut().size = size;
+        header.set_entry_type(EntryType::GNUSparse);
+        header.set_mode(0o644);
+        header.set_mtime(0);
+        header.set_uid(0);
+        header.set_gid(0);
+        // All hole: no part has data, and the real size is a terabyte.
+        let gnu = header.as_gnu_mut().unwrap();
+        gnu.realsize = *b"20000000000000".first_chunk::<12>().unwrap();
+        gnu.sparse[0].offset = *b"20000000000000".first_chunk::<12>().unwrap();
+        gnu.sparse[0].numbytes = *b"000000000000";
+    };
+    let stream = Tar::new().entry("sparse", EntryType::GNUSparse, huge, b"").bytes();
+    let refused = unpack_within(Budget { bytes: 1 << 20, entries: 10 }, &[stream]);
+    assert!(matches!(refused, Err(UnpackError::TooLarge)), "{refused:?}");
+}
+
+#[test]
+fn a_header_that_would_fill_the_memory_is_refused() {
+    if !is_root() {
+        return;
+    }
+    let value = vec![b'x'; 8 << 20];
+    let stream = Tar::new().pax(&[("comment", &value)]).file("f", "f").bytes();
+    let refused = unpack_all(&[stream]);
+    assert!(matches!(refused, Err(UnpackError::Stream(_))), "{refused:?}");
 }

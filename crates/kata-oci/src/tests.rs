@@ -42,6 +42,11 @@ impl Place {
     }
 }
 
+/// An error with its causes.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(|error| format!("{error}: ")).collect()
+}
+
 /// Whether the named programs can be run; says so where not.
 fn have(programs: &[&str]) -> bool {
     for program in programs {

@@ -97,7 +97,7 @@ fn a_corrupt_layer_is_named_with_both_digests_and_leaves_nothing() {
         write_layout(&place.path("x"), &[layer(&[("file", &"content ".repeat(1000))])]);
         fs::write(place.path("x/blobs/sha256").join(expected.hex()), &bad).unwrap();
         let error = place.layout("x", None).unwrap_err();
-        let text = crate::failure::chain(&error);
+        let text = chain(&error);
         assert!(text.contains(&format!("layer {expected} is corrupt")), "{text}");
         match what {
             Some(actual) => assert!(text.contains(&actual.to_string()), "{text}"),
@@ -130,7 +130,7 @@ fn a_layer_that_leads_out_of_itself_leaves_nothing() {
     let place = Place::new();
     let tar = Tar::new().file("good", "g").file("../bad", "b").bytes();
     write_layout(&place.path("x"), &[(gzip(&tar), tar)]);
-    let text = crate::failure::chain(&place.layout("x", None).unwrap_err());
+    let text = chain(&place.layout("x", None).unwrap_err());
     assert!(text.contains("../bad leads out of the layer"), "{text}");
     assert_eq!(place.stored(), Vec::<String>::new());
     assert!(!place.path("state/images/layers/bad").exists());
@@ -145,7 +145,7 @@ fn a_corrupt_manifest_or_configuration_is_refused() {
     let mut bytes = fs::read(&path).unwrap();
     bytes[20] ^= 1;
     fs::write(&path, bytes).unwrap();
-    let text = crate::failure::chain(&place.layout("x", None).unwrap_err());
+    let text = chain(&place.layout("x", None).unwrap_err());
     assert!(
         text.contains("manifest is corrupt") && text.contains(&index.manifests[0].digest.to_string()),
         "{text}"
@@ -156,9 +156,9 @@ fn a_corrupt_manifest_or_configuration_is_refused() {
 fn what_is_not_in_an_index_is_told_with_what_is() {
     let place = Place::new();
     write_layout(&place.path("x"), &[layer(&[("f", "f")])]);
-    let text = crate::failure::chain(&place.layout("x", Some("v2")).unwrap_err());
+    let text = chain(&place.layout("x", Some("v2")).unwrap_err());
     assert!(text.contains("tagged \"v2\"") && text.contains("latest"), "{text}");
-    let text = crate::failure::chain(&place.layout("nowhere", None).unwrap_err());
+    let text = chain(&place.layout("nowhere", None).unwrap_err());
     assert!(text.contains("nowhere/index.json") && text.contains("No such file"), "{text}");
 }
 
@@ -218,6 +218,51 @@ fn what_a_killed_process_left_is_taken_over() {
     let image = place.layout("x", None).unwrap();
     assert!(image.layers[0].join("f").is_file() && !image.layers[0].join("half").exists());
     assert!(!left.exists());
+}
+
+#[test]
+fn a_sweep_removes_what_nobody_is_at() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let layers = place.path("state/images/layers");
+    for name in ["busy", "left"] {
+        fs::create_dir_all(layers.join(name).with_extension("partial")).unwrap();
+    }
+    fs::create_dir(layers.join("whole")).unwrap();
+    let busy = fs::File::create(place.path("state/images/locks/busy")).unwrap();
+    rustix::fs::flock(&busy, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    place.store.sweep().unwrap();
+    assert_eq!(place.stored(), ["busy", "busy.partial", "whole"]);
+}
+
+#[test]
+fn more_layers_than_an_image_may_have_are_refused_before_one_is_read() {
+    let place = Place::new();
+    write_layout(&place.path("x"), &[layer(&[("a", "a")]), layer(&[("b", "b")])]);
+    let store = place.store.clone().within(Limits { layers: 1, ..Limits::default() });
+    let layout = layout::Layout::open(&place.path("x"), None).unwrap();
+    let refused = materialise(&layout, &store);
+    assert!(
+        matches!(refused, Err(ImageError::Store(StoreError::Layers { found: 2, limit: 1 }))),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_bomb_is_given_up_at_the_limit_and_leaves_nothing() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let zeros = "\0".repeat(8 << 20);
+    write_layout(&place.path("x"), &[layer(&[("zeros", &zeros)])]);
+    let store = place.store.clone().within(Limits { bytes: 1 << 20, ..Limits::default() });
+    let layout = layout::Layout::open(&place.path("x"), None).unwrap();
+    let text = chain(&materialise(&layout, &store).unwrap_err());
+    assert!(text.contains("more bytes than an image may have"), "{text}");
+    assert_eq!(place.stored(), Vec::<String>::new());
 }
 
 /// An image as umoci makes it: two layers, the upper one removing a file of the lower one.
