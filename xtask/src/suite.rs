@@ -17,6 +17,8 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
     let mut nextest = cargo();
     nextest.args(["nextest", "run", "--workspace", "--cargo-profile", Profile::Quick.name()]);
+    // What no product that is built for the tests has, has its own all the same.
+    nextest.args(["--features", "kata-agent/policy,kata-initdata/guest"]);
     let profile = if unit { "unit" } else { "default" };
     nextest.args(["--profile", profile]);
     if !unit {

@@ -25,8 +25,6 @@ pub mod service {
 
 #[cfg(test)]
 mod tests {
-    use protobuf::Message as _;
-
     use crate::guest_services::{
         GetResourceRequest, GetResourceResponse, ImagePullRequest, ImagePullResponse, SecureMountRequest,
         UnsealSecretRequest, UnsealSecretResponse,

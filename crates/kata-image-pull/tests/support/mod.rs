@@ -351,6 +351,8 @@ pub fn layer(files: &[(&str, &str)]) -> (Vec<u8>, Vec<u8>) {
     let mut tar = tar::Builder::new(Vec::new());
     for (path, content) in files {
         let mut header = tar::Header::new_ustar();
+        header.set_uid(0);
+        header.set_gid(0);
         header.set_mode(0o644);
         header.set_size(content.len() as u64);
         header.set_mtime(1_000_000_000);
