@@ -24,7 +24,7 @@ pub enum HypervisorError {
         /// Driver and machine type.
         driver: String,
     },
-    /// A field of the [`VmSpec`] makes no machine.
+    /// A field of the [`VmSpec`](super::VmSpec) makes no machine.
     #[error("virtual machine {id:?} cannot be started: {reason}")]
     InvalidSpec {
         /// The machine.
@@ -106,7 +106,7 @@ pub enum HypervisorError {
         /// Why, and what to do.
         reason: String,
     },
-    /// A [`Disk`] or [`Nic`] makes no device.
+    /// A [`Disk`](super::Disk) or [`Nic`](super::Nic) makes no device.
     #[error("device {id:?} cannot be added: {reason}")]
     InvalidDevice {
         /// The device.
