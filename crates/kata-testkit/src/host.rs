@@ -189,7 +189,7 @@ impl Drop for Host {
 /// Waits until `probe` finds something; fails the test when `patience` is over. In the lab, where machines are emulated within an
 /// emulated one, everybody has more of it.
 pub fn wait_for<T>(what: &str, patience: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
-    let patience = if std::env::var_os("KATA_TEST_LAB").is_some() { patience * 4 } else { patience };
+    let patience = if std::env::var_os("KATA_TEST_LAB").is_some() { patience * 12 } else { patience };
     let begin = Instant::now();
     loop {
         if let Some(found) = probe() {

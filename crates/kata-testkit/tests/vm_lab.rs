@@ -150,7 +150,7 @@ fn hosts_kernel_moves_the_packets_of_each_drivers_pod_and_its_disks_are_held_to_
         let volume = cri.host().scratch(&format!("pods/{driver}/volumes/kubernetes.io~empty-dir/dir"));
         std::fs::create_dir_all(&volume).unwrap();
         let pod = cri.pod(driver).handler(driver).run();
-        let serve = "dd if=/dev/zero of=/dev/shm/data bs=1M count=48; httpd -f -p 80 -h /dev/shm";
+        let serve = "dd if=/dev/zero of=/dev/shm/data bs=1M count=12; httpd -f -p 80 -h /dev/shm";
         let main = pod.container("main").mount(&volume, "/dir").sh(serve).start();
         let monitor = *cri.host().pids_of(program).first().unwrap();
         assert_eq!(movers(monitor).len(), 1, "{driver}");
