@@ -15,7 +15,7 @@ const SCRIPT: &str = "echo \"Hello from a container in its own virtual machine.\
 /// Sets the machine up, builds, and runs a container.
 pub fn run() -> Chores {
     packages::for_run()?;
-    let products = products::build(Profile::Quick, products::STOCK_KERNEL, false)?;
+    let products = products::build(Profile::Quick, products::STOCK_KERNEL)?;
     let image = busybox_image()?;
     say("starting a pod");
     shell::run(

@@ -48,20 +48,39 @@ impl Products {
     }
 }
 
-/// Builds the host's binaries, the agent and the guest image with a kernel from `kernel`.
-pub fn build(profile: Profile, kernel: &str, registry: bool) -> Chores<Products> {
+/// What every build of the tests has on: it is in no product that they drive, and is tested all the same. Another set of
+/// features would be another build of nearly every dependency.
+pub const TESTED_FEATURES: [&str; 2] = ["--features", "kata-agent/policy,kata-initdata/guest"];
+
+/// Builds the host's binaries, the agent and the guest image with a kernel from `kernel`. Pulling images from registries is
+/// left out.
+pub fn build(profile: Profile, kernel: &str) -> Chores<Products> {
     say(&format!("building the host's binaries ({})", profile.name()));
     let mut host = cargo();
-    host.args(["build", "--profile", profile.name()]);
+    host.args(["build", "--profile", profile.name(), "--no-default-features"]);
     for package in ["kata-ctl", "kata-shim", "kata-vmm", "kata-virtiofsd"] {
         host.args(["-p", package]);
     }
-    if !registry {
-        host.arg("--no-default-features");
-    }
     shell::run(&mut host)?;
+    with_guest(Products::built(profile), kernel)
+}
 
-    let products = Products::built(profile);
+/// The same for tests, which are built in the same go: by themselves the binaries would be another build of most of their
+/// dependencies.
+pub fn build_with_tests(kernel: &str) -> Chores<Products> {
+    let profile = Profile::Quick;
+    say("building the host's binaries and the tests");
+    let targets = ["--lib", "--bins", "--tests", "--examples"];
+    shell::run(
+        cargo()
+            .args(["build", "--workspace", "--profile", profile.name()])
+            .args(targets)
+            .args(TESTED_FEATURES),
+    )?;
+    with_guest(Products::built(profile), kernel)
+}
+
+fn with_guest(products: Products, kernel: &str) -> Chores<Products> {
     let agent = build_agent()?;
     say(&format!("making the guest image, kernel: {kernel} (the first time it is downloaded)"));
     shell::run(

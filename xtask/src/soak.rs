@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use clap::Args;
 
-use crate::products::Profile;
-use crate::shell::{self, cargo, tree};
+use crate::products::{Products, Profile};
+use crate::shell;
 use crate::{Chores, packages, say, suite};
 
 /// How long, how much, and which.
@@ -29,21 +29,10 @@ pub struct Soak {
 pub fn run(soak: &Soak) -> Chores {
     packages::for_test()?;
     let variables = suite::prepare()?;
-    let profile = Profile::Quick.name();
-    shell::run(cargo().args([
-        "build",
-        "--quiet",
-        "--profile",
-        profile,
-        "-p",
-        "kata-testkit",
-        "--example",
-        "soak",
-    ]))?;
     let clock = || SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
     let seed = soak.seed.unwrap_or_else(clock);
     say(&format!("soaking for {}, seed {seed}", humantime::format_duration(soak.time)));
-    let program = tree().join("target").join(profile).join("examples/soak");
+    let program = Products::built(Profile::Quick).program("examples/soak");
     let numbers = [soak.time.as_secs(), soak.rounds, seed, soak.pods];
     let mut command = std::process::Command::new(program);
     command.args(numbers.map(|number| number.to_string())).envs(variables);

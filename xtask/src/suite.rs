@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::products::Profile;
+use crate::products::{Products, Profile};
 use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::unpacked::{NEWER_CONTAINERD, NEWER_DOCKER, NEWER_QEMU};
 use crate::{Chores, demo, lab, packages, products, say};
@@ -17,14 +17,20 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
     let mut nextest = cargo();
     nextest.args(["nextest", "run", "--workspace", "--cargo-profile", Profile::Quick.name()]);
-    // What no product that is built for the tests has, has its own all the same.
-    nextest.args(["--features", "kata-agent/policy,kata-initdata/guest"]);
+    nextest.args(products::TESTED_FEATURES);
     let profile = if unit { "unit" } else { "default" };
     nextest.args(["--profile", profile]);
     if !unit {
-        nextest.envs(prepare()?);
-        lab::make()?;
-        nextest.env("KATA_TEST_LAB_MADE", "1");
+        // One waits for the network, the other for the processors.
+        let (debian, prepared) = std::thread::scope(|scope| {
+            let debian = scope.spawn(lab::make_debian);
+            let prepared = prepare();
+            (debian.join(), prepared)
+        });
+        nextest.envs(prepared?);
+        debian.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        lab::make(&file_server())?;
+        nextest.env("KATA_TEST_FILE_SERVER", file_server());
         newer_programs(&mut nextest);
     }
     say("running the tests");
@@ -36,7 +42,7 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
 
 /// Builds what tests that boot machines are given, and answers the variables that say where it is.
 pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
-    let products = products::build(Profile::Quick, products::STOCK_KERNEL, true)?;
+    let products = products::build_with_tests(products::STOCK_KERNEL)?;
     Ok(vec![
         ("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux")),
         ("KATA_TEST_PROGRAMS", products.dir),
@@ -44,6 +50,11 @@ pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
         ("KATA_TEST_INITRD", small_initrd()?),
         ("KATA_TEST_CONTAINERD", PathBuf::from("/usr/bin/containerd")),
     ])
+}
+
+/// The file server among what [`prepare`] builds.
+pub fn file_server() -> PathBuf {
+    Products::built(Profile::Quick).program("kata-virtiofsd")
 }
 
 /// Tells a command where newer programs than the host's are, as far as they can be had.

@@ -11,12 +11,17 @@ use nix::unistd::Pid;
 
 /// `xtask lab run` with options and a shell script; nothing (said and counted) where the lab's Debian is not made.
 fn lab(options: &[&str], script: &str) -> Option<Command> {
-    if std::env::var_os("KATA_TEST_LAB_MADE").is_none() {
-        eprintln!("skipped: KATA_TEST_LAB_MADE is not set: run `make test`");
+    let Some(file_server) = std::env::var_os("KATA_TEST_FILE_SERVER") else {
+        eprintln!("skipped: KATA_TEST_FILE_SERVER is not set: run `make test`");
         return None;
-    }
+    };
     let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-    command.args(["lab", "run"]).args(options).args(["--", "sh", "-c", script]).stdin(Stdio::null());
+    command
+        .args(["lab", "run", "--file-server"])
+        .arg(file_server)
+        .args(options)
+        .args(["--", "sh", "-c", script])
+        .stdin(Stdio::null());
     Some(command)
 }
 

@@ -89,7 +89,7 @@ pub fn prepare(kernel: &str) -> Chores {
     if kernel == COMPILED_KERNEL {
         packages::for_kernel()?;
     }
-    let products = products::build(Profile::Release, kernel, false)?;
+    let products = products::build(Profile::Release, kernel)?;
     demo::busybox_image()?;
     boot::prepare(&products)?;
     beside_runc::prepare()?;

@@ -106,6 +106,9 @@ pub struct Options {
     /// Show the machine's console, with all that the kernel says, on standard error.
     #[arg(long)]
     console: bool,
+    /// Serve the trees by this kata-virtiofsd, instead of building one.
+    #[arg(long)]
+    file_server: Option<PathBuf>,
 }
 
 /// The short suite, after the others of `make test`.
@@ -116,17 +119,24 @@ pub fn test() -> Chores {
     }
 }
 
-/// Makes and builds all that `lab run` needs, so that it takes no longer than a boot.
-pub fn make() -> Chores {
-    prepare().map(drop)
+/// Makes the Debian that the lab boots, if it is not there yet: a download for the most part.
+pub fn make_debian() -> Chores {
+    debian::build(false).map(drop)
+}
+
+/// Makes and builds all that `lab run` needs beside a file server, so that it takes no longer than a boot.
+pub fn make(file_server: &Path) -> Chores {
+    prepare(Some(file_server)).map(drop)
 }
 
 /// Does one of them.
 pub fn run(chore: Lab) -> ExitCode {
     let result = match chore {
         Lab::Build { again } => debian::build(again).map(|_| 0),
-        Lab::Run { options, env, command } => prepare().and_then(|lab| lab.run(&options, env, command)),
-        Lab::Shell { options } => prepare().and_then(|lab| lab.shell(&options)),
+        Lab::Run { options, env, command } => {
+            prepare(options.file_server.as_deref()).and_then(|lab| lab.run(&options, env, command))
+        }
+        Lab::Shell { options } => prepare(options.file_server.as_deref()).and_then(|lab| lab.shell(&options)),
         Lab::Test { all, iommu, filter } => suite::run(all, iommu, &filter),
         Lab::Bench { runs, kernel } => measure(runs, &kernel),
     };
@@ -150,12 +160,16 @@ fn measure(runs: usize, kernel: &str) -> Chores<u8> {
     let program = std::env::current_exe().map_err(at("find", Path::new("this program")))?;
     let commit = format!("{}={}", bench::COMMIT, bench::commit()?.trim());
     let command = vec![program.to_string_lossy().into_owned(), "bench-in-lab".to_owned(), runs.to_string()];
-    prepare()?.run(&Options::with_timeout(TIME_OF_BENCH), vec![commit], command)
+    prepare(None)?.run(&Options::with_timeout(TIME_OF_BENCH), vec![commit], command)
 }
 
-fn prepare() -> Chores<Prepared> {
+/// What a machine needs, with this file server or one that is built for it.
+fn prepare(file_server: Option<&Path>) -> Chores<Prepared> {
     let debian = debian::build(false)?;
-    let file_server = products::build_file_server()?;
+    let file_server = match file_server {
+        Some(program) => program.to_owned(),
+        None => products::build_file_server()?,
+    };
     let initrd = machine::initrd(&products::build_lab_init()?)?;
     Ok(Prepared { debian, initrd, file_server })
 }
@@ -163,7 +177,15 @@ fn prepare() -> Chores<Prepared> {
 impl Options {
     /// As by default, but for the time.
     fn with_timeout(timeout: u64) -> Self {
-        Self { timeout, cpus: CPUS, memory: MEMORY, systemd: false, iommu: false, console: false }
+        Self {
+            timeout,
+            cpus: CPUS,
+            memory: MEMORY,
+            systemd: false,
+            iommu: false,
+            console: false,
+            file_server: None,
+        }
     }
 
     fn patience(&self) -> Duration {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{Options, prepare};
-use crate::products::Profile;
+use crate::products::{self, Profile};
 use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::unpacked::NEWER_CONTAINERD;
 use crate::{Chores, packages, say, suite};
@@ -39,7 +39,7 @@ pub fn run(all: bool, iommu: bool, filter: &[String]) -> Chores<u8> {
         .extend(std::env::var("KATA_TEST_HYPERVISOR").map(|name| format!("KATA_TEST_HYPERVISOR={name}")));
     say("building the tests");
     let command = runner(all, filter)?;
-    let lab = prepare()?;
+    let lab = prepare(Some(&suite::file_server()))?;
     let choice = !all && filter.is_empty();
     let options =
         Options { iommu, ..Options::with_timeout(if choice { TIME_OF_CHOICE } else { TIME_OF_ALL }) };
@@ -89,6 +89,7 @@ fn runner(all: bool, filter: &[String]) -> Chores<Vec<String>> {
     let (binaries, metadata) = (dir.join("binaries.json"), dir.join("metadata.json"));
     let mut list = cargo();
     list.args(["nextest", "list", "--workspace", "--cargo-profile", Profile::Quick.name()]);
+    list.args(products::TESTED_FEATURES);
     list.args(["--list-type", "binaries-only", "--message-format", "json"]);
     for (file, command) in
         [(&binaries, &mut list), (&metadata, cargo().args(["metadata", "--format-version", "1"]))]
