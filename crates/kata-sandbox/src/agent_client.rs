@@ -72,7 +72,7 @@ pub enum AgentError {
     /// The agent did not answer.
     #[error(
         "the guest's agent did not answer {call} within {bound:?}: the guest hangs, or has too little CPU or memory for its \
-         work; see the guest's console (hypervisor.qemu.enable_debug shows more), then try again or make the pod anew"
+         work; see the guest's console (hypervisor.*.enable_debug shows more), then try again or make the pod anew"
     )]
     NoAnswer {
         /// The call.

@@ -114,7 +114,7 @@ pub enum BootError {
     /// The guest runs, and the agent does not come.
     #[error(
         "the virtual machine runs, but its agent did not report within {bound:?} (agent.kata.reconnect_timeout_ms; \
-         hypervisor.qemu.enable_debug shows more){console}"
+         hypervisor.*.enable_debug shows more){console}"
     )]
     NoAgent {
         /// The bound.

@@ -81,7 +81,7 @@ pub enum HybridError {
 }
 
 /// What to do about a guest that does not answer.
-const NEXT: &str = "see its console (hypervisor.qemu.enable_debug shows more)";
+const NEXT: &str = "see its console (hypervisor.*.enable_debug shows more)";
 
 /// What a port of the guest is for, in a user's words.
 fn use_of(port: u32) -> &'static str {
