@@ -62,7 +62,7 @@ pub enum ComponentsError {
         file: String,
         #[source]
         /// Why.
-        source: ManifestError,
+        source: Box<ManifestError>,
     },
     /// A manifest that means nothing that may be started.
     #[error("manifest {file:?} beneath {directory:?}")]
@@ -73,7 +73,7 @@ pub enum ComponentsError {
         file: String,
         #[source]
         /// Why.
-        source: PlanError,
+        source: Box<PlanError>,
     },
     /// Two services for one job.
     #[error("{first} and {second} both serve {service:?}")]
@@ -126,12 +126,12 @@ impl Directory {
         let (directory, file) = (self.here.clone(), self.manifest.to_owned());
         let manifest = match Manifest::parse(&self.read_manifest()?) {
             Ok(manifest) => manifest,
-            Err(source) => return Err(ComponentsError::Manifest { directory, file, source }),
+            Err(error) => return Err(ComponentsError::Manifest { directory, file, source: error.into() }),
         };
         let variables = table.variables(&self.root, &manifest.paths, attached);
         let processes = match plan(&manifest, &variables, table) {
             Ok(processes) => processes,
-            Err(source) => return Err(ComponentsError::Plan { directory, file, source }),
+            Err(error) => return Err(ComponentsError::Plan { directory, file, source: error.into() }),
         };
         processes.iter().try_for_each(|process| self.check_program(process))?;
         let units =

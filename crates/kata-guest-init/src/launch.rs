@@ -114,7 +114,7 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LaunchEr
 }
 
 fn directory_of(socket: &Path) -> &Path {
-    socket.parent().unwrap_or(Path::new("/"))
+    socket.parent().unwrap_or_else(|| Path::new("/"))
 }
 
 fn make_directory(socket: &Path) -> Result<(), LaunchError> {

@@ -118,15 +118,15 @@ pub fn switch(root: &Path) -> Result<(), RootError> {
     mount_move(".", "/").map_err(failed("making the root of", root))?;
     rustix::process::chroot(".").map_err(failed("changing the root to", root))?;
     std::env::set_current_dir("/").map_err(failed("entering", "/"))?;
-    free(old);
+    free(&old);
     Ok(())
 }
 
 /// Removes the files of an initramfs, which are memory. What is not one is not touched.
-fn free(old: OwnedFd) {
-    let in_memory = rustix::fs::fstatfs(&old).is_ok_and(|fs| [RAMFS, TMPFS].contains(&fs.f_type));
+fn free(old: &OwnedFd) {
+    let in_memory = rustix::fs::fstatfs(old).is_ok_and(|fs| [RAMFS, TMPFS].contains(&fs.f_type));
     let is_root_now = statfs("/").is_ok_and(|fs| [RAMFS, TMPFS].contains(&fs.f_type));
-    if let Ok(stat) = fstat(&old)
+    if let Ok(stat) = fstat(old)
         && in_memory
         && !is_root_now
     {

@@ -145,7 +145,8 @@ impl FromStr for Params {
             data_block_size: block_size("data_block_size", data_block_size)?,
             hash_block_size: block_size("hash_block_size", hash_block_size)?,
         };
-        let size = params.needed().filter(|_| params.data_bytes() % u64::from(params.hash_block_size) == 0);
+        let size =
+            params.needed().filter(|_| params.data_bytes().is_multiple_of(params.hash_block_size.into()));
         size.map(|_| params.clone()).ok_or(ParamsError::Size {
             data_blocks: params.data_blocks,
             data_block_size: params.data_block_size,

@@ -1,4 +1,5 @@
 //! The units of the image and those that an extension gets, before systemd's own eyes.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};

@@ -118,7 +118,8 @@ fn a_huge_manifest_is_read_no_further_than_its_bound() {
     let manifest = File::create(extension.path(PATH)).unwrap();
     manifest.set_len(1 << 40).unwrap();
     let error = extension.services("x").unwrap_err();
-    assert!(matches!(error, ComponentsError::Manifest { source: ManifestError::Long, .. }), "{error}");
+    let ComponentsError::Manifest { source, .. } = error else { panic!("{error}") };
+    assert!(matches!(*source, ManifestError::Long), "{source}");
 }
 
 #[test]
