@@ -35,6 +35,14 @@ pub enum ComponentsError {
         /// Why.
         source: io::Error,
     },
+    /// A directory that says nothing of what is in it.
+    #[error("{directory:?} has no manifest {file:?}: an image of an extension is built with one")]
+    NoManifest {
+        /// The directory.
+        directory: PathBuf,
+        /// The manifest.
+        file: String,
+    },
     /// Something else than a file.
     #[error("{file:?} beneath {directory:?} is no file")]
     NoFile {
@@ -144,7 +152,12 @@ impl Directory {
     }
 
     fn read_manifest(&self) -> Result<Vec<u8>, ComponentsError> {
-        let file = self.open(self.manifest)?;
+        let file = self.open(self.manifest).map_err(|error| match error {
+            ComponentsError::Open { directory, file, source } if source.kind() == io::ErrorKind::NotFound => {
+                ComponentsError::NoManifest { directory, file }
+            }
+            error => error,
+        })?;
         let mut bytes = Vec::new();
         let limit = u64::try_from(LENGTH_MAX).unwrap_or_default().saturating_add(1);
         file.take(limit).read_to_end(&mut bytes).map_err(|source| self.open_error(self.manifest, source))?;
