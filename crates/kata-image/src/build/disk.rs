@@ -7,7 +7,7 @@ use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
-use super::tool::{ToolError, run};
+use super::tool::{ToolError, run, run_both};
 use super::verity;
 use crate::manifest::Verity;
 
@@ -34,7 +34,9 @@ pub enum DiskError {
 
 /// Which `mkfs.erofs` there is: another one may lay the same tree out in another way.
 pub fn tool_version() -> Result<String, ToolError> {
-    Ok(run(Command::new("mkfs.erofs").arg("-V"), HINT)?.lines().next().unwrap_or_default().to_owned())
+    // Not all versions have an option that tells it alone, and some tell it among their errors.
+    let (output, errors) = run_both(Command::new("mkfs.erofs").arg("--help"), HINT)?;
+    Ok(output.lines().chain(errors.lines()).next().unwrap_or_default().to_owned())
 }
 
 /// Makes the disk `output` of the directory `tree`. Everything in it belongs to root and is as old as the epoch; the same
