@@ -19,6 +19,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-virtiofsd", &[]),
     ("kata-agent", &["kata-api", "kata-policy"]),
     ("kata-initdata", &[]),
+    ("kata-guest-init", &[]),
     ("kata-policy", &["kata-api"]),
     ("kata-hypervisor", &["kata-config", "kata-vmm-api"]),
     // Of kata-image only the manifest's types: see docs/adr/0002
