@@ -50,7 +50,7 @@ fn says(output: &Output, words: &[&str]) {
     }
 }
 
-/// An extension with one process, a static busybox that reports on a file of the guest: the image and its parameters.
+/// An extension with one process, a static busybox that says on the console that it runs: the image and its parameters.
 fn extension(host: &Host) -> (PathBuf, String) {
     let (tree, file) = (host.scratch("extension"), host.scratch("extension.img"));
     fs::create_dir_all(tree.join("bin")).unwrap();
@@ -62,16 +62,13 @@ schema_version = 1
 [[process]]
 id = "witness"
 level = 1
-path = "/bin/busybox"
-args = ["sh", "-c", "echo here > /run/witness; exec /run/kata-extensions/tools/bin/busybox sleep 100000"]
+path = "bin/busybox"
+args = ["sh", "-c", "echo '<2>the witness runs' > /dev/kmsg; exec ${extension_root}/bin/busybox sleep 100000"]
 "#;
     fs::write(tree.join("etc/kata-extensions/components.toml"), components).unwrap();
+    let [tree_text, file_text] = [&tree, &file].map(|path| path.to_str().unwrap());
     let output =
-        host.output(["image", "extension", "--name", "tools", "--tree"].map(PathBuf::from).iter().chain([
-            &tree,
-            &PathBuf::from("--output"),
-            &file,
-        ]));
+        host.output(["image", "extension", "--name", "tools", "--tree", tree_text, "--output", file_text]);
     assert!(output.status.success(), "{}", stderr(&output));
     (file, stdout(&output).trim().to_owned())
 }
@@ -124,7 +121,12 @@ fn extension_brings_a_service_that_runs() {
     let Some((host, image)) = world() else { return };
     let (file, verity) = extension(&host);
     with_extension(&host, &image, &file, &verity);
-    let output = host.sh(&["-v", "guest:/run:/guest"], "true");
+    let output = host.output(["run", "-d", "--name", "box", &host.image(), "sleep", "1000"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    host.wait_for("the witness", || {
+        stdout(&host.output(["console", "box"])).contains("the witness runs").then_some(())
+    });
+    let output = host.output(["rm", "-f", "box"]);
     assert!(output.status.success(), "{}", stderr(&output));
 }
 

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! As a service the agent mounts nothing, and that its end is the machine's is for its unit to say (`SuccessAction=`,
-//! `FailureAction=`). As PID 1 nothing may fail silently: every fatal error goes to the console with its causes, and then the VM ends.
+//! `FailureAction=`), which may be at once: what is to be written is written before. As PID 1 nothing may fail silently: every fatal error goes to the console with its causes, and then the VM ends.
 
 mod mounts;
 mod service;
@@ -128,6 +128,7 @@ fn run_as_service() -> Result<(), BootError> {
         .map_err(step("taking the cgroup that was delegated to the agent"))?;
     let list = read_module_list()?;
     serve::run(settings, logs, Modules::new(ModuleList { boot: Vec::new(), ..list }), cgroup, timeline)?;
+    rustix::fs::sync();
     Ok(())
 }
 

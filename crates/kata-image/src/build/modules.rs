@@ -37,6 +37,8 @@ pub const LIST_PATH: &str = "/etc/kata-agent/modules";
 pub struct Selection {
     /// Loaded at boot: guests cannot do without.
     boot: &'static [&'static str],
+    /// Loaded at boot, and left out where a kernel does not have them.
+    boot_where_there: &'static [&'static str],
     /// Loaded when first needed, and left out where a kernel does not have them.
     on_demand: &'static [&'static str],
 }
@@ -44,6 +46,7 @@ pub struct Selection {
 /// For a root in the initrd: at boot, what leads to the host.
 pub const IN_INITRD: Selection = Selection {
     boot: &["virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport", "virtiofs"],
+    boot_where_there: &[],
     on_demand: &[
         "overlay",
         "virtio_blk",
@@ -69,6 +72,8 @@ pub const ON_DISK: Selection = Selection {
         "vmw_vsock_virtio_transport",
         "virtiofs",
     ],
+    // systemd complains at each boot where it has to look for it.
+    boot_where_there: &["autofs4"],
     on_demand: &["ext4", "virtio_net", "loop", "virtio_balloon", "virtio_mem"],
 };
 
@@ -229,6 +234,9 @@ impl Tree {
                     module: (*name).to_owned(),
                 });
             }
+            self.close(name, &mut boot)?;
+        }
+        for name in selection.boot_where_there.iter().filter(|name| self.files.contains_key(**name)) {
             self.close(name, &mut boot)?;
         }
         let mut on_demand = Vec::new();

@@ -52,7 +52,7 @@ impl Archive {
         word(plain(suite) && !suite.contains(['/', '.']), suite, "name of a suite")?;
         word(plain(mirror) && mirror.contains("://"), mirror, "address of an archive")?;
         let dir = cache.join("debian").join(suite);
-        for sub in ["lists/partial", "archives/partial"] {
+        for sub in ["lists/partial", "archives/partial", "none/partial"] {
             let path = dir.join(sub);
             fs::create_dir_all(&path).map_err(file(&path))?;
         }
@@ -64,18 +64,17 @@ impl Archive {
 
     /// The package files that `names` and what they depend on are now, sorted: `<name>_<version>_<architecture>.deb`.
     pub fn resolve(&self, names: &[&str]) -> Result<Vec<String>, PackagesError> {
-        run(self.apt().arg("update"), HINT)?;
-        let text = run(self.apt().args(["install", "--print-uris"]).args(names), HINT)?;
-        // 'URL' file size digest
-        let mut files: Vec<String> =
-            text.lines().filter_map(|line| line.split(' ').nth(1).map(str::to_owned)).collect();
+        run(self.apt("none").arg("update"), HINT)?;
+        // Those that were downloaded before are not told.
+        let text = run(self.apt("none").args(["install", "--print-uris"]).args(names), HINT)?;
+        let mut files = files_of(&text);
         files.sort();
         Ok(files)
     }
 
     /// Unpacks the package files `files`, which `names` were resolved to, into `dir`.
     pub fn unpack(&self, names: &[&str], files: &[String], dir: &Path) -> Result<(), PackagesError> {
-        run(self.apt().args(["install", "--download-only", "--yes"]).args(names), HINT)?;
+        run(self.apt("archives").args(["install", "--download-only", "--yes"]).args(names), HINT)?;
         for name in files {
             let package = self.dir.join("archives").join(name);
             run(Command::new("dpkg-deb").arg("--extract").args([&package, dir]), HINT)?;
@@ -83,7 +82,8 @@ impl Archive {
         Ok(())
     }
 
-    fn apt(&self) -> Command {
+    /// apt with what it downloads in the directory `archives`.
+    fn apt(&self, archives: &str) -> Command {
         let mut command = Command::new("apt-get");
         command.args([
             "-qq",
@@ -96,7 +96,7 @@ impl Archive {
             ("Dir::Etc::sourcelist", "sources.list"),
             ("Dir::State::lists", "lists"),
             ("Dir::State::status", "status"),
-            ("Dir::Cache::archives", "archives"),
+            ("Dir::Cache::archives", archives),
             ("Dir::Cache::pkgcache", ""),
             ("Dir::Cache::srcpkgcache", ""),
         ] {
@@ -110,6 +110,15 @@ impl Archive {
         let path = self.dir.join(name);
         fs::write(&path, text).map_err(file(&path))
     }
+}
+
+/// The file names in lines of `'URL' file size digest`.
+fn files_of(text: &str) -> Vec<String> {
+    let name = |line: &str| {
+        let mut words = line.split(' ');
+        (words.next()?.starts_with('\'') && line.contains(".deb")).then(|| words.next().map(str::to_owned))?
+    };
+    text.lines().filter_map(name).collect()
 }
 
 fn file(path: &Path) -> impl FnOnce(io::Error) -> PackagesError {
@@ -148,6 +157,13 @@ mod tests {
         assert_eq!(mirror_of("deb [arch=amd64] http://mirror.example/debian bookworm main"), found);
         assert_eq!(mirror_of("deb http://mirror.example/debian-security bookworm-security main"), None);
         assert_eq!(mirror_of("# deb http://mirror.example/debian bookworm main"), None);
+    }
+
+    #[test]
+    fn names_of_package_files_are_read_from_what_apt_would_fetch() {
+        let text = "'http://mirror.example/pool/libc6_2.41-12%2bdeb13u5_amd64.deb' libc6_2.41-12+deb13u5_amd64.deb 2850108 \
+                    MD5Sum:3cf6\nReading package lists...\n";
+        assert_eq!(files_of(text), ["libc6_2.41-12+deb13u5_amd64.deb"]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::elf::Elf;
 use super::modules::{LIST_PATH, Plan};
 
 /// What the root is made of.
-pub const PACKAGES: &[&str] = &["systemd", "ca-certificates"];
+pub const PACKAGES: &[&str] = &["systemd", "libkmod2", "ca-certificates"];
 
 /// Programs of the packages. `systemctl`, `journalctl` and `systemd-analyze` are for whoever looks for a reason: the agent,
 /// which tells the state of a service that does not answer, and people.
@@ -34,6 +34,9 @@ const PROGRAMS: &[&str] = &[
     "usr/lib/systemd/systemd-journald",
     "usr/lib/systemd/systemd-shutdown",
 ];
+
+/// Libraries that programs look for when they run: without this one systemd complains at each boot.
+const LIBRARIES: &[&str] = &["libkmod.so.2"];
 
 /// systemd's own units: what a service's default dependencies name, the log, and the machine's end.
 const UNITS: &[&str] = &[
@@ -182,6 +185,9 @@ impl<'a> Root<'a> {
         }
         for path in PROGRAMS {
             root.take(Path::new(path), "an init system")?;
+        }
+        for name in LIBRARIES {
+            root.library(name, Path::new("an init system"))?;
         }
         for unit in UNITS {
             root.take(&Path::new(UNIT_DIR).join(unit), "an init system")?;

@@ -85,6 +85,22 @@ fn list_has_boot_lines_and_what_is_loaded_on_demand() {
 }
 
 #[test]
+fn root_on_a_disk_has_what_leads_to_it_loaded_at_boot() {
+    let tree = tree();
+    for name in ["virtio_blk", "dm_verity", "overlay"] {
+        put(tree.path(), &format!("kernel/disk/{name}.ko"), &module(&["depends="]));
+    }
+    let plan = |tree: &tempfile::TempDir| Tree::open(tree.path(), RELEASE).unwrap().plan(ON_DISK);
+    let boot = plan(&tree).unwrap().boot;
+    assert!(names(&boot).ends_with(&["vsock", "vmw_vsock_virtio_transport", "virtiofs"]), "{boot:?}");
+    // What only saves a line of the log is taken where there is such a module.
+    put(tree.path(), "kernel/fs/autofs4.ko", &module(&["depends="]));
+    assert!(names(&plan(&tree).unwrap().boot).ends_with(&["virtiofs", "autofs4"]));
+    fs::remove_file(tree.path().join("kernel/disk/dm_verity.ko")).unwrap();
+    assert!(matches!(plan(&tree), Err(ModulesError::Missing { module, .. }) if module == "dm_verity"));
+}
+
+#[test]
 fn kernel_that_guests_cannot_be_reached_in_is_refused() {
     let tree = tree();
     fs::remove_file(tree.path().join("kernel/fs/virtiofs.ko")).unwrap();

@@ -19,6 +19,9 @@ impl Scene {
         for path in PROGRAMS {
             scene.put(path, b"#!");
         }
+        for name in LIBRARIES {
+            scene.put(&format!("usr/lib/{ARCH}-linux-gnu/{name}"), b"library");
+        }
         for unit in UNITS {
             scene.put(&format!("{UNIT_DIR}/{unit}"), b"[Unit]\n");
         }
