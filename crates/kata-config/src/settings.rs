@@ -166,7 +166,6 @@ settings! {
         { .unset("the guest image's").annotated().reach(Reach::Path("valid_asset_paths")) };
     /// Images with further services, for a guest image of flavour services: each with `name` (up to 10 lower-case letters, digits
     /// and dashes), `path` and `verity_params`, as `kata-ctl image extension` prints them.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     guest_extension_images: Vec<ExtensionImage> = Vec::new(), { .rust() };
     /// The emulated machine. Nothing can be plugged into a `microvm` later.
     machine_type: MachineType = MachineType::Q35,

@@ -84,7 +84,7 @@ impl Guest {
         for image in images {
             let verity = image
                 .verity_params
-                .parse()
+                .parse::<Verity>()
                 .map_err(|source| BootError::Extension { name: image.name.clone(), source })?;
             self.verified(format!("{EXTENSION}-{}", image.name), image.path.clone(), &verity);
         }
