@@ -124,9 +124,7 @@ fn boot() -> Result<Infallible, BootError> {
         .step("root", || mount_verified(&mapper, &images.root, Path::new(SYSROOT), MountFlags::empty()))?;
     timeline.step("extensions", || mount_extensions(&mapper, &images))?;
     timeline.step("services", || make_services(&images))?;
-    timeline.step("writable layers", || {
-        ["etc", "var"].iter().try_for_each(|name| root::make_writable(Path::new(SYSROOT), name))
-    })?;
+    timeline.step("writable layers", || make_writable(Path::new(SYSROOT)))?;
     timeline.step("switch root", || root::switch(Path::new(SYSROOT)))?;
     if let Err(error) = timeline.write(Path::new(timeline::FILE)) {
         say(Level::Info, &format!("writing {}: {error}", timeline::FILE));
@@ -137,6 +135,11 @@ fn boot() -> Result<Infallible, BootError> {
     }
     // What the kernel could not read of its command line is in the environment, and not for services.
     Err(BootError::Execute(systemd.env_clear().exec()))
+}
+
+fn make_writable(root: &Path) -> Result<(), RootError> {
+    ["etc", "var"].iter().try_for_each(|name| root::make_writable(root, name))?;
+    root::mount_tmp(root)
 }
 
 /// Mounts an image that the kernel verifies as it is read. Nothing of it was used before.

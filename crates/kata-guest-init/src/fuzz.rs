@@ -29,10 +29,13 @@ pub fn run(data: &[u8]) {
 }
 
 fn check(text: &str) {
-    const KEYS: [&str; 16] = [
+    const KEYS: [&str; 19] = [
         "# Made at boot, from the manifest of extension-x.",
         "[Unit]",
         "Description=Guest service ",
+        "DefaultDependencies=no",
+        "Conflicts=shutdown.target",
+        "Before=shutdown.target",
         "Requires=initdata.target",
         "After=",
         "StartLimit",

@@ -94,6 +94,16 @@ pub fn make_writable(root: &Path, name: &str) -> Result<(), RootError> {
         .map_err(failed("laying a writable layer over", &lower))
 }
 
+/// Mounts an empty `/tmp` for everybody.
+///
+/// # Errors
+/// The root has no such directory.
+pub fn mount_tmp(root: &Path) -> Result<(), RootError> {
+    let point = root.join("tmp");
+    mount("tmpfs", &point, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=1777")
+        .map_err(failed("mounting", &point))
+}
+
 /// Keeps this program under `path`, for units to start. The file is the initramfs's own and costs nothing more.
 ///
 /// # Errors

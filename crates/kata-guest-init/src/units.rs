@@ -32,6 +32,10 @@ pub fn unit(owner: &str, root: &str, process: &Process, processes: &[Process]) -
         let _ = writeln!(text, "{key}={value}");
     };
     line("Description", &format!("Guest service {} of {owner}", process.id));
+    // As early as the agent is: what systemd sets up for a whole system is not for guests to wait for.
+    line("DefaultDependencies", "no");
+    line("Conflicts", "shutdown.target");
+    line("Before", "shutdown.target");
     line("Requires", "initdata.target");
     line("After", "initdata.target");
     for earlier in processes.iter().filter(|other| other.level < process.level) {
@@ -114,6 +118,9 @@ mod tests {
         let agent = r#"# Made at boot, from the manifest of extension-coco.
 [Unit]
 Description=Guest service attestation-agent of extension-coco
+DefaultDependencies=no
+Conflicts=shutdown.target
+Before=shutdown.target
 Requires=initdata.target
 After=initdata.target
 StartLimitIntervalSec=60

@@ -100,9 +100,9 @@ pub enum VerityError {
         /// What the command line says.
         expected: String,
     },
-    /// The tree does not lead to the root hash.
+    /// The tree does not begin with what the root hash is for.
     #[error(
-        "the hash tree's first block has the hash {found}, not root_hash={expected}: another image, or a changed one"
+        "its first block has the hash {found}, not root_hash={expected}: another image, or a changed one"
     )]
     RootHash {
         /// What the block hashes to.
@@ -169,9 +169,8 @@ fn salt_of(text: &str) -> Result<Vec<u8>, ParamsError> {
 }
 
 fn data_blocks_of(text: &str) -> Result<u64, ParamsError> {
-    // One block alone would have no tree, and no image is that small.
-    let number = text.parse().ok().filter(|number| *number >= 2);
-    number.ok_or_else(|| value_error("data_blocks", text, "a number of at least 2"))
+    let number = text.parse().ok().filter(|number| *number >= 1);
+    number.ok_or_else(|| value_error("data_blocks", text, "a number of at least 1"))
 }
 
 fn block_size(field: &'static str, text: Option<&str>) -> Result<u32, ParamsError> {
@@ -222,8 +221,9 @@ impl Params {
         read_at(disk, &mut superblock, offset)?;
         let superblock = Superblock::parse(&superblock).ok_or(VerityError::NoSuperblock { offset })?;
         superblock.agrees(self)?;
-        let mut block = vec![0; usize::try_from(self.hash_block_size).unwrap_or_default()];
-        read_at(disk, &mut block, self.hash_start() * u64::from(self.hash_block_size))?;
+        let (offset, size) = self.top();
+        let mut block = vec![0; usize::try_from(size).unwrap_or_default()];
+        read_at(disk, &mut block, offset)?;
         let found = Sha256::new().chain_update(&self.salt).chain_update(&block).finalize();
         if found.as_slice() == self.root_hash {
             return Ok(());
@@ -238,6 +238,14 @@ impl Params {
     /// The tree's first block, counted in hash blocks: behind the data and the superblock.
     fn hash_start(&self) -> u64 {
         self.data_bytes() / u64::from(self.hash_block_size) + 1
+    }
+
+    /// Where the block is that has the root hash, and its size: the tree's first, or the only one of data, which needs no tree.
+    fn top(&self) -> (u64, u32) {
+        match self.data_blocks {
+            1 => (0, self.data_block_size),
+            _ => (self.hash_start() * u64::from(self.hash_block_size), self.hash_block_size),
+        }
     }
 
     /// Bytes of data, superblock and tree; `None` where 64 bits do not do.

@@ -60,8 +60,8 @@ fn data(blocks: usize) -> Vec<u8> {
 }
 
 #[test]
-fn an_image_agrees_with_its_parameters_at_one_level_and_at_two() {
-    for blocks in [2, 128, 129, 300] {
+fn an_image_agrees_with_its_parameters_without_a_level_with_one_and_with_two() {
+    for blocks in [1, 2, 128, 129, 300] {
         let (image, params) = image(&data(blocks), b"salt");
         check(&image, &params).unwrap();
         let params: Params = params.parse().unwrap();
@@ -89,6 +89,9 @@ fn a_changed_tree_is_told_with_both_hashes() {
     assert!(matches!(error, VerityError::RootHash { .. }), "{error}");
     let expected = params.parse::<Params>().unwrap().root_hash();
     assert!(error.to_string().contains(&expected));
+    let (mut image, params) = self::image(&data(1), b"salt");
+    image[0] ^= 1;
+    assert!(matches!(check(&image, &params).unwrap_err(), VerityError::RootHash { .. }));
 }
 
 #[test]
@@ -138,9 +141,9 @@ fn parameters_that_cannot_be_are_told_with_the_field() {
         (",data_blocks=3", ",data_blocks=3,data_blocks=3", "data_blocks is there twice"),
         ("salt=", "pepper=", "unknown field \"pepper\""),
         ("data_blocks=3", "data_blocks", "name=value"),
-        ("data_blocks=3", "data_blocks=1", "at least 2"),
-        ("data_blocks=3", "data_blocks=-3", "at least 2"),
-        ("data_blocks=3", "data_blocks=99999999999999999999", "at least 2"),
+        ("data_blocks=3", "data_blocks=0", "at least 1"),
+        ("data_blocks=3", "data_blocks=-3", "at least 1"),
+        ("data_blocks=3", "data_blocks=99999999999999999999", "at least 1"),
         ("data_blocks=3", "data_blocks=9999999999999999999", "no whole number"),
         (",data_block_size=4096", ",data_block_size=512", "no whole number"),
         ("hash_block_size=4096", "hash_block_size=8192", "power of two"),
