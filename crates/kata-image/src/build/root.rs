@@ -25,10 +25,8 @@ pub const PACKAGES: &[&str] = &["systemd", "libkmod2", "ca-certificates"];
 /// which tells the state of a service that does not answer, and people.
 const PROGRAMS: &[&str] = &[
     "usr/bin/journalctl",
-    "usr/bin/mount",
     "usr/bin/systemctl",
     "usr/bin/systemd-analyze",
-    "usr/bin/umount",
     "usr/lib/systemd/systemd",
     "usr/lib/systemd/systemd-executor",
     "usr/lib/systemd/systemd-journald",
@@ -64,13 +62,11 @@ const UNITS: &[&str] = &[
     "time-set.target",
     "time-sync.target",
     "timers.target",
-    "tmp.mount",
     "umount.target",
 ];
 const UNIT_DIR: &str = "usr/lib/systemd/system";
 /// Who starts which of them.
 const WANTS: &[(&str, &str)] = &[
-    ("local-fs.target", "tmp.mount"),
     ("sockets.target", "systemd-journald-dev-log.socket"),
     ("sockets.target", "systemd-journald.socket"),
     ("sysinit.target", "systemd-journald.service"),

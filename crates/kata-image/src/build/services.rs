@@ -146,3 +146,48 @@ fn digest_of_tree(dir: &Path) -> Result<String, BuildError> {
     }
     Ok(hex(&hash.finalize()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::elf::tests::elf_with;
+    use super::*;
+
+    #[test]
+    fn digest_of_units_is_of_names_and_content_at_every_depth() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+            digest_of_tree(dir.path()).unwrap()
+        };
+        let mut seen =
+            vec![put("a.service", "one"), put("b.service", "one"), put("a.service.d/x.conf", "one")];
+        seen.push(put("a.service.d/x.conf", "two"));
+        fs::rename(dir.path().join("b.service"), dir.path().join("c.service")).unwrap();
+        seen.push(digest_of_tree(dir.path()).unwrap());
+        let different: std::collections::HashSet<_> = seen.iter().collect();
+        assert_eq!(different.len(), seen.len());
+        // The order in which they were written is none of it.
+        fs::remove_file(dir.path().join("a.service")).unwrap();
+        assert_eq!(Some(&put("a.service", "one")), seen.last());
+    }
+
+    #[test]
+    fn dynamic_program_is_refused_before_anything_is_downloaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("program");
+        fs::write(&program, elf_with(&[3], b"/lib/ld", &[])).unwrap();
+        let services = Services {
+            guest_init: program.clone(),
+            initdata: program,
+            image_pull: None,
+            units: dir.path().to_owned(),
+            suite: "trixie".into(),
+            mirror: Some("http://127.0.0.1:1/debian".into()),
+        };
+        let cache = dir.path().join("cache");
+        assert!(matches!(services.gather(&cache), Err(BuildError::Program(_))));
+        assert!(!cache.exists());
+    }
+}

@@ -93,15 +93,15 @@ fn authorities_are_one_file_in_the_order_of_their_names() {
 fn modes_do_not_depend_on_who_builds() {
     let scene = Scene::new();
     let packages = scene.packages();
-    fs::set_permissions(packages.join("usr/bin/mount"), Permissions::from_mode(0o4755)).unwrap();
+    fs::set_permissions(packages.join("usr/bin/systemctl"), Permissions::from_mode(0o4755)).unwrap();
     scene.lay_out().unwrap();
     let mode =
         |path: &str| fs::symlink_metadata(scene.root().join(path)).unwrap().permissions().mode() & 0o7777;
     assert_eq!(
-        (mode("usr/bin/mount"), mode("tmp"), mode("root"), mode("etc/hosts")),
+        (mode("usr/bin/systemctl"), mode("tmp"), mode("root"), mode("etc/hosts")),
         (0o755, 0o1777, 0o700, 0o644)
     );
-    assert_eq!(mode("usr/bin/mount") & 0o7000, 0, "no set-user-id program is of use in a guest");
+    assert_eq!(mode("usr/bin/systemctl") & 0o7000, 0, "no set-user-id program is of use in a guest");
 }
 
 #[test]
