@@ -120,10 +120,11 @@ const FILES: &[(&str, &str)] = &[
         "usr/lib/systemd/journald.conf.d/50-guest.conf",
         "[Journal]\nStorage=volatile\nRuntimeMaxUse=8M\nReadKMsg=no\nForwardToKMsg=yes\nMaxLevelKMsg=warning\nAudit=no\n",
     ),
-    // Nothing is to wait for its default of a minute and a half. Nobody measures what no service limits.
+    // Nothing is to wait for its default of a minute and a half. Nobody measures what no service limits. Its own log is the
+    // kernel's: one line to the journal would start that beside the agent.
     (
         "usr/lib/systemd/system.conf.d/50-guest.conf",
-        "[Manager]\nDefaultTimeoutStartSec=30s\nDefaultTimeoutStopSec=5s\nShowStatus=no\nLogTarget=journal-or-kmsg\nLogLevel=notice\n\
+        "[Manager]\nDefaultTimeoutStartSec=30s\nDefaultTimeoutStopSec=5s\nShowStatus=no\nLogTarget=kmsg\nLogLevel=notice\n\
          DefaultMemoryAccounting=no\nDefaultTasksAccounting=no\nCrashAction=reboot\n",
     ),
 ];
