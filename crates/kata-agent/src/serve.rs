@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
-use crate::boot::Timeline;
+use crate::boot::{self, Timeline};
 use crate::cmdline::Settings;
 use crate::console;
 use crate::container::{Layout, NativeEngine};
@@ -60,7 +61,7 @@ pub enum ServeError {
 /// How long to wait after a connection could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Serves until the sandbox is destroyed.
+/// Serves until the sandbox is destroyed. Containers' cgroups are made below `cgroup`, relative to the root of the hierarchy.
 ///
 /// # Errors
 /// What cannot be listened on.
@@ -68,7 +69,8 @@ pub fn run(
     settings: Settings,
     logs: LogBuffer,
     modules: Modules,
-    timeline: &mut Timeline,
+    cgroup: PathBuf,
+    mut timeline: Timeline,
 ) -> Result<(), ServeError> {
     let failed = |what| move |source| ServeError::Runtime { what, source };
     // One thread: it is enough for copying bytes, and a second would cost memory in every guest.
@@ -83,8 +85,8 @@ pub fn run(
         for word in &settings.ignored {
             tracing::warn!(word, "ignored a word of the command line");
         }
-        let listening = crate::boot::now_us();
-        let layout = Layout { cgroup_root: "/sys/fs/cgroup".into(), helper: None };
+        let listening = boot::now_us();
+        let layout = Layout { cgroup_root: boot::CGROUPS.into(), cgroup, helper: None };
         let engine =
             NativeEngine::new(layout, reaper.clone()).map_err(failed("finding the agent's executable"))?;
         let engine = Arc::new(engine);
@@ -96,7 +98,8 @@ pub fn run(
         let mut server = serve_rpc(&agent, &guard).await?;
         timeline.note("listen", listening);
         tracing::info!(version = env!("CARGO_PKG_VERSION"), address = agent.settings.server_addr, "serving");
-        tokio::spawn(announce(timeline.clone()));
+        boot::notify_ready();
+        tokio::spawn(announce(timeline));
         tokio::select! {
             () = agent.done.notified() => {}
             ended = reaping => {

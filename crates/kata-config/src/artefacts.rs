@@ -30,8 +30,8 @@ pub struct Artefacts {
     pub kata_vmm: PathBuf,
     /// The virtio-fs daemon; `None` where `shared_fs = "none"`.
     pub virtiofsd: Option<PathBuf>,
-    /// Directory with the guest image's `manifest.json`; `None` where the configuration names both the kernel and an initrd
-    /// or image itself.
+    /// Directory with the guest image's `manifest.json`: that of the configuration, else the one that is found; `None` where
+    /// the configuration names both the kernel and an initrd or image itself.
     pub guest_image: Option<PathBuf>,
 }
 
@@ -165,6 +165,11 @@ impl Search {
 
     fn guest_image(&self, config: &Config) -> Result<Option<PathBuf>, ArtefactError> {
         let named = &config.hypervisor.qemu;
+        if let Some(image) = named.image.as_ref().filter(|image| image.is_dir()) {
+            let why = |why| format!("{why}; named by hypervisor.qemu.image");
+            let (path, found) = look(image.clone(), has_manifest);
+            return first("guest image", [(path, found.map_err(why))]).map(Some);
+        }
         if named.kernel.is_some() && (named.initrd.is_some() || named.image.is_some()) {
             return Ok(None);
         }

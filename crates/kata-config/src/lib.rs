@@ -15,6 +15,7 @@ pub mod deprecation;
 pub mod direct_volume;
 mod endpoint;
 mod error;
+mod extension;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 pub mod keys;
@@ -26,6 +27,7 @@ mod text;
 pub use artefacts::{ArtefactError, Artefacts};
 pub use endpoint::OtlpEndpoint;
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
+pub use extension::ExtensionImage;
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, HugepageType, HypervisorChoice,

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::deprecation::Policy;
 use crate::endpoint::OtlpEndpoint;
+use crate::extension::ExtensionImage;
 use crate::keys::{Key, Reach, Separator, Value};
 use crate::text::keywords;
 
@@ -159,10 +160,13 @@ settings! {
     #[serde(skip_serializing_if = "Option::is_none")]
     initrd: Option<PathBuf> = None,
         { .unset("the guest image's").annotated().reach(Reach::Path("valid_asset_paths")) };
-    /// Guest root disk image. Excludes `initrd`.
+    /// Guest root disk image, or the directory of a guest image (one with a `manifest.json`). Excludes `initrd`.
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Option<PathBuf> = None,
         { .unset("the guest image's").annotated().reach(Reach::Path("valid_asset_paths")) };
+    /// Images with further services, for a guest image of flavour services: each with `name` (up to 10 lower-case letters, digits
+    /// and dashes), `path` and `verity_params`, as `kata-ctl image extension` prints them.
+    guest_extension_images: Vec<ExtensionImage> = Vec::new(), { .rust() };
     /// The emulated machine. Nothing can be plugged into a `microvm` later.
     machine_type: MachineType = MachineType::Q35,
         { .annotated().planned_words(&["pc", "virt", "pseries", "s390-ccw-virtio"]) };

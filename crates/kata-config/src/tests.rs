@@ -387,3 +387,37 @@ fn templates_hinder_no_pod_whatever_runs_it_and_have_an_absolute_path() {
     let [fault] = &faults(&etc, &["hypervisor.qemu.factory.template_path=here"])[..] else { panic!() };
     assert!(fault.contains("template_path") && fault.ends_with("is not an absolute path"), "{fault}");
 }
+
+const EXTENSION: &str = r#"
+    [[hypervisor.qemu.guest_extension_images]]
+    name = "coco"
+    path = "/opt/extension.img"
+    verity_params = "root_hash=00"
+"#;
+
+#[test]
+fn extension_images_are_read_and_written_back() {
+    let etc = Etc::with(EXTENSION);
+    let config = etc.load(&[]).unwrap();
+    let [image] = config.hypervisor.qemu.guest_extension_images.as_slice() else { panic!("{config:?}") };
+    assert_eq!((image.name.as_str(), image.path.as_path()), ("coco", Path::new("/opt/extension.img")));
+    assert_eq!(image.verity_params, "root_hash=00");
+    etc.write("again.toml", &toml::to_string(&config).unwrap());
+    assert_eq!(load(&etc.path("again.toml"), &[]).unwrap(), config);
+}
+
+#[test]
+fn extension_image_with_a_fault_is_refused_and_the_fault_is_named() {
+    for (from, to, words) in [
+        ("name = \"coco\"", "name = \"../x\"", "name: \"../x\" is not"),
+        ("name = \"coco\"", "name = \"a-name-too-long\"", "is not 1 to 10"),
+        ("name = \"coco\"", "", "an image has no name"),
+        ("path = \"/opt", "path = \"opt", "is not an absolute path"),
+        ("verity_params", "verity", "\"verity\" is no key of an image"),
+    ] {
+        let text = faults(&Etc::with(&EXTENSION.replace(from, to)), &[]).join("\n");
+        assert!(text.contains(words) && text.contains("guest_extension_images"), "{text}");
+    }
+    let text = faults(&Etc::with(&EXTENSION.repeat(2)), &[]).join("\n");
+    assert!(text.contains("two images have the name \"coco\""), "{text}");
+}

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use kata_config::deprecation::Policy;
 use kata_image::build::KernelSource;
 
@@ -288,6 +288,8 @@ pub struct RmArgs {
 pub enum ImageCommand {
     /// Build the guest image from a kernel and the agent
     Build(BuildArgs),
+    /// Build an extension image: a disk with further services for images of flavour services
+    Extension(ExtensionArgs),
     /// Tell what an image is made of and can do
     Inspect(ImageArgs),
     /// Compare an image's files with the digests of its manifest
@@ -319,6 +321,58 @@ pub struct BuildArgs {
     /// Where to keep kernels for the next time [default: STATE_DIR/guest-kernels]
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
+    /// lean: the agent alone; services: systemd on a verified disk, with services beside the agent
+    #[arg(long, value_enum, default_value_t = Flavour::Lean)]
+    pub flavour: Flavour,
+    /// What goes into an image of flavour services
+    #[command(flatten)]
+    pub services: ServicesArgs,
+}
+
+/// What an image is to hold beside the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Flavour {
+    /// Nothing.
+    Lean,
+    /// Services.
+    Services,
+}
+
+/// `image build --flavour services`
+#[derive(Debug, Args)]
+pub struct ServicesArgs {
+    /// The boot layer, a static program [default: kata-guest-init beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub guest_init: Option<PathBuf>,
+    /// The reader of initdata, a static program [default: kata-initdata beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub initdata: Option<PathBuf>,
+    /// The service that pulls images, a static program [default: kata-image-pull beside this program, or none]
+    #[arg(long, value_name = "PATH")]
+    pub image_pull: Option<PathBuf>,
+    /// Directory of the systemd units [default: guest-services beside this program]
+    #[arg(long, value_name = "DIR")]
+    pub units: Option<PathBuf>,
+    /// The suite of Debian that the root is made of
+    #[arg(long, value_name = "SUITE", default_value = "trixie")]
+    pub suite: String,
+    /// The package archive [default: the one that this machine uses]
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
+}
+
+/// `image extension`
+#[derive(Debug, Args)]
+pub struct ExtensionArgs {
+    /// Its name: lower-case letters, digits and dashes
+    #[arg(long, value_name = "NAME")]
+    pub name: String,
+    /// The directory that it is made of, with etc/kata-extensions/components.toml
+    #[arg(long, value_name = "DIR")]
+    pub tree: PathBuf,
+    /// The file to make
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
 }
 
 /// The command line as clap lays it out itself.

@@ -1,17 +1,28 @@
-//! Building a guest image: a kernel, an initial RAM file system around the agent, and the manifest that describes both.
+//! Building a guest image: a kernel, a root file system around the agent, and the manifest that describes both.
+//!
+//! ```text
+//!   lean:      initrd = the agent and its modules
+//!   services:  initrd = the boot layer and its modules ── root.img = systemd, the agent, services; erofs with dm-verity
+//! ```
 //!
 //! The same inputs give the same image, byte for byte, and a build whose inputs are those of the image that is there
 //! already does nothing. The image appears at its place at once and whole: it is made in a directory beside it, which then
 //! takes its name.
 
-mod agent;
 mod bzimage;
 mod cpio;
+mod disk;
 mod elf;
+mod extension;
 mod initramfs;
 mod kernel;
 mod modules;
+mod packages;
+mod program;
+mod root;
+mod services;
 mod tool;
+mod verity;
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -23,13 +34,20 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest, Sha256};
 
-pub use agent::AgentError;
 pub use bzimage::BzImageError;
 pub use cpio::CpioError;
+pub use disk::DiskError;
 pub use elf::ElfError;
+pub use extension::{ExtensionError, extension};
 pub use kernel::{ConfigError, KernelError, KernelSource};
 pub use modules::{LIST_PATH as MODULES_LIST_PATH, ModulesError};
+pub use packages::PackagesError;
+pub use program::ProgramError;
+pub use root::RootError;
+pub use services::Services;
 pub use tool::ToolError;
+
+use program::Program;
 
 use crate::manifest::{Compression, Initrd, Kernel, Manifest, ManifestError, capability, hex, sha256_of};
 
@@ -56,14 +74,16 @@ pub struct ImageBuilder {
     pub cache: PathBuf,
     /// The directory to make. One that is there must be an image (it is replaced) or empty.
     pub output: PathBuf,
+    /// What is beside the agent in an image of flavour services; none for a lean one.
+    pub services: Option<Services>,
 }
 
 /// Why an image could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The agent is not usable.
+    /// A program is not usable.
     #[error(transparent)]
-    Agent(#[from] AgentError),
+    Program(#[from] ProgramError),
     /// There is no kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -73,6 +93,15 @@ pub enum BuildError {
     /// The root file system cannot be packed.
     #[error("cannot make the initrd")]
     Initrd(#[source] CpioError),
+    /// There are no packages for the root.
+    #[error("there are no packages for the guest's root")]
+    Packages(#[from] PackagesError),
+    /// The root cannot be laid out.
+    #[error("cannot lay out the guest's root")]
+    Root(#[from] RootError),
+    /// The root disk cannot be made.
+    #[error("cannot make the root disk")]
+    Disk(#[from] DiskError),
     /// The manifest cannot be written.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -100,9 +129,11 @@ impl ImageBuilder {
             tracing::info!("{line}");
             progress(line);
         };
-        let agent = agent::Program::read(&self.agent)?;
+        let agent = Program::read(&self.agent)?;
+        let services = self.services.as_ref().map(|services| services.gather(&self.cache)).transpose()?;
         let identity = self.kernel.identify()?;
-        let key = input_key(&agent.digest(), &identity.key);
+        let beside = services.as_ref().map(services::Gathered::key).unwrap_or_default();
+        let key = input_key(&agent.digest(), &identity.key, &beside);
         if let Some(manifest) = self.current(&key) {
             report(&format!("the image in {} is up to date", self.output.display()));
             return Ok(manifest);
@@ -115,7 +146,10 @@ impl ImageBuilder {
         let work = temporary_in(place).map_err(file(place))?;
         let image = work.path().join(name);
         fs::create_dir(&image).map_err(file(&image))?;
-        let mut manifest = pack(&agent, &kernel, &image, &mut report)?;
+        let mut manifest = match &services {
+            None => pack_lean(&agent, &kernel, &image, &mut report)?,
+            Some(services) => services.pack(&agent, &kernel, &image, &key, &mut report)?,
+        };
         manifest.kernel.provider = identity.provider;
         manifest.input_key = Some(key);
         manifest.store(&image)?;
@@ -157,17 +191,30 @@ impl ImageBuilder {
 }
 
 /// Writes kernel and initrd into `dir` and describes them.
-fn pack(
-    agent: &agent::Program,
+fn pack_lean(
+    agent: &Program,
     kernel: &kernel::Kernel,
     dir: &Path,
     progress: Progress<'_>,
 ) -> Result<Manifest, BuildError> {
-    let plan = kernel.plan()?;
+    let plan = kernel.plan(modules::IN_INITRD)?;
+    let initrd = initramfs::Init { program: agent.bytes(), list: modules::LIST_PATH };
+    describe(agent, kernel, &initrd, &plan, dir, progress)
+}
+
+/// Writes kernel and initrd into `dir`, and what the manifest says of them and of the agent.
+fn describe(
+    agent: &Program,
+    kernel: &kernel::Kernel,
+    init: &initramfs::Init<'_>,
+    plan: &modules::Plan,
+    dir: &Path,
+    progress: Progress<'_>,
+) -> Result<Manifest, BuildError> {
     let (vmlinux, initrd) = (dir.join(KERNEL_FILE), dir.join(INITRD_FILE));
     fs::copy(kernel.vmlinux(), &vmlinux).map_err(file(&vmlinux))?;
     let out = fs::File::create(&initrd).map_err(file(&initrd))?;
-    let archive = initramfs::archive(agent.bytes().to_vec(), &plan).map_err(BuildError::Initrd)?;
+    let archive = init.archive(plan).map_err(BuildError::Initrd)?;
     archive.write(io::BufWriter::new(out)).map_err(BuildError::Initrd)?;
 
     let digest = |path: &Path| sha256_of(path).map_err(file(path));
@@ -177,11 +224,11 @@ fn pack(
         release: kernel.release.clone(),
         provider: String::new(),
     };
-    let mut manifest = Manifest::new(described, agent.facts(progress));
+    let mut manifest = Manifest::new(described, agent.agent(progress));
     manifest.initrd =
         Some(Initrd { path: INITRD_FILE.into(), sha256: digest(&initrd)?, compression: Compression::None });
     manifest.capabilities = match kernel.config()? {
-        Some(config) => config.capabilities(&plan),
+        Some(config) => config.capabilities(plan),
         None => {
             progress(
                 "the kernel does not tell its configuration: taking it that it has virtio-pci, virtio-fs and vsock",
@@ -189,7 +236,10 @@ fn pack(
             [capability::VIRTIO_PCI, capability::VIRTIO_FS, capability::VSOCK].map(str::to_owned).into()
         }
     };
-    manifest.modules = plan.boot.into_iter().map(|module| module.name).collect();
+    if agent.has_policy() {
+        manifest.capabilities.insert(capability::POLICY.to_owned());
+    }
+    manifest.modules = plan.boot.iter().map(|module| module.name.clone()).collect();
     Ok(manifest)
 }
 
@@ -212,8 +262,9 @@ fn file(path: &Path) -> impl FnOnce(io::Error) -> BuildError {
     move |source| BuildError::File { path, source }
 }
 
-fn input_key(agent: &str, kernel: &str) -> String {
-    hex(&Sha256::digest(format!("recipe {RECIPE}\nagent {agent}\nkernel {kernel}\n")))
+/// `beside` are lines on what an image has beside agent and kernel.
+fn input_key(agent: &str, kernel: &str, beside: &str) -> String {
+    hex(&Sha256::digest(format!("recipe {RECIPE}\nagent {agent}\nkernel {kernel}\n{beside}")))
 }
 
 /// Lets everybody read the image: a virtual machine monitor runs as an unprivileged user.

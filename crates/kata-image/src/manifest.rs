@@ -12,6 +12,12 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub mod capability;
+mod verity;
+
+pub use capability::Need;
+pub use verity::{Verity, VerityError};
+
 /// The name of the manifest in an image directory.
 pub const FILE_NAME: &str = "manifest.json";
 
@@ -34,6 +40,9 @@ pub struct Manifest {
     pub image: Option<DiskImage>,
     /// The agent in the guest.
     pub agent: Agent,
+    /// Who is process 1 of the guest.
+    #[serde(default, skip_serializing_if = "Init::is_agent")]
+    pub init: Init,
     /// What guests of this image can do, see [`capability`]. Names that this version does not know are kept.
     #[serde(default)]
     pub capabilities: BTreeSet<String>,
@@ -45,38 +54,6 @@ pub struct Manifest {
     pub input_key: Option<String>,
     #[serde(skip)]
     dir: PathBuf,
-}
-
-/// Capability names that this project asks for.
-pub mod capability {
-    /// The guest mounts virtio-fs.
-    pub const VIRTIO_FS: &str = "virtio-fs";
-    /// The guest has a virtio vsock device driver: without it there is no way to the agent.
-    pub const VSOCK: &str = "vsock";
-    /// The guest kernel filters system calls.
-    pub const SECCOMP: &str = "seccomp";
-    /// The guest kernel has the unified cgroup hierarchy.
-    pub const CGROUP_V2: &str = "cgroup-v2";
-    /// The guest mounts overlayfs.
-    pub const OVERLAY: &str = "overlay";
-    /// The guest mounts erofs.
-    pub const EROFS: &str = "erofs";
-    /// The guest mounts ext4.
-    pub const EXT4: &str = "ext4";
-    /// The guest has a virtio block driver.
-    pub const VIRTIO_BLK: &str = "virtio-blk";
-    /// The guest has a virtio network driver.
-    pub const VIRTIO_NET: &str = "virtio-net";
-    /// The guest finds virtio devices on a memory-mapped bus, as QEMU's `microvm` has them.
-    pub const VIRTIO_MMIO: &str = "virtio-mmio";
-    /// The guest finds virtio devices on PCI.
-    pub const VIRTIO_PCI: &str = "virtio-pci";
-    /// The guest has dm-verity.
-    pub const DM_VERITY: &str = "dm-verity";
-    /// The guest kernel starts hot-plugged processors.
-    pub const CPU_HOTPLUG: &str = "cpu-hotplug";
-    /// The guest kernel takes hot-plugged memory.
-    pub const MEMORY_HOTPLUG: &str = "memory-hotplug";
 }
 
 /// The kernel of an image.
@@ -118,6 +95,26 @@ pub struct DiskImage {
     pub sha256: String,
     /// The file system on it, for `rootfstype=`.
     pub fstype: String,
+    /// What its blocks are verified against; absent where they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verity: Option<Verity>,
+}
+
+/// Who is process 1 of a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    /// The agent, and nothing else runs.
+    #[default]
+    Agent,
+    /// systemd: the agent is a service, and others are beside it.
+    Systemd,
+}
+
+impl Init {
+    fn is_agent(&self) -> bool {
+        *self == Self::Agent
+    }
 }
 
 /// A file of an image.
@@ -221,6 +218,20 @@ pub enum ManifestError {
         /// What it is.
         found: String,
     },
+    /// The image cannot do what somebody asks for.
+    #[error(
+        "the guest image {} has no {capability}, which {asked_by} asks for; {} has it",
+        image.display(),
+        capability::whose(capability)
+    )]
+    Lacks {
+        /// The image's directory.
+        image: PathBuf,
+        /// The capability.
+        capability: &'static str,
+        /// The key or the annotation that asks.
+        asked_by: String,
+    },
 }
 
 /// Only the version, read first: a newer manifest may have any shape.
@@ -238,6 +249,7 @@ impl Manifest {
             initrd: None,
             image: None,
             agent,
+            init: Init::Agent,
             capabilities: BTreeSet::new(),
             modules: Vec::new(),
             input_key: None,
@@ -296,6 +308,21 @@ impl Manifest {
         self.capabilities.contains(capability)
     }
 
+    /// Refuses an image whose guests cannot do what somebody asks for.
+    ///
+    /// # Errors
+    /// [`ManifestError::Lacks`], which tells who asks, and which images can.
+    pub fn require(&self, need: Need<'_>) -> Result<(), ManifestError> {
+        if self.has(need.capability) {
+            return Ok(());
+        }
+        Err(ManifestError::Lacks {
+            image: self.dir.clone(),
+            capability: need.capability,
+            asked_by: need.asked_by.to_owned(),
+        })
+    }
+
     /// Reads every file of the image and compares its digest with the manifest.
     pub fn verify(&self) -> Result<(), ManifestError> {
         self.parts().try_for_each(|part| self.verify_part(&part))
@@ -327,6 +354,11 @@ impl Manifest {
                 "initrd",
                 "neither an initrd nor an image: the guest would have no root".to_owned(),
             ));
+        }
+        if let Some(Err(error)) =
+            self.image.as_ref().and_then(|image| image.verity.as_ref()).map(Verity::check)
+        {
+            return Err(invalid("image.verity", error.to_string()));
         }
         let canonical = |path: &Path| {
             path.canonicalize().map_err(|source| ManifestError::Read { path: path.to_path_buf(), source })

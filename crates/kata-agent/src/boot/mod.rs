@@ -3,17 +3,20 @@
 //! ```text
 //!  helper? ─▶ its own main, no runtime
 //!  PID 1:   root made pivotable ─▶ mounts ─▶ modules ─▶ loopback, name ─┐
-//!  service: children adopted ───────────────────────────────────────────┴▶ serve ─▶ done: the VM ends
+//!  service: children adopted ─▶ its cgroup ─────────────────────────────┴▶ serve ─▶ done: the VM ends
 //! ```
 //!
-//! As PID 1 nothing may fail silently: every fatal error goes to the console with its causes, and then the VM ends.
+//! As a service the agent mounts nothing, and that its end is the machine's is for its unit to say (`SuccessAction=`,
+//! `FailureAction=`), which may be at once: what is to be written is written before. As PID 1 nothing may fail silently: every fatal error goes to the console with its causes, and then the VM ends.
 
 mod mounts;
+mod service;
 mod timeline;
 
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use rustix::fs::{Mode, OFlags, open};
@@ -27,6 +30,7 @@ use crate::serve::{self, ServeError};
 use crate::{container, entropy, log};
 
 pub use mounts::MountError;
+pub use service::{CGROUPS, notify_ready};
 pub use timeline::{Timeline, now_us};
 
 /// Why the agent cannot do its work.
@@ -79,8 +83,7 @@ pub fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     install_panic_hook(is_init);
-    let mut timeline = Timeline::begin();
-    let result = if is_init { run_as_init(&mut timeline) } else { run_as_service(&mut timeline) };
+    let result = if is_init { run_as_init() } else { run_as_service() };
     let code = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -99,7 +102,8 @@ fn version() -> String {
 }
 
 /// The agent as PID 1 of an initramfs or of a root filesystem of its own.
-fn run_as_init(timeline: &mut Timeline) -> Result<(), BootError> {
+fn run_as_init() -> Result<(), BootError> {
+    let mut timeline = Timeline::begin();
     container::make_root_pivotable().map_err(step("making the root one that can be left"))?;
     timeline.stage("mounts", mounts::mount_all)?;
     // The descriptors of before belong to a console that the image may not even have had.
@@ -108,18 +112,23 @@ fn run_as_init(timeline: &mut Timeline) -> Result<(), BootError> {
     let logs = log::install(settings.log_level, true);
     let list = timeline.stage("load modules", load_modules)?;
     timeline.stage("set up", set_up)?;
-    serve::run(settings, logs, Modules::new(list), timeline)?;
+    serve::run(settings, logs, Modules::new(list), PathBuf::new(), timeline)?;
     Ok(())
 }
 
 /// The agent as a service of an init system, which has set up the guest.
-fn run_as_service(timeline: &mut Timeline) -> Result<(), BootError> {
+fn run_as_service() -> Result<(), BootError> {
     // Orphans of containers are the agent's to reap, whoever is PID 1.
     set_child_subreaper(Some(rustix::process::getpid())).map_err(step("adopting orphans"))?;
     let settings = read_settings()?;
     let logs = log::install(settings.log_level, false);
+    let timeline = Timeline::after(service::stages());
+    // Before anything is started: it all is born where the agent is.
+    let cgroup = service::take_delegated_cgroup()
+        .map_err(step("taking the cgroup that was delegated to the agent"))?;
     let list = read_module_list()?;
-    serve::run(settings, logs, Modules::new(ModuleList { boot: Vec::new(), ..list }), timeline)?;
+    serve::run(settings, logs, Modules::new(ModuleList { boot: Vec::new(), ..list }), cgroup, timeline)?;
+    rustix::fs::sync();
     Ok(())
 }
 

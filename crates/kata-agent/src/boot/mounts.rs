@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
-const CGROUP: &str = "/sys/fs/cgroup";
+use super::service::CGROUPS;
 
 /// A mount that failed.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +46,7 @@ const ENTRIES: [Entry; 9] = [
     Entry { optional: true, ..entry("mqueue", "/dev/mqueue", SAFE, c"") },
     entry("tmpfs", "/run", NODEV, c"mode=0755"),
     entry("tmpfs", "/tmp", NODEV, c"mode=1777"),
-    entry("cgroup2", CGROUP, SAFE, c"nsdelegate"),
+    entry("cgroup2", CGROUPS, SAFE, c"nsdelegate"),
 ];
 
 /// Mounts all of them; one that the kernel mounted already is fine.
@@ -72,7 +72,7 @@ pub(super) fn mount_all() -> Result<(), MountError> {
 /// Gives containers' cgroups every controller that the kernel has. One that cannot be had fails later, by name, where
 /// a limit asks for it.
 fn delegate_controllers() {
-    let root = Path::new(CGROUP);
+    let root = Path::new(CGROUPS);
     let controllers = std::fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
     for controller in controllers.split_whitespace() {
         let _ = std::fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"));

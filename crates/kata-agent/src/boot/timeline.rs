@@ -18,6 +18,12 @@ impl Timeline {
         Self { stages: vec![kernel] }
     }
 
+    /// Begins after what others did.
+    #[must_use]
+    pub fn after(stages: Vec<BootStage>) -> Self {
+        Self { stages }
+    }
+
     /// Runs a stage of the agent's and notes how long it took.
     pub fn stage<T>(&mut self, name: &str, work: impl FnOnce() -> T) -> T {
         let start_us = now_us();

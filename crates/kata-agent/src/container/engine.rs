@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
-use super::cgroup::{Cgroup, OomEvents};
+use super::cgroup::{Cgroup, Cgroups, OomEvents};
 use super::plan::{Plan, ProcessPlan};
 use super::template::Template;
 use super::wire::{self, Answer, Attached, Request, Task};
@@ -28,13 +28,15 @@ use crate::reaper::Reaper;
 pub struct Layout {
     /// Mount point of the cgroup v2 hierarchy, `/sys/fs/cgroup` in the guest.
     pub cgroup_root: PathBuf,
+    /// The cgroup below which those of containers are made, relative to the root; empty for the root itself.
+    pub cgroup: PathBuf,
     /// An executable that calls [`helper_main`](super::helper_main); `None` is this one.
     pub helper: Option<PathBuf>,
 }
 
 /// Containers made with the kernel's own means. See the module for how.
 pub struct NativeEngine {
-    cgroup_root: PathBuf,
+    cgroups: Cgroups,
     template: Template,
     containers: Table,
 }
@@ -78,9 +80,9 @@ impl NativeEngine {
     /// # Errors
     /// The template process cannot be started.
     pub fn new(layout: Layout, reaper: Reaper) -> io::Result<Self> {
-        let Layout { cgroup_root, helper } = layout;
+        let Layout { cgroup_root, cgroup, helper } = layout;
         let template = Template::start(helper, reaper)?;
-        Ok(Self { cgroup_root, template, containers: Table::default() })
+        Ok(Self { cgroups: Cgroups::new(cgroup_root, &cgroup), template, containers: Table::default() })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, EngineError> {
@@ -119,7 +121,7 @@ impl NativeEngine {
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let nodes = linux.and_then(|linux| linux.devices().as_deref()).unwrap_or_default();
-        let cgroup = unfinished.cgroup.insert(Cgroup::create(&self.cgroup_root, &plan.cgroup)?);
+        let cgroup = unfinished.cgroup.insert(self.cgroups.create(&plan.cgroup)?);
         if let Some(resources) = resources {
             cgroup.limit(resources)?;
         }

@@ -80,7 +80,8 @@ impl World {
         let helper = program.map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_kata-agent")), PathBuf::from);
         let cgroup_root = cgroup_root().expect("checked before");
         let reaper = Reaper::new();
-        let layout = Layout { cgroup_root: cgroup_root.clone(), helper: Some(helper) };
+        let layout =
+            Layout { cgroup_root: cgroup_root.clone(), cgroup: PathBuf::new(), helper: Some(helper) };
         let bundle = tempfile::Builder::new().prefix("kata-engine-").tempdir().unwrap();
         busybox_root(&bundle.path().join("rootfs"));
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);

@@ -153,3 +153,17 @@ fn the_chosen_drivers_program_comes_from_its_section_or_the_search_path_and_neve
     let error = places.search.vmm(&config, config.runtime.hypervisor_name).unwrap_err().to_string();
     assert!(error.starts_with("firecracker not found"), "{error}");
 }
+
+#[test]
+fn a_directory_that_the_configuration_names_as_the_image_is_the_guest_image() {
+    let places = places();
+    let dir = places.dir.path().join("services");
+    std::fs::create_dir(&dir).unwrap();
+    let mut config = Config::default();
+    config.hypervisor.qemu.kernel = Some("/k".into());
+    config.hypervisor.qemu.image = Some(dir.clone());
+    let error = places.search.guest_image(&config).unwrap_err().to_string();
+    assert!(error.contains("no manifest.json in it; named by hypervisor.qemu.image"), "{error}");
+    std::fs::write(dir.join("manifest.json"), "{}").unwrap();
+    assert_eq!(places.search.guest_image(&config).unwrap(), Some(dir));
+}

@@ -1,7 +1,7 @@
 //! `[hypervisor.*]`: upstream's keys that this version does not act on.
 
 use super::Reach::{Arguments, Path, Program};
-use super::kind::Kind::{Boolean, List, Tables, Text, Word};
+use super::kind::Kind::{Boolean, List, Text, Word};
 use super::{HYPERVISOR, Key, Kind};
 
 const COUNT: Kind = Kind::COUNT;
@@ -47,9 +47,6 @@ pub(super) const KEYS: &[Key] = &[
         .annotated(),
     key("kernel_verity_params", Text, "\"\"", "dm-verity of the root image: `root_hash=…,salt=…,data_blocks=…,data_block_size=…,hash_block_size=…`.")
         .annotated(),
-    key("guest_extension_images", Tables, "[]", "Further images for the guest, each with `name`, `path` and dm-verity parameters.")
-        .rust()
-        .on(QEMU),
     // How large.
     key("memory_offset", COUNT, "0", "Address space set aside for NVDIMMs.").unit("MiB").annotated(),
     key("enable_virtio_mem", Boolean, "false", "Lets memory grow and shrink by virtio-mem.").annotated(),

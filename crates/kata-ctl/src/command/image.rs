@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use kata_config::{Artefacts, Config, Sources, paths};
-use kata_image::build::ImageBuilder;
-use kata_image::manifest::{Manifest, ManifestError, Part};
+use kata_image::build::{self, ImageBuilder, Services};
+use kata_image::manifest::{Init, Manifest, ManifestError, Part};
 use serde_json::{Value, json};
 
 use super::Outcome;
-use crate::cli::{BuildArgs, ImageArgs, ImageCommand};
+use crate::cli::{BuildArgs, ExtensionArgs, Flavour, ImageArgs, ImageCommand, ServicesArgs};
 use crate::failure::{Failure, chain};
 use crate::{output, table};
 
@@ -16,6 +16,7 @@ use crate::{output, table};
 pub fn run(command: ImageCommand) -> Outcome {
     match command {
         ImageCommand::Build(args) => build(args),
+        ImageCommand::Extension(args) => extension(&args),
         ImageCommand::Inspect(args) => inspect(&args),
         ImageCommand::Verify(args) => verify(&args),
     }
@@ -31,8 +32,31 @@ fn build(args: BuildArgs) -> Outcome {
         None => beside_this_program()?.join("guest-image"),
     };
     let cache = args.cache.unwrap_or_else(|| paths::state_dir().join("guest-kernels"));
-    let builder = ImageBuilder { agent, kernel: args.kernel, cache, output };
+    let services = match args.flavour {
+        Flavour::Lean => None,
+        Flavour::Services => Some(services(args.services)?),
+    };
+    let builder = ImageBuilder { agent, kernel: args.kernel, cache, output, services };
     builder.build(&mut |line| println!("{line}"))?;
+    Ok(0)
+}
+
+fn services(args: ServicesArgs) -> Result<Services, Failure> {
+    let program = |given: Option<PathBuf>, name| given.map_or_else(|| Artefacts::program(name), Ok);
+    Ok(Services {
+        guest_init: program(args.guest_init, "kata-guest-init")?,
+        initdata: program(args.initdata, "kata-initdata")?,
+        image_pull: args.image_pull.or_else(|| Artefacts::program("kata-image-pull").ok()),
+        units: args.units.map_or_else(|| beside_this_program().map(|dir| dir.join("guest-services")), Ok)?,
+        suite: args.suite,
+        mirror: args.mirror,
+    })
+}
+
+/// The parameters go to the standard output alone, for scripts.
+fn extension(args: &ExtensionArgs) -> Outcome {
+    let verity = build::extension(&args.name, &args.tree, &args.output)?;
+    output::print(&format!("{verity}\n"))?;
     Ok(0)
 }
 
@@ -103,12 +127,23 @@ fn as_text(manifest: &Manifest) -> String {
             format!("{}, from {}", word(&manifest.kernel.release), word(&manifest.kernel.provider)),
         ),
         line("agent", word(&manifest.agent.version)),
+        line(
+            "process 1",
+            match manifest.init {
+                Init::Agent => "the agent",
+                Init::Systemd => "systemd",
+            }
+            .to_owned(),
+        ),
         line("announces itself", if manifest.agent.announces { "yes" } else { "no" }.to_owned()),
         line("capabilities", manifest.capabilities.iter().cloned().collect::<Vec<_>>().join(", ")),
         line("modules", manifest.modules.join(", ")),
     ];
     for Part { name, path, sha256 } in manifest.parts() {
         lines.push(line(name, format!("{} ({}), sha256 {sha256}", path.display(), size(path))));
+    }
+    if let Some(verity) = manifest.image.as_ref().and_then(|image| image.verity.as_ref()) {
+        lines.push(line("image is verified", verity.to_string()));
     }
     table::columns(&lines)
 }

@@ -6,6 +6,7 @@ pub const MACHINE_X86_64: u16 = 62;
 
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
+const DT_NEEDED: u64 = 1;
 /// The note that says at which address the kernel takes a PVH start (Xen's `elfnote.h`).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
@@ -84,6 +85,23 @@ impl<'a> Elf<'a> {
     /// Whether it names an interpreter, that is, cannot run without a dynamic linker.
     pub fn is_dynamic(&self) -> bool {
         self.segments.records().any(|segment| u32_at(segment, 0) == Some(PT_INTERP))
+    }
+
+    /// The dynamic linker that it names, an absolute path.
+    pub fn interpreter(&self) -> Option<&'a str> {
+        let segment = self.segments.records().find(|segment| u32_at(segment, 0) == Some(PT_INTERP))?;
+        let bytes = slice(self.bytes, u64_at(segment, 8)?, u64_at(segment, 32)?)?;
+        std::str::from_utf8(bytes.split(|&byte| byte == 0).next()?).ok()
+    }
+
+    /// The libraries that it asks the dynamic linker for, by file name.
+    pub fn needed(&self) -> impl Iterator<Item = &'a str> {
+        let names = self.section(".dynstr").unwrap_or_default();
+        let entries = self.section(".dynamic").unwrap_or_default().chunks_exact(16);
+        entries.filter(|entry| u64_at(entry, 0) == Some(DT_NEEDED)).filter_map(move |entry| {
+            let start = usize::try_from(u64_at(entry, 8)?).ok()?;
+            std::str::from_utf8(names.get(start..)?.split(|&byte| byte == 0).next()?).ok()
+        })
     }
 
     /// The bytes of the section called `name`.

@@ -25,7 +25,7 @@ pub use config::{ConfigError, KernelConfig};
 
 use super::bzimage::{self, BzImageError};
 use super::elf::{Elf, ElfError};
-use super::modules::{ModulesError, Plan, Tree};
+use super::modules::{ModulesError, Plan, Selection, Tree};
 use super::tool::ToolError;
 use super::{Progress, TEMPORARY_PREFIX, temporary_in};
 use crate::manifest::{hex, sha256_of};
@@ -257,9 +257,9 @@ impl Kernel {
     }
 
     /// The modules that an image takes along; none for a kernel without a module tree.
-    pub(super) fn plan(&self) -> Result<Plan, ModulesError> {
+    pub(super) fn plan(&self, selection: Selection) -> Result<Plan, ModulesError> {
         let root = self.dir.join("modules");
-        if root.exists() { Tree::open(&root, &self.release)?.plan() } else { Ok(Plan::default()) }
+        if root.exists() { Tree::open(&root, &self.release)?.plan(selection) } else { Ok(Plan::default()) }
     }
 }
 

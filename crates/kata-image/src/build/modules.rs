@@ -32,21 +32,50 @@ use super::elf::{Elf, ElfError};
 /// Where in the image the agent finds its list of modules.
 pub const LIST_PATH: &str = "/etc/kata-agent/modules";
 
-/// Loaded at boot: without these a guest has no way to the host.
-const BOOT: &[&str] = &["virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport", "virtiofs"];
+/// Which modules an image loads, and when.
+#[derive(Clone, Copy, Debug)]
+pub struct Selection {
+    /// Loaded at boot: guests cannot do without.
+    boot: &'static [&'static str],
+    /// Loaded at boot, and left out where a kernel does not have them.
+    boot_where_there: &'static [&'static str],
+    /// Loaded when first needed, and left out where a kernel does not have them.
+    on_demand: &'static [&'static str],
+}
 
-/// Loaded when first needed, and left out where a kernel does not have them.
-const ON_DEMAND: &[&str] = &[
-    "overlay",
-    "virtio_blk",
-    "erofs",
-    "ext4",
-    "virtio_net",
-    "loop",
-    "dm_verity",
-    "virtio_balloon",
-    "virtio_mem",
-];
+/// For a root in the initrd: at boot, what leads to the host.
+pub const IN_INITRD: Selection = Selection {
+    boot: &["virtio_mmio", "virtio_pci", "vmw_vsock_virtio_transport", "virtiofs"],
+    boot_where_there: &[],
+    on_demand: &[
+        "overlay",
+        "virtio_blk",
+        "erofs",
+        "ext4",
+        "virtio_net",
+        "loop",
+        "dm_verity",
+        "virtio_balloon",
+        "virtio_mem",
+    ],
+};
+
+/// For a root on a disk: what leads to it and to the host.
+pub const ON_DISK: Selection = Selection {
+    boot: &[
+        "virtio_mmio",
+        "virtio_pci",
+        "virtio_blk",
+        "dm_verity",
+        "erofs",
+        "overlay",
+        "vmw_vsock_virtio_transport",
+        "virtiofs",
+    ],
+    // systemd complains at each boot where it has to look for it.
+    boot_where_there: &["autofs4"],
+    on_demand: &["ext4", "virtio_net", "loop", "virtio_balloon", "virtio_mem"],
+};
 
 /// Why the modules of an image cannot be gathered.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +109,7 @@ pub enum ModulesError {
     },
     /// A module that guests cannot do without is neither in the tree nor built in.
     #[error(
-        "kernel {release} has no {module}, neither as a module nor built in: guests could not be reached"
+        "kernel {release} has no {module}, neither as a module nor built in: guests of this image need it"
     )]
     Missing {
         /// The kernel.
@@ -196,9 +225,9 @@ impl Tree {
     }
 
     /// Gathers the modules of a guest image.
-    pub fn plan(&self) -> Result<Plan, ModulesError> {
+    pub fn plan(&self, selection: Selection) -> Result<Plan, ModulesError> {
         let mut boot = Closure::default();
-        for name in BOOT {
+        for name in selection.boot {
             if !self.files.contains_key(*name) && !self.builtin.contains(*name) {
                 return Err(ModulesError::Missing {
                     release: self.release.clone(),
@@ -207,8 +236,11 @@ impl Tree {
             }
             self.close(name, &mut boot)?;
         }
+        for name in selection.boot_where_there.iter().filter(|name| self.files.contains_key(**name)) {
+            self.close(name, &mut boot)?;
+        }
         let mut on_demand = Vec::new();
-        for name in ON_DEMAND.iter().filter(|name| self.files.contains_key(**name)) {
+        for name in selection.on_demand.iter().filter(|name| self.files.contains_key(**name)) {
             let mut closure = Closure { known: boot.known.clone(), ..Closure::default() };
             self.close(name, &mut closure)?;
             on_demand.push(((*name).to_owned(), closure.order));

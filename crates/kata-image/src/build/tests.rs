@@ -13,7 +13,7 @@ fn scene(facts: Option<&[u8]>) -> Scene {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let sections: Vec<Section> =
-        facts.iter().map(|facts| Section { name: agent::SECTION, data: facts.to_vec() }).collect();
+        facts.iter().map(|facts| Section { name: program::SECTION, data: facts.to_vec() }).collect();
     fs::write(at("agent"), elf_with(&[1], b"code", &sections)).unwrap();
     fs::write(at("kernel"), pvh_kernel("Linux version 6.12.1 ")).unwrap();
     let builder = ImageBuilder {
@@ -21,6 +21,7 @@ fn scene(facts: Option<&[u8]>) -> Scene {
         kernel: KernelSource::File(at("kernel")),
         cache: at("cache"),
         output: at("image"),
+        services: None,
     };
     Scene { dir, builder }
 }
@@ -136,12 +137,12 @@ fn empty_output_directory_is_taken() {
 fn dynamic_agent_is_refused_before_anything_is_made() {
     let scene = scene(None);
     fs::write(&scene.builder.agent, elf_with(&[3], b"/lib/ld", &[])).unwrap();
-    assert!(matches!(scene.build(), Err(BuildError::Agent(AgentError::Dynamic { .. }))));
+    assert!(matches!(scene.build(), Err(BuildError::Program(ProgramError::Dynamic { .. }))));
     assert!(!scene.builder.cache.exists() && !scene.builder.output.exists());
 }
 
 #[test]
 fn agent_with_malformed_facts_is_refused() {
     let scene = scene(Some(b"version 1"));
-    assert!(matches!(scene.build(), Err(BuildError::Agent(AgentError::Facts { .. }))));
+    assert!(matches!(scene.build(), Err(BuildError::Program(ProgramError::Facts { .. }))));
 }

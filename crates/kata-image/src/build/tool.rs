@@ -36,18 +36,24 @@ pub enum ToolError {
 /// Runs `command` to its end and hands back its standard output. Messages are asked for in English, because they end up in
 /// ours; `hint` says what to do when the program is not there.
 pub fn run(command: &mut Command, hint: &'static str) -> Result<String, ToolError> {
+    Ok(run_both(command, hint)?.0)
+}
+
+/// The same, and what it wrote to its standard error.
+pub fn run_both(command: &mut Command, hint: &'static str) -> Result<(String, String), ToolError> {
     let output = command.env("LC_ALL", "C").stdin(Stdio::null()).output().map_err(|source| {
         ToolError::Start { program: command.get_program().to_string_lossy().into_owned(), hint, source }
     })?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, errors) = (text(&output.stdout), text(&output.stderr));
     if output.status.success() {
-        return Ok(text);
+        return Ok((out, errors));
     }
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     Err(ToolError::Failed {
         command: words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" "),
         status: output.status,
-        output: tail(&format!("{text}{}", String::from_utf8_lossy(&output.stderr))),
+        output: tail(&format!("{out}{errors}")),
     })
 }
 

@@ -1,21 +1,40 @@
 //! What a machine boots, as the configuration or the guest image has it. None of it is a pod's own.
+//!
+//! ```text
+//!   lean        kernel, initrd
+//!   services    kernel, initrd, disk `root`, disks `extension-<name>`     each disk with its dm-verity parameters on the command line
+//!   plain disk  kernel, image as the first disk, mounted by the kernel    the configuration's own
+//! ```
 
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
-use kata_config::{Artefacts, Config, MachineType};
-use kata_hypervisor::{DiskLimits, Machine, Nic, Size, VmSpec};
-use kata_image::manifest::Manifest;
+use kata_config::{Artefacts, Config, ExtensionImage, MachineType};
+use kata_hypervisor::{Disk, DiskLimits, Machine, Nic, Size, VmSpec};
+use kata_image::manifest::{DiskImage, Manifest, ManifestError, Need, Verity, capability};
 
 use super::BootError;
 use crate::lifecycle::Pod;
+
+/// The disk with the guest's root: its serial number, and its name on the command line.
+const ROOT: &str = "root";
+/// What the serial numbers of extensions' disks begin with.
+const EXTENSION: &str = "extension";
+const EXTENSIONS_KEY: &str = "hypervisor.qemu.guest_extension_images";
 
 /// What the machine boots.
 pub(crate) struct Guest {
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: Option<PathBuf>,
+    /// A disk that the kernel mounts as the root.
     pub(crate) image: Option<PathBuf>,
+    /// Disks that the guest finds by their serial numbers.
+    pub(crate) disks: Vec<Disk>,
+    /// What they are verified against.
+    disk_params: Vec<String>,
     root_type: Option<String>,
+    /// The guest image whose root this is.
+    manifest: Option<Manifest>,
     /// Whether its agent announces itself.
     pub(super) announces: bool,
 }
@@ -27,21 +46,61 @@ impl Guest {
         let manifest = artefacts.guest_image.as_deref().map(Manifest::load).transpose()?;
         let manifest = manifest.as_ref();
         let kernel = qemu.kernel.clone().or_else(|| manifest.map(Manifest::kernel_path));
-        let own_root = qemu.initrd.is_some() || qemu.image.is_some();
+        // A directory was found to be a guest image already.
+        let own_image = qemu.image.clone().filter(|image| artefacts.guest_image.as_ref() != Some(image));
+        let own_root = qemu.initrd.is_some() || own_image.is_some();
         let of_image = manifest.filter(|_| !own_root);
+        let disk = of_image.and_then(|manifest| manifest.image.as_ref());
         let initrd = qemu.initrd.clone().or_else(|| of_image.and_then(Manifest::initrd_path));
-        let image = qemu.image.clone().or_else(|| of_image.and_then(Manifest::image_path));
-        if initrd.is_none() && image.is_none() {
-            return Err(BootError::NoImage("initrd"));
-        }
-        Ok(Self {
+        let mut guest = Self {
             kernel: kernel.ok_or(BootError::NoImage("kernel"))?,
             initrd,
-            image,
-            root_type: of_image.and_then(|manifest| Some(manifest.image.as_ref()?.fstype.clone())),
+            image: own_image,
+            disks: Vec::new(),
+            disk_params: Vec::new(),
+            root_type: disk.map(|disk| disk.fstype.clone()),
             // An agent that nobody vouches for is dialled, and may still announce itself first.
             announces: of_image.is_some_and(|manifest| manifest.agent.announces),
-        })
+            manifest: of_image.cloned(),
+        };
+        match (disk, of_image.and_then(Manifest::image_path)) {
+            (Some(DiskImage { verity: Some(verity), .. }), Some(path)) => {
+                guest.verified(ROOT.into(), path, verity)
+            }
+            (_, path) => guest.image = guest.image.or(path),
+        }
+        if guest.initrd.is_none() && guest.image.is_none() {
+            return Err(BootError::NoImage("initrd"));
+        }
+        guest.extend(&qemu.guest_extension_images, of_image)?;
+        Ok(guest)
+    }
+
+    /// Adds extension images. An image that the configuration names file by file is taken to know what to do with them.
+    fn extend(&mut self, images: &[ExtensionImage], manifest: Option<&Manifest>) -> Result<(), BootError> {
+        if let (Some(manifest), false) = (manifest, images.is_empty()) {
+            manifest.require(Need::new(capability::EXTENSIONS, EXTENSIONS_KEY))?;
+        }
+        for image in images {
+            let verity = image
+                .verity_params
+                .parse::<Verity>()
+                .map_err(|source| BootError::Extension { name: image.name.clone(), source })?;
+            self.verified(format!("{EXTENSION}-{}", image.name), image.path.clone(), &verity);
+        }
+        Ok(())
+    }
+
+    /// Adds the disk `id`, a name of parts with dashes where the command line has dots.
+    fn verified(&mut self, id: String, path: PathBuf, verity: &Verity) {
+        let name = id.replacen('-', ".", 1);
+        self.disk_params.push(format!("kata.{name}.verity_params={verity}"));
+        self.disks.push(Disk { id, path, readonly: true });
+    }
+
+    /// Whether the guest image is still what it was when it was built. It is read whole: for those who look for a reason.
+    pub(super) fn verify(&self) -> Result<(), ManifestError> {
+        self.manifest.as_ref().map_or(Ok(()), Manifest::verify)
     }
 
     pub(super) fn vm_spec(
@@ -66,7 +125,7 @@ impl Guest {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             image: self.image.clone(),
-            disks: Vec::new(),
+            disks: self.disks.clone(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             growth: pod.resources.growth(),
@@ -96,6 +155,7 @@ impl Guest {
             params.extend(["root=/dev/vda", "ro"].map(str::to_owned));
             params.extend(self.root_type.as_ref().map(|fs| format!("rootfstype={fs}")));
         }
+        params.extend(self.disk_params.iter().cloned());
         if agent.enable_debug {
             params.push("agent.log=debug".to_owned());
         }
@@ -116,22 +176,4 @@ fn disk_limits(config: &kata_config::Qemu) -> DiskLimits {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bound_of_a_disk_is_counted_in_bytes_and_never_becomes_none() {
-        let limits = |bits, operations| {
-            let config = kata_config::Qemu {
-                disk_rate_limiter_bw_max_rate: bits,
-                disk_rate_limiter_ops_max_rate: operations,
-                ..kata_config::Qemu::default()
-            };
-            let DiskLimits { bytes_per_second, requests_per_second } = disk_limits(&config);
-            (bytes_per_second.map_or(0, NonZeroU64::get), requests_per_second.map_or(0, NonZeroU64::get))
-        };
-        assert_eq!(limits(0, 0), (0, 0));
-        assert_eq!(limits(80_000_000, 100), (10_000_000, 100));
-        assert_eq!(limits(1, 1), (1, 1));
-    }
-}
+mod tests;

@@ -46,6 +46,9 @@ pub struct Ingredients {
     pub initrd: Option<FileId>,
     /// Its root disk.
     pub image: Option<FileId>,
+    /// Disks that its guest finds by itself.
+    #[serde(default)]
+    pub disks: Vec<FileId>,
     /// The kernel's command line.
     pub command_line: String,
     /// Virtual CPUs.
@@ -80,6 +83,7 @@ impl Ingredients {
             kernel: FileId::of(&guest.kernel)?,
             initrd: guest.initrd.as_deref().map(FileId::of).transpose()?,
             image: guest.image.as_deref().map(FileId::of).transpose()?,
+            disks: guest.disks.iter().map(|disk| FileId::of(&disk.path)).collect::<Result<_, _>>()?,
             command_line: guest.kernel_params(config).join(" "),
             vcpus: size.vcpus,
             most_vcpus: growth.vcpus,
@@ -107,6 +111,7 @@ impl Ingredients {
             ("kernel", self.kernel == other.kernel),
             ("initrd", self.initrd == other.initrd),
             ("image", self.image == other.image),
+            ("disks", self.disks == other.disks),
             ("command line", self.command_line == other.command_line),
             ("number of processors", (self.vcpus, self.most_vcpus) == (other.vcpus, other.most_vcpus)),
             (
@@ -124,7 +129,11 @@ impl Ingredients {
     /// Whether no machine can be made of these any more, whatever the configuration says: a file has changed, or the host.
     pub(crate) fn are_gone(&self, now: &Self) -> bool {
         let files = [Some(&self.monitor), Some(&self.kernel), self.initrd.as_ref(), self.image.as_ref()];
-        files.into_iter().flatten().any(|file| FileId::of(&file.path).ok().as_ref() != Some(file))
+        files
+            .into_iter()
+            .flatten()
+            .chain(&self.disks)
+            .any(|file| FileId::of(&file.path).ok().as_ref() != Some(file))
             || self.version != now.version
             || self.processor != now.processor
             || self.host_kernel != now.host_kernel

@@ -105,10 +105,43 @@ impl CgroupError {
     }
 }
 
+/// Where containers' cgroups are made.
+#[derive(Clone, Debug)]
+pub(super) struct Cgroups {
+    /// Mount point of the hierarchy.
+    hierarchy: PathBuf,
+    /// The part of it that is the agent's, below which it hands down controllers and removes what is empty.
+    root: PathBuf,
+}
+
+impl Cgroups {
+    /// Below `part` of the hierarchy that is mounted at `hierarchy`.
+    pub(super) fn new(hierarchy: PathBuf, part: &Path) -> Self {
+        let root = hierarchy.join(part);
+        Self { hierarchy, root }
+    }
+
+    /// Makes the cgroup `relative`, with every controller that there is.
+    pub(super) fn create(&self, relative: &Path) -> Result<Cgroup, CgroupError> {
+        if !self.root.join("cgroup.controllers").exists() {
+            return Err(CgroupError::NotV2(self.root.clone()));
+        }
+        let path = self.root.join(relative);
+        make(&self.root, &path)?;
+        let directory = open_directory(&path)?;
+        Ok(Cgroup { place: self.clone(), path, directory, filter: Mutex::new(None) })
+    }
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, CgroupError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty()).map_err(|error| CgroupError::file("open", path, error))
+}
+
 /// One container's cgroup.
 #[derive(Debug)]
 pub(super) struct Cgroup {
-    root: PathBuf,
+    place: Cgroups,
     path: PathBuf,
     directory: OwnedFd,
     /// The device filter that is attached; replacing it needs it.
@@ -116,19 +149,6 @@ pub(super) struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup `relative` below `root`, with every controller that there is.
-    pub(super) fn create(root: &Path, relative: &Path) -> Result<Self, CgroupError> {
-        if !root.join("cgroup.controllers").exists() {
-            return Err(CgroupError::NotV2(root.to_owned()));
-        }
-        let path = root.join(relative);
-        make(root, &path)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(CWD, &path, flags, Mode::empty());
-        let directory = directory.map_err(|error| CgroupError::file("open", &path, error))?;
-        Ok(Self { root: root.to_owned(), path, directory, filter: Mutex::new(None) })
-    }
-
     /// For a process to be born in.
     pub(super) fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
@@ -139,9 +159,7 @@ impl Cgroup {
         let file = PathBuf::from(format!("/proc/{}/cgroup", pid.as_raw_nonzero()));
         let text = fs::read_to_string(&file).map_err(|error| CgroupError::file("read", &file, error))?;
         let relative = text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-        let path = self.root.join(relative);
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        openat(CWD, &path, flags, Mode::empty()).map_err(|error| CgroupError::file("open", &path, error))
+        open_directory(&self.place.hierarchy.join(relative))
     }
 
     /// Sets the limits that `resources` names.
@@ -235,7 +253,7 @@ impl Cgroup {
                 result => result?,
             }
         }
-        let parents = self.path.ancestors().skip(1).take_while(|parent| *parent != self.root);
+        let parents = self.path.ancestors().skip(1).take_while(|parent| *parent != self.place.root);
         for parent in parents {
             if fs::remove_dir(parent).is_err() {
                 break;

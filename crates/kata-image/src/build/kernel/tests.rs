@@ -25,7 +25,7 @@ fn elf_kernel_is_taken_with_the_release_of_its_banner() {
     let kernel = kernel.unwrap();
     assert_eq!(kernel.release, "6.12.9-own");
     assert_eq!(fs::read(kernel.vmlinux()).unwrap(), bytes);
-    assert_eq!(kernel.plan().unwrap(), Plan::default());
+    assert_eq!(kernel.plan(crate::build::modules::ON_DISK).unwrap(), Plan::default());
     assert_eq!(kernel.config().unwrap(), None);
 }
 

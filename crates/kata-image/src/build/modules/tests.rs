@@ -49,7 +49,7 @@ fn names(modules: &[Module]) -> Vec<&str> {
 #[test]
 fn dependencies_come_first_and_built_in_ones_not_at_all() {
     let tree = tree();
-    let plan = Tree::open(tree.path(), RELEASE).unwrap().plan().unwrap();
+    let plan = Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD).unwrap();
     let wanted = [
         "virtio_ring",
         "virtio",
@@ -66,7 +66,7 @@ fn dependencies_come_first_and_built_in_ones_not_at_all() {
 #[test]
 fn compressed_modules_are_taken_unpacked() {
     let tree = tree();
-    let plan = Tree::open(tree.path(), RELEASE).unwrap().plan().unwrap();
+    let plan = Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD).unwrap();
     for name in ["virtio_pci", "vmw_vsock_virtio_transport"] {
         let module = plan.modules().find(|module| module.name == name).unwrap();
         assert!(module.data.starts_with(b"\x7fELF") && module.path.ends_with(".ko"), "{}", module.path);
@@ -76,7 +76,7 @@ fn compressed_modules_are_taken_unpacked() {
 #[test]
 fn list_has_boot_lines_and_what_is_loaded_on_demand() {
     let tree = tree();
-    let list = Tree::open(tree.path(), RELEASE).unwrap().plan().unwrap().list();
+    let list = Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD).unwrap().list();
     let lines: Vec<&str> = list.lines().collect();
     assert_eq!(lines[0], "/lib/modules/6.1.0-test/kernel/virtio/virtio_ring.ko");
     let erofs = "@erofs /lib/modules/6.1.0-test/kernel/lib/my-crc.ko /lib/modules/6.1.0-test/kernel/lib/libcrc32c.ko \
@@ -85,10 +85,26 @@ fn list_has_boot_lines_and_what_is_loaded_on_demand() {
 }
 
 #[test]
+fn root_on_a_disk_has_what_leads_to_it_loaded_at_boot() {
+    let tree = tree();
+    for name in ["virtio_blk", "dm_verity", "overlay"] {
+        put(tree.path(), &format!("kernel/disk/{name}.ko"), &module(&["depends="]));
+    }
+    let plan = |tree: &tempfile::TempDir| Tree::open(tree.path(), RELEASE).unwrap().plan(ON_DISK);
+    let boot = plan(&tree).unwrap().boot;
+    assert!(names(&boot).ends_with(&["vsock", "vmw_vsock_virtio_transport", "virtiofs"]), "{boot:?}");
+    // What only saves a line of the log is taken where there is such a module.
+    put(tree.path(), "kernel/fs/autofs4.ko", &module(&["depends="]));
+    assert!(names(&plan(&tree).unwrap().boot).ends_with(&["virtiofs", "autofs4"]));
+    fs::remove_file(tree.path().join("kernel/disk/dm_verity.ko")).unwrap();
+    assert!(matches!(plan(&tree), Err(ModulesError::Missing { module, .. }) if module == "dm_verity"));
+}
+
+#[test]
 fn kernel_that_guests_cannot_be_reached_in_is_refused() {
     let tree = tree();
     fs::remove_file(tree.path().join("kernel/fs/virtiofs.ko")).unwrap();
-    let error = Tree::open(tree.path(), RELEASE).unwrap().plan().unwrap_err();
+    let error = Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD).unwrap_err();
     assert!(matches!(&error, ModulesError::Missing { module, .. } if module == "virtiofs"), "{error}");
 }
 
@@ -96,7 +112,7 @@ fn kernel_that_guests_cannot_be_reached_in_is_refused() {
 fn missing_dependency_is_named_with_who_needs_it() {
     let tree = tree();
     fs::remove_file(tree.path().join("kernel/vsock/vsock.ko")).unwrap();
-    let error = Tree::open(tree.path(), RELEASE).unwrap().plan().unwrap_err();
+    let error = Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD).unwrap_err();
     let text = error.to_string();
     assert!(text.contains("vmw_vsock_virtio_transport") && text.contains("on vsock"), "{text}");
 }
@@ -105,14 +121,17 @@ fn missing_dependency_is_named_with_who_needs_it() {
 fn circle_of_dependencies_ends_in_an_error() {
     let tree = tree();
     put(tree.path(), "kernel/virtio/virtio_ring.ko", &module(&["depends=virtio"]));
-    assert!(matches!(Tree::open(tree.path(), RELEASE).unwrap().plan(), Err(ModulesError::Circle { .. })));
+    assert!(matches!(
+        Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD),
+        Err(ModulesError::Circle { .. })
+    ));
 }
 
 #[test]
 fn module_that_is_no_elf_file_is_named() {
     let tree = tree();
     put(tree.path(), "kernel/virtio/virtio.ko", b"text");
-    let error = Tree::open(tree.path(), RELEASE).unwrap().plan().unwrap_err();
+    let error = Tree::open(tree.path(), RELEASE).unwrap().plan(IN_INITRD).unwrap_err();
     assert!(
         matches!(&error, ModulesError::Elf { path, .. } if path.ends_with("kernel/virtio/virtio.ko")),
         "{error}"
