@@ -105,6 +105,10 @@ impl Fault {
         match error {
             ttrpc::Error::RpcStatus(status) => {
                 let (code, text) = (status.code(), status.message());
+                // The client's own word on a frame that it has not read.
+                if code == Code::INVALID_ARGUMENT && text.contains("exceed maximum message size") {
+                    return Self::Broken("its answer is longer than a frame may be".to_owned());
+                }
                 let unknown = match code {
                     Code::UNIMPLEMENTED => true,
                     Code::INVALID_ARGUMENT => text.contains("service does not exist"),
