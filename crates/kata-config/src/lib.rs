@@ -28,7 +28,7 @@ pub use endpoint::OtlpEndpoint;
 pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
-    AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, HugepageType, HypervisorChoice,
+    AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, Feature, HugepageType, HypervisorChoice,
     HypervisorSection, InternetworkingModel, KataAgent, KernelParams, LogLevel, MachineType, Program, Qemu,
     Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
 };
