@@ -24,6 +24,14 @@ pub struct Settings {
     pub pipe_size: usize,
     /// How long a hot-plugged device may take to appear (`agent.hotplug_timeout`, seconds).
     pub hotplug_timeout: Duration,
+    /// How long a service of the guest may take to pull an image (`agent.image_pull_timeout`, seconds).
+    pub image_pull_timeout: Duration,
+    /// How long a service of the guest may take for anything else (`agent.guest_service_timeout`, seconds).
+    pub guest_service_timeout: Duration,
+    /// Whether volumes that are encrypted are protected against changes, too (`agent.secure_storage_integrity`).
+    pub secure_storage_integrity: bool,
+    /// Whether sealed secrets are looked for in every container, and not only where it asks (`agent.unseal`).
+    pub unseal_implicitly: bool,
     /// `agent.*` words that were not understood, as they stood.
     pub ignored: Vec<String>,
 }
@@ -39,6 +47,10 @@ impl Default for Settings {
             stream_port: ports::STREAM,
             pipe_size: 256 << 10,
             hotplug_timeout: Duration::from_secs(3),
+            image_pull_timeout: Duration::from_secs(1200),
+            guest_service_timeout: Duration::from_secs(50),
+            secure_storage_integrity: true,
+            unseal_implicitly: false,
             ignored: Vec::new(),
         }
     }
@@ -84,11 +96,25 @@ impl Settings {
             }
             "passfd_listener_port" => self.stream_port = value.parse().ok()?,
             "container_pipe_size" => self.pipe_size = value.parse().ok()?,
-            "hotplug_timeout" => self.hotplug_timeout = Duration::from_secs(value.parse().ok()?),
+            "hotplug_timeout" => self.hotplug_timeout = seconds(value)?,
+            "image_pull_timeout" => self.image_pull_timeout = seconds(value)?,
+            "guest_service_timeout" => self.guest_service_timeout = seconds(value)?,
+            "secure_storage_integrity" => self.secure_storage_integrity = truth(value)?,
+            "unseal" => {
+                self.unseal_implicitly = match value {
+                    "implicit" => true,
+                    "explicit" => false,
+                    _ => return None,
+                }
+            }
             _ => return None,
         }
         Some(())
     }
+}
+
+fn seconds(value: &str) -> Option<Duration> {
+    value.parse().ok().map(Duration::from_secs)
 }
 
 fn level(value: &str) -> Option<LevelFilter> {
@@ -142,7 +168,9 @@ mod tests {
     fn every_key_is_read() {
         let settings = parsed(
             "agent.log=debug agent.debug_console agent.log_vport=2025 agent.passfd_listener_port=2027 \
-             agent.hotplug_timeout=9 agent.container_pipe_size=1048576 agent.server_addr=unix:///run/a.sock",
+             agent.hotplug_timeout=9 agent.container_pipe_size=1048576 agent.server_addr=unix:///run/a.sock \
+             agent.image_pull_timeout=60 agent.guest_service_timeout=7 agent.secure_storage_integrity=false \
+             agent.unseal=implicit",
         );
         assert_eq!(settings.log_level, LevelFilter::DEBUG);
         assert!(settings.debug_console);
@@ -150,6 +178,9 @@ mod tests {
         assert_eq!(settings.hotplug_timeout, Duration::from_secs(9));
         assert_eq!(settings.pipe_size, 1 << 20);
         assert_eq!(settings.server_addr, "unix:///run/a.sock");
+        assert_eq!(settings.image_pull_timeout, Duration::from_secs(60));
+        assert_eq!(settings.guest_service_timeout, Duration::from_secs(7));
+        assert!(!settings.secure_storage_integrity && settings.unseal_implicitly);
         assert!(settings.ignored.is_empty());
     }
 
@@ -161,8 +192,10 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_kept_for_the_log() {
-        let settings = parsed("agent.log=loud agent.trace=true agent.log_vport=x agent.server_addr=nowhere");
-        assert_eq!(settings.ignored.len(), 4);
+        let settings = parsed(
+            "agent.log=loud agent.trace=true agent.log_vport=x agent.server_addr=nowhere agent.unseal=all",
+        );
+        assert_eq!(settings.ignored.len(), 5);
         assert_eq!(settings.log_port, ports::LOG);
     }
 

@@ -6,7 +6,8 @@
 //!   │        ├─▶ log         │     └─▶ device   disks that the host plugs in
 //!   │        ├─▶ forward     ├─▶ network     interfaces, routes and neighbours of the guest
 //!   │        │               ├─▶ stdio ─▶ stream    bytes between processes and the host
-//!   │        └─▶ console     └─▶ reaper      who ended, and how
+//!   │        └─▶ console     ├─▶ services    what programs of the guest do for it
+//!   │                        └─▶ reaper      who ended, and how
 //!   └─ mounts, root, modules, settings: only as PID 1
 //! ```
 //!
@@ -24,9 +25,11 @@ pub mod log;
 pub mod modules;
 pub mod mount;
 pub mod network;
+pub mod pause;
 pub mod reaper;
 pub mod rpc;
 pub mod serve;
+pub mod services;
 pub mod stdio;
 pub mod stream;
 

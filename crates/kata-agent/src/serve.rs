@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream;
+use kata_api::guest::SERVICES_DIR;
 use kata_api::{Announcement, ports};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::AsyncWriteExt;
@@ -25,6 +26,7 @@ use crate::modules::Modules;
 use crate::reaper::Reaper;
 use crate::rpc::guard::Guard;
 use crate::rpc::{self, Agent};
+use crate::services::Services;
 
 /// The agent cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +94,8 @@ pub fn run(
         let engine = Arc::new(engine);
         // Only now: what containers are made from has started, and they do not inherit it.
         raise_descriptor_limit();
-        let agent = Arc::new(Agent::new(engine, reaper, Arc::new(modules), settings));
+        let services = Services::new(Path::new(SERVICES_DIR), &settings, reaper.clone());
+        let agent = Arc::new(Agent::new(engine, reaper, Arc::new(modules), services, settings));
         let guard = Arc::new(Guard::boot());
         listen(&agent, logs, &guard)?;
         let mut server = serve_rpc(&agent, &guard).await?;

@@ -30,7 +30,7 @@ pub use error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 pub use extension::ExtensionImage;
 pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
-    AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, HugepageType, HypervisorChoice,
+    AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, Feature, HugepageType, HypervisorChoice,
     HypervisorSection, InternetworkingModel, KataAgent, KernelParams, LogLevel, MachineType, Program, Qemu,
     Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
 };

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::deprecation::Policy;
 use crate::endpoint::OtlpEndpoint;
 use crate::extension::ExtensionImage;
-use crate::keys::{Key, Reach, Separator, Value};
+use crate::keys::{Key, Reach, Separator, Stability, Value};
 use crate::text::keywords;
 
 /// The whole configuration of a pod. Serialises to TOML that loads back to the same value.
@@ -351,8 +351,12 @@ settings! {
     /// Drops seccomp profiles instead of applying them in the guest. By default a profile that was asked for is applied.
     disable_guest_seccomp: bool = false, { .upstream("true").annotated() };
     /// What an emptyDir on disk is made of: a directory of the host that is shared, or a file system of its own on a sparse
-    /// file in that directory, which is plugged in as a disk.
-    emptydir_mode: EmptyDirMode = EmptyDirMode::SharedFs, { .rust().planned_words(&["block-encrypted"]) };
+    /// file in that directory, which is plugged in as a disk; the guest may encrypt it with a key that nobody else has, for which
+    /// its image needs a service.
+    emptydir_mode: EmptyDirMode = EmptyDirMode::SharedFs, { .rust() };
+    /// Features by name. `force_guest_pull`: images are pulled in the guest, for which its image needs a service, whatever the host
+    /// has of them.
+    experimental: Vec<Feature> = Vec::new(), { .stability(Stability::Experimental).annotated() };
     /// Raises the owner's log to `debug` whatever `log_level` says.
     enable_debug: bool = false;
     /// What becomes of a use of something deprecated. `KATA_DEPRECATED` and `--deprecated` win over it.
@@ -414,7 +418,11 @@ keywords! {
 }
 keywords! {
     /// `emptydir_mode`: what an emptyDir on disk is made of.
-    EmptyDirMode { SharedFs = "shared-fs", BlockPlain = "block-plain" }
+    EmptyDirMode { SharedFs = "shared-fs", BlockPlain = "block-plain", BlockEncrypted = "block-encrypted" }
+}
+keywords! {
+    /// `experimental`: what is tried out.
+    Feature { ForceGuestPull = "force_guest_pull" }
 }
 keywords! {
     /// `virtio_fs_cache`: caching in the guest of shared files.

@@ -1,6 +1,6 @@
 //! The host files that the guest sees: one shared directory for the pod, with the roots of its containers and its volumes.
 //!
-//! A root file system on disks does not come this way, see [`rootfs`], and neither does every volume, see [`volume`].
+//! A root file system on disks does not come this way, see [`rootfs`], nor does one that the guest pulls, see [`guest_pull`], and neither does every volume, see [`volume`].
 //!
 //! ```text
 //!   <bundle>/rootfs ◀── overlay, … (the mounts of Task.Create)
@@ -25,6 +25,7 @@ pub(crate) mod block_device;
 mod copy;
 pub(crate) mod direct;
 mod disk;
+pub(crate) mod guest_pull;
 mod loop_device;
 mod mirror;
 mod mount;
@@ -48,7 +49,7 @@ use crate::guest_spec::ROOTFS;
 use crate::pod::RootfsMount;
 
 pub(crate) use copy::copy;
-pub(crate) use disk::{PodDisks, empty_dir, plug};
+pub(crate) use disk::{EmptyDisk, PodDisks, plug};
 pub(crate) use mirror::{Changes, Mirror};
 use places::Places;
 
@@ -139,6 +140,20 @@ pub enum StorageError {
         /// The driver.
         driver: DriverKind,
     },
+    /// A root that the guest shall pull, and nobody says of which image.
+    #[error(
+        "the guest shall pull the image, and the container has no annotation {} or {} with its name: with ctr or nerdctl, give it \
+         one with --annotation",
+        guest_pull::IMAGE_NAME[0],
+        guest_pull::IMAGE_NAME[1]
+    )]
+    NoImageName,
+    /// What a snapshotter has written of a root makes none.
+    #[error("the snapshotter's io.katacontainers.volume cannot be used: {0}")]
+    VirtualVolume(String),
+    /// A kind of root that this version does not have.
+    #[error("the snapshotter asks for a root of kind {0:?}, which is not supported; image_guest_pull is")]
+    VirtualVolumeKind(String),
     /// A volume of huge pages without a bound.
     #[error(
         "{path} has no bound: the guest sets huge pages aside before they are used, so the container needs a limit of \
@@ -202,8 +217,12 @@ impl StorageError {
             | Self::Target(_)
             | Self::Options { .. }
             | Self::HugePages(_)
+            | Self::NoImageName
+            | Self::VirtualVolume(_)
             | Self::DirectVolume { .. } => ErrorKind::InvalidArgument,
-            Self::Device(_) | Self::NoShare(_) | Self::NoWay { .. } => ErrorKind::Unimplemented,
+            Self::Device(_) | Self::NoShare(_) | Self::NoWay { .. } | Self::VirtualVolumeKind(_) => {
+                ErrorKind::Unimplemented
+            }
             Self::Busy(_) | Self::ReadOnly(_) | Self::Taken { .. } => ErrorKind::FailedPrecondition,
             Self::Killed => ErrorKind::Unavailable,
             Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {

@@ -1,7 +1,7 @@
 //! From the kernel's first step into user space to an agent that serves.
 //!
 //! ```text
-//!  helper? ─▶ its own main, no runtime
+//!  helper, pause? ─▶ a main of its own, no runtime
 //!  PID 1:   root made pivotable ─▶ mounts ─▶ modules ─▶ loopback, name ─┐
 //!  service: children adopted ─▶ its cgroup ─────────────────────────────┴▶ serve ─▶ done: the VM ends
 //! ```
@@ -27,7 +27,7 @@ use rustix::system::{RebootCommand, reboot};
 use crate::cmdline::Settings;
 use crate::modules::{self, ModuleError, ModuleList, Modules};
 use crate::serve::{self, ServeError};
-use crate::{container, entropy, log};
+use crate::{container, entropy, log, pause};
 
 pub use mounts::MountError;
 pub use service::{CGROUPS, notify_ready};
@@ -73,8 +73,12 @@ fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> BootError {
 #[must_use]
 pub fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
-    if arguments.next().as_deref() == Some(OsStr::new(container::HELPER_NAME)) {
+    let name = arguments.next();
+    if name.as_deref() == Some(OsStr::new(container::HELPER_NAME)) {
         container::helper_main();
+    }
+    if name.as_deref() == Some(OsStr::new(pause::PATH)) {
+        return ExitCode::from(pause::main());
     }
     let is_init = rustix::process::getpid().is_init();
     // The kernel hands its own leftover words to PID 1 as arguments: they are not for the agent.

@@ -8,7 +8,7 @@ use kata_api::agent::FSGroup;
 use kata_api::types::FSGroupChangePolicy;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, chmod, chownat};
 
-use super::storage::{StorageError, system};
+use super::error::{StorageError, system};
 
 /// Makes a directory the group's, with its new files inheriting that.
 pub(super) fn give_directory(point: &Path, group: Option<u32>) -> Result<(), StorageError> {

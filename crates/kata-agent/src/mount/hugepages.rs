@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::storage::StorageError;
+use super::error::StorageError;
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 /// What such a file system is called.
@@ -58,13 +58,13 @@ impl Reserved {
     }
 
     fn set(&self, pages: u64) -> Result<(), StorageError> {
-        let failed = super::storage::system("setting the number of", &self.pool);
+        let failed = super::error::system("setting the number of", &self.pool);
         std::fs::write(&self.pool, pages.to_string()).map_err(failed)
     }
 }
 
 fn read(pool: &Path) -> Result<u64, StorageError> {
-    let failed = super::storage::system("reading the number of", pool);
+    let failed = super::error::system("reading the number of", pool);
     let text = std::fs::read_to_string(pool).map_err(&failed)?;
     text.trim().parse().map_err(|_| failed(std::io::ErrorKind::InvalidData.into()))
 }

@@ -1,13 +1,17 @@
 //! Mounts of the guest: the option words shared with the container engine, and the storages that requests ask for.
 
+mod error;
 mod group;
 mod hugepages;
 pub mod options;
 mod places;
+mod served;
 pub mod share;
 #[cfg(test)]
 mod silent;
 mod storage;
 mod watch;
 
-pub use storage::{DRIVERS, StorageError, Storages};
+pub use error::StorageError;
+pub use served::{EPHEMERAL_KEY, Image};
+pub use storage::{DRIVERS, Storages};

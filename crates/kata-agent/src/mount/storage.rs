@@ -14,6 +14,7 @@
 //! | `watchable-bind` | path | a small directory copied, and kept like the original: see [`super::watch`] |
 //! | `ephemeral` | | a tmpfs, or a hugetlbfs with pages set aside for it |
 //! | `local` | | a directory |
+//! | `image_guest_pull` | image | a root that a service of the guest pulls: see [`super::served`] |
 //!
 //! Storages are made in the order of the request, so one may stand on those before it, and are undone in reverse. A
 //! root of read-only layers is that:
@@ -25,9 +26,10 @@
 //!  overlayfs         overlay  /run/kata-containers/c1/rootfs             lowerdir=…/1:…/0, upperdir=…/rw/upper, …
 //! ```
 
-use std::ffi::{CString, NulError};
+use std::ffi::CString;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kata_api::agent::Storage;
 use rustix::fs::{Mode, chmod};
@@ -36,17 +38,20 @@ use rustix::mount::{
     MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change, unmount,
 };
 
+use super::error::{StorageError, invalid, system};
 use super::group;
 use super::hugepages::{self, Reserved};
 use super::options::{self, MountOptions};
 use super::places::Places;
+use super::served::{self, Image};
 use super::watch::{self, Follower};
-use crate::aside::{self, AsideError};
-use crate::device::{DiskError, Disks};
-use crate::modules::{ModuleError, Modules};
+use crate::aside;
+use crate::device::Disks;
+use crate::modules::Modules;
+use crate::services::Services;
 
 /// Drivers that are served, as told to the host.
-pub const DRIVERS: [&str; 10] = [
+pub const DRIVERS: [&str; 11] = [
     "blk",
     "mmioblk",
     "scsi",
@@ -57,15 +62,15 @@ pub const DRIVERS: [&str; 10] = [
     "overlayfs",
     "bind",
     "watchable-bind",
+    served::PULL,
 ];
 
 /// Those of them that are file systems on disks.
 const DISKS: [&str; 4] = ["blk", "mmioblk", "scsi", "nvdimm"];
 
 /// Drivers of the protocol that this agent does not serve, and why.
-const UNSUPPORTED: [(&str, &str); 3] = [
+const UNSUPPORTED: [(&str, &str); 2] = [
     ("blk-ccw", "this machine has no channel subsystem"),
-    ("image_guest_pull", "this guest has no service that pulls images"),
     ("erofs.multi-layer", "layers are asked for one by one, by blk and overlayfs"),
 ];
 
@@ -75,96 +80,6 @@ const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_direct
 /// What the kernel takes of a file system's options: a page, with the byte that ends it. It cuts off the rest unsaid.
 const OPTIONS_FIT: usize = 4095;
 
-/// A storage that was not made, or not undone.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    /// The driver is one of the protocol's that this agent has not.
-    #[error("storage driver {driver:?} is not supported: {reason}")]
-    Unsupported {
-        /// As asked.
-        driver: String,
-        /// What it would take.
-        reason: &'static str,
-    },
-    /// The request makes no sense.
-    #[error("storage at {mount_point:?}: {reason}")]
-    Invalid {
-        /// Where it was to be.
-        mount_point: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A kernel module that it needs.
-    #[error("storage at {mount_point:?}")]
-    Module {
-        /// Where it was to be.
-        mount_point: PathBuf,
-        #[source]
-        /// Which module, and why.
-        source: ModuleError,
-    },
-    /// The disk that it is on.
-    #[error("storage at {mount_point:?}")]
-    Disk {
-        /// Where it was to be.
-        mount_point: String,
-        #[source]
-        /// Which disk, and why.
-        source: DiskError,
-    },
-    /// The kernel has no such file system.
-    #[error("storage at {mount_point:?}: the guest's kernel has no file system {kind:?}")]
-    NoFileSystem {
-        /// Where it was to be.
-        mount_point: PathBuf,
-        /// The type asked for.
-        kind: String,
-    },
-    /// The kernel refused the mount.
-    #[error("mounting {kind} from {from} on {mount_point:?}")]
-    Mount {
-        /// Type of the file system.
-        kind: String,
-        /// Device, tag or whatever the type calls it.
-        from: String,
-        /// Where it was to be.
-        mount_point: PathBuf,
-        /// The system's word.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Making a directory, binding or unmounting.
-    #[error("{what} {path:?}")]
-    System {
-        /// What was tried.
-        what: &'static str,
-        /// With which path.
-        path: PathBuf,
-        #[source]
-        /// The system's word.
-        source: std::io::Error,
-    },
-    /// An option that the kernel cannot be given.
-    #[error("options of the storage at {mount_point:?}")]
-    Data {
-        /// Where it was to be.
-        mount_point: PathBuf,
-        #[source]
-        /// Why.
-        source: NulError,
-    },
-    /// The work was dropped before it was done.
-    #[error(transparent)]
-    Aside(#[from] AsideError),
-}
-
-pub(super) fn system<'a, E: Into<std::io::Error>>(
-    what: &'static str,
-    path: &'a Path,
-) -> impl Fn(E) -> StorageError + use<'a, E> {
-    move |source| StorageError::System { what, path: path.to_owned(), source: source.into() }
-}
-
 /// A storage that is there.
 #[derive(Debug)]
 struct Made {
@@ -172,11 +87,28 @@ struct Made {
     /// Whether its directory was made for it and goes with it.
     own_directory: bool,
     users: usize,
+    /// Whether a pulled image's description is beside it, which goes with it.
+    pulled: bool,
     /// Whether it stays without users, until the sandbox goes.
     kept: bool,
     pages: Option<Reserved>,
     /// Keeps a copy up to date.
     follower: Option<Follower>,
+}
+
+impl Made {
+    /// What `storage` will be at `point`, before it is there.
+    fn new(storage: &Storage, point: &Path) -> Self {
+        Self {
+            mounted: storage.driver != "local",
+            own_directory: !point.exists(),
+            users: 1,
+            pulled: false,
+            kept: storage.shared,
+            pages: None,
+            follower: None,
+        }
+    }
 }
 
 /// All storages of the guest. Clones share them.
@@ -185,13 +117,23 @@ pub struct Storages {
     made: Places<Made>,
     modules: Arc<Modules>,
     disks: Arc<Disks>,
+    services: Services,
+    /// Whether encrypted disks are protected against changes, too.
+    integrity: bool,
 }
 
 impl Storages {
-    /// None so far; `modules` are loaded as storages need them, `disks` are where block storages are found.
+    /// None so far; `modules` are loaded as storages need them, `disks` are where block storages are found, `services` mount what
+    /// the agent cannot. Encrypted disks are protected against changes, too, if `integrity` says so.
     #[must_use]
-    pub fn new(modules: Arc<Modules>, disks: Disks) -> Self {
-        Self { made: Places::default(), modules, disks: Arc::new(disks) }
+    pub fn new(modules: Arc<Modules>, disks: Disks, services: Services, integrity: bool) -> Self {
+        Self { made: Places::default(), modules, disks: Arc::new(disks), services, integrity }
+    }
+
+    /// The same, for somebody who waits for services no longer than this.
+    #[must_use]
+    pub fn within(&self, limit: Duration) -> Self {
+        Self { services: self.services.within(limit), ..self.clone() }
     }
 
     /// Makes `storages` in order and gives the mount points, for [`remove`](Self::remove). All or none.
@@ -224,6 +166,10 @@ impl Storages {
             made.users += 1;
             return Ok(point);
         }
+        if let Some(made) = self.have_made(&storage, &point).await? {
+            *place = Some(made);
+            return Ok(point);
+        }
         let (modules, name, at) = (self.modules.clone(), storage.mount_point.clone(), point.clone());
         // A mount may wait for the host's answer, and a whole tree may be given to its group: not on the thread that serves
         // everybody else. The place goes along, so that it is free only when the work is done.
@@ -234,14 +180,32 @@ impl Storages {
         .await?
     }
 
+    /// Has a service of the guest make `storage`, if it is one that the agent cannot.
+    async fn have_made(&self, storage: &Storage, point: &Path) -> Result<Option<Made>, StorageError> {
+        let made = Made::new(storage, point);
+        match Image::of(storage)? {
+            Some(image) if !image.is_pods_own => {
+                served::pull(&self.services, storage, &image, point).await?;
+                Ok(Some(Made { pulled: true, ..made }))
+            }
+            Some(_) => Ok(None),
+            None if DISKS.contains(&storage.driver.as_str()) && served::is_secure(storage)? => {
+                served::secure(&self.services, storage, point, self.integrity).await?;
+                if let Some(group) = storage.fs_group.clone().into_option() {
+                    let at = point.to_owned();
+                    let give = move || group::give_tree(&at, &group).inspect_err(|_| take_down(&at));
+                    aside::run(format!("giving {:?} to its group", storage.mount_point), give).await??;
+                }
+                Ok(Some(made))
+            }
+            None => Ok(None),
+        }
+    }
+
     /// The storage with the block device of its disk for a source.
     async fn with_disk(&self, storage: Storage) -> Result<Storage, StorageError> {
-        let wrong = [
-            (storage.fstype.is_empty(), "a disk needs the type of its file system"),
-            (!storage.driver_options.is_empty(), "a disk takes no driver options"),
-        ];
-        if let Some((_, reason)) = wrong.into_iter().find(|(is, _)| *is) {
-            return Err(invalid(&storage, reason));
+        if !served::is_secure(&storage)? && storage.fstype.is_empty() {
+            return Err(invalid(&storage, "a disk needs the type of its file system"));
         }
         let found = if storage.driver == "scsi" {
             self.disks.find_scsi(&storage.source).await
@@ -314,10 +278,6 @@ impl Storages {
     }
 }
 
-fn invalid(storage: &Storage, reason: impl Into<String>) -> StorageError {
-    StorageError::Invalid { mount_point: storage.mount_point.clone(), reason: reason.into() }
-}
-
 fn mount_point(storage: &Storage) -> Result<PathBuf, StorageError> {
     let path = PathBuf::from(&storage.mount_point);
     let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
@@ -336,7 +296,7 @@ fn make(storage: &Storage, point: &Path, modules: &Modules) -> Result<Made, Stor
     if !DRIVERS.contains(&driver) && driver != "tmpfs" {
         return Err(invalid(storage, format!("unknown storage driver {driver:?}")));
     }
-    let own_directory = !point.exists();
+    let made = Made::new(storage, point);
     let (mut pages, mut follower) = (None, None);
     let done = match driver {
         "local" => make_local(storage, point),
@@ -345,14 +305,15 @@ fn make(storage: &Storage, point: &Path, modules: &Modules) -> Result<Made, Stor
         "virtio-fs" => mount_filesystem(storage, point, modules, "virtiofs"),
         "overlayfs" => make_overlay(storage, point, modules),
         "ephemeral" | "tmpfs" => make_ephemeral(storage, point, modules).map(|it| pages = it),
+        // Of a pod's own container: any other is made by a service.
+        served::PULL => make_empty_root(point, modules),
         _ => make_disk(storage, point, modules),
     };
-    if done.is_err() && own_directory {
+    if done.is_err() && made.own_directory {
         // The failure is what matters; an empty directory left behind is not.
         let _ = std::fs::remove_dir(point);
     }
-    let mounted = driver != "local";
-    done.map(|()| Made { mounted, own_directory, users: 1, kept: storage.shared, pages, follower })
+    done.map(|()| Made { pages, follower, ..made })
 }
 
 fn make_directory(path: &Path) -> Result<(), StorageError> {
@@ -484,6 +445,12 @@ fn make_ephemeral(
     }
 }
 
+/// Where only mounts will be, and their places.
+fn make_empty_root(point: &Path, modules: &Modules) -> Result<(), StorageError> {
+    let options = ["nosuid", "nodev", "size=1m", "mode=755"].map(str::to_owned).to_vec();
+    mount_filesystem(&Storage { options, ..Default::default() }, point, modules, "tmpfs")
+}
+
 /// Unmounts what was mounted just now, after a failure that matters more.
 fn take_down(point: &Path) {
     let _ = unmount(point, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH);
@@ -542,6 +509,10 @@ fn undo(point: &Path, made: &Made) -> Result<(), StorageError> {
     }
     if let Some(pages) = &made.pages {
         pages.release()?;
+    }
+    if made.pulled {
+        served::forget(point);
+        return Ok(());
     }
     if !made.own_directory {
         return Ok(());

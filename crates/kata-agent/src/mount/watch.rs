@@ -35,7 +35,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use tokio::task::AbortHandle;
 
-use super::storage::{StorageError, system};
+use super::error::{StorageError, system};
 
 /// Most names in a copied directory.
 const ENTRIES: usize = 64;

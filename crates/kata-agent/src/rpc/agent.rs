@@ -17,6 +17,8 @@ use crate::modules::Modules;
 use crate::mount::Storages;
 use crate::mount::share::Held;
 use crate::reaper::{ExitReceiver, ExitStatus, Reaper};
+use crate::services::Services;
+use crate::services::sealed::Secrets;
 use crate::stdio::Attached;
 use crate::stream::Streams;
 
@@ -75,6 +77,8 @@ pub struct Container {
     pub mounts: Vec<PathBuf>,
     /// Mounts of the pod's share that are held for it, see [`crate::mount::share`].
     pub shared: Vec<PathBuf>,
+    /// What is sealed for it.
+    pub secrets: Arc<Secrets>,
     /// Further processes by exec id, oldest first. `None` is one in the making.
     execs: Mutex<Vec<(String, Option<Arc<Process>>)>>,
 }
@@ -89,8 +93,8 @@ pub struct ExecSlot {
 impl Container {
     /// A container with its init only.
     #[must_use]
-    pub fn new(init: Process, mounts: Vec<PathBuf>, shared: Vec<PathBuf>) -> Self {
-        Self { init: Arc::new(init), mounts, shared, execs: Mutex::default() }
+    pub fn new(init: Process, mounts: Vec<PathBuf>, shared: Vec<PathBuf>, secrets: Arc<Secrets>) -> Self {
+        Self { init: Arc::new(init), mounts, shared, secrets, execs: Mutex::default() }
     }
 
     fn execs(&self) -> MutexGuard<'_, Vec<(String, Option<Arc<Process>>)>> {
@@ -179,6 +183,8 @@ pub struct Agent {
     pub streams: Streams,
     /// Mounts.
     pub storages: Storages,
+    /// Programs of the guest that can do more.
+    pub services: Services,
     /// Whose turn it is to change copied files: in the order of the calls, and not two at once, also where a caller no longer waits.
     pub copies: Arc<tokio::sync::Mutex<()>>,
     /// Mounts of the pod's share.
@@ -199,7 +205,13 @@ pub struct Agent {
 impl Agent {
     /// An agent without sandbox and containers.
     #[must_use]
-    pub fn new(engine: Arc<dyn Engine>, reaper: Reaper, modules: Arc<Modules>, settings: Settings) -> Self {
+    pub fn new(
+        engine: Arc<dyn Engine>,
+        reaper: Reaper,
+        modules: Arc<Modules>,
+        services: Services,
+        settings: Settings,
+    ) -> Self {
         let (sender, receiver) = mpsc::channel(OOM_KILLS);
         let disks = Disks::new(modules.clone(), settings.hotplug_timeout);
         let devices = Passing::new(modules.clone(), settings.hotplug_timeout);
@@ -207,7 +219,13 @@ impl Agent {
             engine,
             reaper,
             streams: Streams::default(),
-            storages: Storages::new(modules.clone(), disks),
+            storages: Storages::new(
+                modules.clone(),
+                disks,
+                services.clone(),
+                settings.secure_storage_integrity,
+            ),
+            services,
             copies: Arc::default(),
             shared: Arc::default(),
             devices,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kata_api::agent::{
-    CreateContainerRequest, NetworkStats, RemoveContainerRequest, StatsContainerResponse,
+    CreateContainerRequest, NetworkStats, RemoveContainerRequest, StatsContainerResponse, Storage,
     UpdateContainerRequest,
 };
 
@@ -14,23 +14,30 @@ use rustix::process::Signal;
 
 use super::agent::{Agent, Container, Process};
 use super::error::RpcError;
-use super::spec;
+use super::{image, secrets, spec};
 use crate::aside;
 use crate::container::Spawned;
 use crate::device;
+use crate::mount::Image;
+use crate::services::sealed::Secrets;
 use crate::stdio::{self, Ports};
 
-/// Makes a container; its init waits for [`start`].
+/// Makes a container; its init waits for [`start`]. Whoever asks waits no longer than `patience`, where that is said: services of
+/// the guest, which may take minutes, are given up by then.
 ///
 /// # Errors
 /// What the specification, the storages, the streams or the engine refuse. Nothing is left then.
-pub async fn create(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<(), RpcError> {
+pub async fn create(
+    agent: &Arc<Agent>,
+    request: CreateContainerRequest,
+    patience: Option<Duration>,
+) -> Result<(), RpcError> {
     check_id(&request.container_id)?;
     refuse_foreign_parts(&request)?;
     agent.reserve(&request.container_id)?;
     let (owned, id) = (agent.clone(), request.container_id.clone());
     aside::whole(format!("creating container {id:?}"), async move {
-        let made = make(&owned, request).await;
+        let made = make(&owned, request, patience).await;
         match made {
             Ok(container) => {
                 owned.insert(&id, container);
@@ -67,7 +74,11 @@ fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError
     Ok(())
 }
 
-async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Container, RpcError> {
+async fn make(
+    agent: &Arc<Agent>,
+    request: CreateContainerRequest,
+    patience: Option<Duration>,
+) -> Result<Container, RpcError> {
     let wire =
         request.oci.into_option().ok_or_else(|| RpcError::Invalid("the request has no spec".to_owned()))?;
     let mut spec = spec::spec(wire)?;
@@ -82,11 +93,23 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
         return Err(RpcError::State("there is no sandbox whose pid namespace could be joined".to_owned()));
     }
     agent.devices.find(&request.devices).await?.update(&mut spec)?;
-    let joins_pids = joins_pids(&spec);
-    let mounts = agent.storages.add(request.storages).await?;
+    let mut storages = request.storages;
+    if let Some(store) = image::trusted_store(&mut spec, &request.devices)? {
+        storages.insert(0, store);
+    }
+    let mut wanted = Wanted {
+        secrets: Secrets::of(&spec, agent.settings.unseal_implicitly, agent.services.clone())?,
+        image: image_of(&storages)?,
+        spec,
+    };
+    let joins_pids = joins_pids(&wanted.spec);
+    let of_guest = patience.map_or_else(|| agent.storages.clone(), |limit| agent.storages.within(limit));
+    let mut held = Holdings { mounts: of_guest.add(storages).await?, shared: Vec::new() };
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
-    let (spec, shared) = hold_shared(agent, spec).await?;
-    let made = make_init(agent, &request.container_id, &spec, ports).await;
+    let made = match furnish(agent, &request.container_id, &mut wanted, &mut held).await {
+        Ok(()) => make_init(agent, &request.container_id, &wanted.spec, ports).await,
+        Err(error) => Err(error),
+    };
     match made {
         Ok(init) => {
             if let Some(namespaces) = &namespaces {
@@ -95,16 +118,42 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
             if joins_pids {
                 end_all_with(agent, &request.container_id, &init);
             }
-            Ok(Container::new(init, mounts, shared))
+            Ok(Container::new(init, held.mounts, held.shared, wanted.secrets))
         }
         Err(error) => {
-            release_shared(agent, shared).await;
-            if let Err(undo) = agent.storages.remove(mounts).await {
+            release_shared(agent, held.shared).await;
+            if let Err(undo) = agent.storages.remove(held.mounts).await {
                 tracing::warn!(error = crate::chain(&undo), "undoing the storages of a container");
             }
             Err(error)
         }
     }
+}
+
+/// A container in the making.
+struct Wanted {
+    spec: Spec,
+    image: Option<Image>,
+    secrets: Arc<Secrets>,
+}
+
+/// What a container has of the guest.
+struct Holdings {
+    mounts: Vec<PathBuf>,
+    shared: Vec<PathBuf>,
+}
+
+fn image_of(storages: &[Storage]) -> Result<Option<Image>, RpcError> {
+    Ok(storages.iter().map(Image::of).collect::<Result<Vec<_>, _>>()?.into_iter().flatten().next())
+}
+
+/// Completes the specification by what the mounts have in them.
+async fn furnish(agent: &Agent, id: &str, wanted: &mut Wanted, held: &mut Holdings) -> Result<(), RpcError> {
+    if let Some(image) = &wanted.image {
+        image::adapt(&mut wanted.spec, image).await?;
+    }
+    held.shared = hold_shared(agent, wanted.spec.clone()).await?;
+    secrets::open(agent, id, &mut wanted.spec, &wanted.secrets, &mut held.mounts).await
 }
 
 /// Whether the container sees processes that are not its own.
@@ -130,12 +179,9 @@ fn end_all_with(agent: &Arc<Agent>, id: &str, init: &Process) {
 }
 
 /// Both may wait for the host: not on the thread that serves everybody else.
-async fn hold_shared(agent: &Agent, spec: Spec) -> Result<(Spec, Vec<PathBuf>), RpcError> {
+async fn hold_shared(agent: &Agent, spec: Spec) -> Result<Vec<PathBuf>, RpcError> {
     let shared = agent.shared.clone();
-    let hold = move || {
-        let held = shared.hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
-        (spec, held)
-    };
+    let hold = move || shared.hold(&spec, Path::new(kata_api::guest::SHARE_DIR));
     Ok(aside::run("mounting what the container uses of the share", hold).await?)
 }
 

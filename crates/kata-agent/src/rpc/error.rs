@@ -11,6 +11,8 @@ use crate::device::{DeviceError, DiskError};
 use crate::modules::ModuleError;
 use crate::mount::StorageError;
 use crate::network::NetworkError;
+use crate::services::ServiceError;
+use crate::services::sealed::{SealedError, TreeError};
 use crate::stdio::StdioError;
 use crate::stream::StreamError;
 
@@ -55,6 +57,9 @@ pub enum RpcError {
     /// A mount for the sandbox or the container.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A secret for the container.
+    #[error(transparent)]
+    Sealed(#[from] SealedError),
     /// A device for the container.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -121,6 +126,7 @@ impl RpcError {
             Self::TimedOut(_) => Code::DEADLINE_EXCEEDED,
             Self::Engine(error) => of_fault(error.fault()),
             Self::Storage(error) => of_storage(error),
+            Self::Sealed(error) => of_sealed(error),
             Self::Device(error) => of_device(error),
             Self::Aside(error) => of_aside(error),
             Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
@@ -160,9 +166,38 @@ fn of_storage(error: &StorageError) -> Code {
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
         StorageError::Disk { source, .. } => of_disk(source),
         StorageError::Aside(error) => of_aside(error),
-        StorageError::Module { .. } | StorageError::Mount { .. } | StorageError::System { .. } => {
-            Code::INTERNAL
-        }
+        StorageError::Service { source, .. } => of_service(source),
+        StorageError::Module { .. }
+        | StorageError::Mount { .. }
+        | StorageError::NotMounted { .. }
+        | StorageError::System { .. } => Code::INTERNAL,
+    }
+}
+
+/// A host takes NOT_FOUND and PERMISSION_DENIED for the command's, which has nothing to do with these.
+fn of_service(error: &ServiceError) -> Code {
+    match error {
+        error if error.is_absent() => Code::UNIMPLEMENTED,
+        ServiceError::Refused {
+            code: code @ (Code::INVALID_ARGUMENT | Code::RESOURCE_EXHAUSTED), ..
+        } => *code,
+        ServiceError::Refused { .. } => Code::FAILED_PRECONDITION,
+        ServiceError::Late { .. } => Code::DEADLINE_EXCEEDED,
+        ServiceError::Unreachable { .. } => Code::UNAVAILABLE,
+        ServiceError::Broken { .. } => Code::INTERNAL,
+    }
+}
+
+fn of_sealed(error: &SealedError) -> Code {
+    match error {
+        SealedError::Annotation(_)
+        | SealedError::NoMount(_)
+        | SealedError::NothingSealed(_)
+        | SealedError::Tree(TreeError::TooMuch { .. } | TreeError::Kind { .. }) => Code::INVALID_ARGUMENT,
+        SealedError::Service { source, .. } => of_service(source),
+        SealedError::NotText(_) => Code::FAILED_PRECONDITION,
+        SealedError::Aside(error) => of_aside(error),
+        SealedError::Tree(TreeError::System { .. }) => Code::INTERNAL,
     }
 }
 

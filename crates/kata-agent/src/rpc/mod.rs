@@ -11,11 +11,13 @@ pub mod guard;
 pub mod guard;
 mod guest;
 pub mod hooks;
+mod image;
 mod metrics;
 mod network;
 mod process;
 mod processes;
 mod sandbox;
+mod secrets;
 mod signal;
 pub mod spec;
 mod stdio;
@@ -23,6 +25,7 @@ mod stdio;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_api::agent as wire;
@@ -100,6 +103,12 @@ struct Handlers(Arc<Agent>);
 
 type Answer<T> = ttrpc::Result<T>;
 
+/// How long the caller waits, less what an answer takes to reach it; `None` where it has not said.
+fn patience(context: &TtrpcContext) -> Option<Duration> {
+    let limit = u64::try_from(context.timeout_nano).ok().filter(|limit| *limit > 0);
+    limit.map(|limit| Duration::from_nanos(limit - limit / 20))
+}
+
 fn empty<T>(_: T) -> wire::Empty {
     wire::Empty::new()
 }
@@ -108,10 +117,10 @@ fn empty<T>(_: T) -> wire::Empty {
 impl AgentService for Handlers {
     async fn create_container(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         req: wire::CreateContainerRequest,
     ) -> Answer<wire::Empty> {
-        answer("CreateContainer", container::create(&self.0, req).await.map(empty))
+        answer("CreateContainer", container::create(&self.0, req, patience(context)).await.map(empty))
     }
 
     async fn start_container(

@@ -24,13 +24,17 @@ pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(),
         return Err(RpcError::Invalid(format!("exec id {exec:?} is the container's own")));
     }
     let wire = request.process.into_option();
-    let process =
+    let mut process =
         spec::process(wire.ok_or_else(|| RpcError::Invalid("the request has no process".to_owned()))?)?;
-    let slot = agent.container(&id)?.reserve(&exec)?;
+    let container = agent.container(&id)?;
+    let slot = container.reserve(&exec)?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let agent = agent.clone();
     // Once the process runs it must be known, whether the caller still waits or not.
     aside::whole(format!("starting {exec:?} in container {id:?}"), async move {
+        if let Some(env) = process.env_mut() {
+            container.secrets.open_env(env).await?;
+        }
         let terminal = process.terminal().unwrap_or(false);
         let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
         let Spawned { pid, terminal } = agent.engine.exec(&id, &process, io).await?;

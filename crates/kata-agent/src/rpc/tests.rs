@@ -19,6 +19,7 @@ use crate::cmdline::Settings;
 use crate::container::{Engine, EngineError, OomEvents, ProcessIo, Spawned};
 use crate::modules::Modules;
 use crate::reaper::Reaper;
+use crate::services::Services;
 
 /// Runs `args` of a spec as a process of the host, at once; `start` only checks the id.
 #[derive(Default)]
@@ -125,8 +126,10 @@ impl Guest {
         let reaper = Reaper::new();
         tokio::spawn(reaper.clone().run());
         let engine = Arc::new(PlainEngine::default());
-        let agent = Arc::new(Agent::new(engine, reaper, Arc::new(Modules::default()), Settings::default()));
         let dir = tempfile::tempdir().unwrap();
+        let settings = Settings::default();
+        let of_guest = Services::new(dir.path(), &settings, reaper.clone());
+        let agent = Arc::new(Agent::new(engine, reaper, Arc::new(Modules::default()), of_guest, settings));
         let address = format!("unix://{}", dir.path().join("agent.sock").display());
         let mut server = Server::new().bind(&address).unwrap().register_service(guard(services(&agent)));
         server.start().await.unwrap();

@@ -2,12 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kata_agent::cmdline::Settings;
 use kata_agent::container::EngineError;
 use kata_agent::device::Disks;
 use kata_agent::mount::Storages;
+use kata_agent::services::Services;
 use kata_api::agent::Storage;
 use serde_json::{Value, json};
 
@@ -54,7 +57,8 @@ fn a_bind_mount_is_writable_unless_it_is_read_only() {
 fn containers_share_memory_that_the_sandbox_has_mounted() {
     with_world(|world| async move {
         let disks = Disks::new(Arc::default(), Duration::ZERO);
-        let storages = Storages::new(Arc::default(), disks);
+        let services = Services::new(Path::new("/no/services"), &Settings::default(), world.reaper.clone());
+        let storages = Storages::new(Arc::default(), disks, services, true);
         let shm = world.bundle.path().join("sandbox/shm");
         let wanted = Storage {
             driver: "ephemeral".into(),

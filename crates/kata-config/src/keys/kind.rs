@@ -169,6 +169,16 @@ impl Value for Vec<String> {
     }
 }
 
+/// Words of what is tried out.
+impl Value for Vec<crate::Feature> {
+    const KIND: Kind = Kind::List;
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Fault> {
+        let word = |word: String| word.parse().map_err(Fault::Invalid);
+        list(value)?.into_iter().map(word).collect()
+    }
+}
+
 /// Reads a text with a form of its own.
 pub(crate) fn parsed<T: FromStr<Err = String>>(value: &DeValue<'_>) -> Result<T, Fault> {
     text(value)?.parse().map_err(Fault::Invalid)

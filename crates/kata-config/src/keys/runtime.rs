@@ -1,7 +1,7 @@
 //! `[runtime]`: upstream's keys that this version does not act on.
 
 use super::kind::Kind::{Boolean, List, Text, Word};
-use super::{Key, Kind, Stability};
+use super::{Key, Kind};
 
 const COUNT: Kind = Kind::COUNT;
 
@@ -38,9 +38,6 @@ pub(super) const KEYS: &[Key] = &[
     key("jaeger_user", Text, "\"\"", "User at the collector."),
     key("jaeger_password", Text, "\"\"", "Password at the collector."),
     key("enable_pprof", Boolean, "false", "Profiles of the runtime over its monitor socket.").annotated(),
-    key("experimental", List, "[]", "Features by name, e.g. `force_guest_pull`.")
-        .stability(Stability::Experimental)
-        .annotated(),
     key("keep_abnormal", Boolean, "false", "Leaves a failed pod as it is, to be looked at.").rust(),
     key(
         "use_passfd_io",

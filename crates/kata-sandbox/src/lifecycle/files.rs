@@ -3,6 +3,7 @@
 //! | what | way |
 //! |---|---|
 //! | a root on disks, see [`rootfs`] | attached to the machine; the agent mounts it |
+//! | a root that the guest pulls, see [`guest_pull`](crate::storage::guest_pull) | none: the agent has it pulled |
 //! | any other root | through the share |
 //! | a volume | as [`volume`] chooses |
 //! | `/dev/shm` of the pod | a tmpfs of the guest, made with the first container that takes part |
@@ -14,6 +15,7 @@ use std::sync::atomic::Ordering;
 
 use kata_api::agent::{Device, Storage};
 use kata_api::guest;
+use kata_config::Feature;
 use kata_hypervisor::{Disk, PciPath};
 use rustix::fs::FsWord;
 use tokio::sync::watch;
@@ -26,9 +28,10 @@ use crate::guest_spec::{self, GuestSpec, ROOTFS, Volume};
 use crate::pod::ProcessId;
 use crate::storage::block_device::{self, BlockDevice};
 use crate::storage::direct::Claim;
+use crate::storage::guest_pull::Pull;
 use crate::storage::rootfs::{self, Block, Rootfs};
 use crate::storage::volume::{self, Ground, Way};
-use crate::storage::{self, Abort, Mirror, SharedFiles, SharedRoot, SharedVolume, StorageError};
+use crate::storage::{self, Abort, EmptyDisk, Mirror, SharedFiles, SharedRoot, SharedVolume, StorageError};
 
 /// Size of a pod's shared memory where the host's own tells none, in bytes.
 const SHM_DEFAULT: u64 = 64 * 1024 * 1024;
@@ -73,8 +76,12 @@ pub(super) async fn choose(
     let (mounts, readonly) = (root.mounts.clone(), guest.root_readonly());
     let (volumes, ground) = (guest.volumes.clone(), Ground::new(&pod.config, &guest.spec));
     let spec = guest.spec.clone();
+    let forced = pod.config.runtime.experimental.contains(&Feature::ForceGuestPull);
     let choose = move || -> Result<Ways, StorageError> {
-        let root = Rootfs::classify(&mounts, readonly, rootfs::find)?;
+        let root = match Pull::asked(&mounts, forced, spec.annotations().as_ref())? {
+            Some(pull) => Rootfs::Pull(pull),
+            None => Rootfs::classify(&mounts, readonly, rootfs::find)?,
+        };
         let ways = volumes.into_iter().map(|volume| {
             let way = volume::choose(&volume, &ground)?;
             Ok((volume, way))
@@ -160,11 +167,11 @@ impl ContainerFiles {
                     storages.push(direct.storage(at));
                     direct.in_guest()
                 }
-                Way::EmptyDisk { volume, part } => {
+                Way::EmptyDisk { volume, part, encrypted } => {
+                    let maker = EmptyDisk { volume: &volume, encrypted };
                     let disk =
-                        pod.disks.of_empty_dir(&*pod.vm, &pod.record, disk_id(pod), &volume, abort).await;
-                    let (wanted, path) =
-                        disk.and_then(|disk| storage::empty_dir(disk, &volume, &part)).map_err(failed)?;
+                        pod.disks.of_empty_dir(&*pod.vm, &pod.record, disk_id(pod), maker, abort).await;
+                    let (wanted, path) = disk.and_then(|disk| maker.storages(disk, &part)).map_err(failed)?;
                     storages.extend(wanted);
                     path
                 }
@@ -191,6 +198,12 @@ impl ContainerFiles {
     ) -> Result<Option<SharedRoot>, StorageError> {
         let root = match way {
             Rootfs::Share => Some(root),
+            Rootfs::Pull(pull) => {
+                storages.push(pull.storage(name));
+                guest.set_root(&rootfs::root(name), guest.root_readonly());
+                tracing::info!(container = name, image = pull.image(), "the guest pulls its root");
+                None
+            }
             Rootfs::Block(block) if pod.vm.capabilities().hotplug_block => {
                 let disks = self.attach(pod, &block).await?;
                 storages.extend(block.storages(name, &disks));

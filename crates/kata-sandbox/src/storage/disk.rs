@@ -22,6 +22,8 @@ use crate::blocking::blocking;
 
 /// An emptyDir's file system, in its directory on the host: kubelet counts what it takes, and removes it.
 const IMAGE: &str = "disk.img";
+/// Driver options that have the agent encrypt a disk, see the agent's `mount::served`.
+const ENCRYPT: [&str; 2] = ["encryption_key=ephemeral", "create_filesystem"];
 /// For mkfs.ext4, which writes little.
 const MKFS_BOUND: Duration = Duration::from_secs(60);
 
@@ -174,17 +176,17 @@ impl PodDisks {
         vm: &dyn Vm,
         record: &Record,
         id: String,
-        volume: &Path,
+        made_of: EmptyDisk<'_>,
         abort: &mut Abort,
     ) -> Result<PciPath, StorageError> {
-        let path = volume.join(IMAGE);
+        let path = made_of.volume.join(IMAGE);
         let place = self.empty_dirs.lock().await.entry(path.clone()).or_default().clone();
         let mut made = abort.unless(async { Ok(place.lock().await) }).await?;
         if let Some(at) = &*made {
             return Ok(at.clone());
         }
         record.file(&path)?;
-        let image = abort.unless(make_file_system(volume, &path)).await?;
+        let image = abort.unless(made_of.make(&path)).await?;
         let identity = Identity::of(&path)?;
         let disk = Disk { id: id.clone(), path: path.clone(), readonly: false };
         let (held, at) = plug(vm, disk).await?;
@@ -217,10 +219,56 @@ impl Drop for Unfinished<'_> {
     }
 }
 
+/// An emptyDir that is a disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EmptyDisk<'a> {
+    /// Its directory on the host.
+    pub(crate) volume: &'a Path,
+    /// Whether the guest encrypts it, with a key that nobody else has, and makes the file system then.
+    pub(crate) encrypted: bool,
+}
+
+impl EmptyDisk<'_> {
+    /// Makes the image.
+    async fn make<'a>(&self, image: &'a Path) -> Result<Unfinished<'a>, StorageError> {
+        let unfinished = make_image(self.volume, image)?;
+        if !self.encrypted {
+            make_file_system(image).await?;
+        }
+        Ok(unfinished)
+    }
+
+    /// What the agent is to make of the disk at `disk`, and where the container's part of it is then.
+    pub(crate) fn storages(
+        &self,
+        disk: PciPath,
+        part: &Path,
+    ) -> Result<(Vec<Storage>, PathBuf), StorageError> {
+        let name = self.volume.file_name().unwrap_or_default();
+        let point = Path::new(guest::SANDBOX_DIR).join("disks").join(name);
+        let options: &[&str] = if self.encrypted { &ENCRYPT } else { &[] };
+        let whole = Storage {
+            driver: "blk".to_owned(),
+            driver_options: options.iter().map(|option| (*option).to_owned()).collect(),
+            source: disk.0,
+            fstype: "ext4".to_owned(),
+            mount_point: point.display().to_string(),
+            shared: true,
+            ..Default::default()
+        };
+        // Beside lost+found, which no emptyDir has.
+        let files = point.join("files");
+        let mut storages = vec![whole, directory(self.volume, &files)?];
+        let path = below(&files, part);
+        if !part.as_os_str().is_empty() {
+            storages.push(directory(&self.volume.join(part), &path)?);
+        }
+        Ok((storages, path))
+    }
+}
+
 /// A file as large as all of the file system that it is on, with nothing in it: it takes what is written.
-///
-/// Without a journal, for nobody reads it after the machine has ended.
-async fn make_file_system<'a>(volume: &Path, image: &'a Path) -> Result<Unfinished<'a>, StorageError> {
+fn make_image<'a>(volume: &Path, image: &'a Path) -> Result<Unfinished<'a>, StorageError> {
     let make = |volume: &Path| -> Result<Unfinished<'a>, Errno> {
         let size = rustix::fs::statvfs(volume)?;
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
@@ -229,7 +277,11 @@ async fn make_file_system<'a>(volume: &Path, image: &'a Path) -> Result<Unfinish
         rustix::fs::ftruncate(&file, size.f_blocks.saturating_mul(size.f_frsize))?;
         Ok(unfinished)
     };
-    let unfinished = make(volume).map_err(|error| StorageError::file("make", image, error))?;
+    make(volume).map_err(|error| StorageError::file("make", image, error))
+}
+
+/// Without a journal, for nobody reads it after the machine has ended.
+async fn make_file_system(image: &Path) -> Result<(), StorageError> {
     let failed = |reason: String| StorageError::Mkfs { path: image.to_owned(), reason };
     let mut mkfs = Command::new("mkfs.ext4");
     mkfs.args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "nodiscard,lazy_itable_init=1"]).arg(image);
@@ -241,34 +293,9 @@ async fn make_file_system<'a>(volume: &Path, image: &'a Path) -> Result<Unfinish
     let made =
         made.map_err(|error| failed(format!("mkfs.ext4 cannot be run ({error}): install e2fsprogs")))?;
     if made.status.success() {
-        return Ok(unfinished);
+        return Ok(());
     }
     Err(failed(format!("mkfs.ext4: {}: {}", made.status, String::from_utf8_lossy(&made.stderr).trim())))
-}
-
-/// What the agent is to make of an emptyDir's disk at `disk`, and where the container's part of it is then.
-pub(crate) fn empty_dir(
-    disk: PciPath,
-    volume: &Path,
-    part: &Path,
-) -> Result<(Vec<Storage>, PathBuf), StorageError> {
-    let point = Path::new(guest::SANDBOX_DIR).join("disks").join(volume.file_name().unwrap_or_default());
-    let whole = Storage {
-        driver: "blk".to_owned(),
-        source: disk.0,
-        fstype: "ext4".to_owned(),
-        mount_point: point.display().to_string(),
-        shared: true,
-        ..Default::default()
-    };
-    // Beside lost+found, which no emptyDir has.
-    let files = point.join("files");
-    let mut storages = vec![whole, directory(volume, &files)?];
-    let path = below(&files, part);
-    if !part.as_os_str().is_empty() {
-        storages.push(directory(&volume.join(part), &path)?);
-    }
-    Ok((storages, path))
 }
 
 /// A part of a directory; the empty one is all of it.

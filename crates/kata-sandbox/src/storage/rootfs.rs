@@ -1,4 +1,5 @@
-//! How a root file system reaches the guest: shared, or as disks that the guest mounts itself.
+//! How a root file system reaches the guest: shared, as disks that the guest mounts itself, or not at all where the guest pulls it,
+//! see [`super::guest_pull`].
 //!
 //! ```text
 //!   one image, written       disk ─▶ rootfs
@@ -19,6 +20,7 @@ use kata_hypervisor::PciPath;
 use rustix::fs::{FileType, FsWord};
 
 use super::StorageError;
+use super::guest_pull::Pull;
 use crate::pod::RootfsMount;
 
 /// File systems of disks that our guest images mount. Others are left to the host's kernel.
@@ -76,6 +78,8 @@ pub(crate) enum Rootfs {
     Share,
     /// Attached as disks.
     Block(Block),
+    /// Pulled by the guest.
+    Pull(Pull),
 }
 
 /// A root file system on disks.

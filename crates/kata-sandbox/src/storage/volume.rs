@@ -46,12 +46,12 @@ const CONFIG: [&str; 4] = [
 ];
 
 /// What pod and container offer to a volume.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Ground {
     /// Whether files are shared.
     pub(crate) share: bool,
-    /// Whether an emptyDir is a disk of its own.
-    pub(crate) empty_dir_disks: bool,
+    /// What an emptyDir is made of.
+    pub(crate) empty_dirs: EmptyDirMode,
     /// What the container may take of huge pages: the size of a page and the bound, both in bytes.
     pub(crate) huge_pages: Vec<(u64, u64)>,
 }
@@ -66,7 +66,7 @@ impl Ground {
         };
         Self {
             share: config.hypervisor.qemu.shared_fs != SharedFs::None,
-            empty_dir_disks: config.runtime.emptydir_mode == EmptyDirMode::BlockPlain,
+            empty_dirs: config.runtime.emptydir_mode,
             huge_pages: limits.iter().filter_map(bound).collect(),
         }
     }
@@ -96,8 +96,8 @@ pub(crate) enum Way {
     Copy,
     /// A disk of the host with a file system.
     Direct(DirectVolume),
-    /// A new file system on a disk of its own, and what part of it.
-    EmptyDisk { volume: PathBuf, part: PathBuf },
+    /// A new file system on a disk of its own, and what part of it. One that is encrypted is made in the guest.
+    EmptyDisk { volume: PathBuf, part: PathBuf, encrypted: bool },
 }
 
 /// Looks at the host, and chooses.
@@ -112,7 +112,10 @@ pub(crate) fn choose(volume: &Volume, ground: &Ground) -> Result<Way, StorageErr
         match found.f_type {
             TMPFS_MAGIC if mounted => return memory(&of, &part, &found),
             HUGETLBFS_MAGIC if mounted => return huge_pages(&of, &part, &found, ground),
-            _ if ground.empty_dir_disks => return Ok(Way::EmptyDisk { volume: of, part }),
+            _ if ground.empty_dirs != EmptyDirMode::SharedFs => {
+                let encrypted = ground.empty_dirs == EmptyDirMode::BlockEncrypted;
+                return Ok(Way::EmptyDisk { volume: of, part, encrypted });
+            }
             _ if !ground.share => return local(&of, &part),
             _ => return Ok(Way::Share { own: true }),
         }

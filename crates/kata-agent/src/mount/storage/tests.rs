@@ -4,9 +4,16 @@ use std::time::Duration;
 
 use super::*;
 use crate::mount::silent::SilentMount;
+use crate::services::fake;
 
 fn storages() -> Storages {
-    Storages::new(Arc::default(), Disks::new(Arc::default(), Duration::from_millis(20)))
+    served_by(Path::new("/no/services"))
+}
+
+/// With the services that listen in `dir`.
+fn served_by(dir: &Path) -> Storages {
+    let disks = Disks::new(Arc::default(), Duration::from_millis(20));
+    Storages::new(Arc::default(), disks, fake::services(dir, Duration::from_secs(20)), true)
 }
 
 fn storage(driver: &str, point: &Path) -> Storage {
