@@ -158,6 +158,11 @@ pub enum RootError {
     },
 }
 
+/// All that is laid down here about the root, for the image's key.
+pub fn recipe() -> String {
+    format!("{:?}", (PROGRAMS, LIBRARIES, UNITS, WANTS, DIRECTORIES, LINKS, FILES))
+}
+
 /// A root in the making.
 #[derive(Debug)]
 pub struct Root<'a> {

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::modules::{ON_DISK, Plan};
 use super::packages::Archive;
 use super::program::Program;
-use super::root::{PACKAGES, Root};
+use super::root::{self, PACKAGES, Root};
 use super::{BuildError, Progress, describe, disk, file, initramfs, kernel, temporary_in};
 use crate::manifest::{DiskImage, Init, Manifest, capability, hex, sha256_of};
 
@@ -71,7 +71,11 @@ impl Gathered<'_> {
             key.push_str(&format!("{name} {}\n", program.digest()));
         }
         let packages = self.packages.join(" ");
-        key + &format!("units {}\npackages {packages}\nmkfs {}\n", self.units, self.mkfs)
+        let Self { units, mkfs, .. } = self;
+        key + &format!(
+            "units {units}\npackages {packages}\nmkfs {mkfs}\nmodules {ON_DISK:?}\nroot {}\n",
+            root::recipe()
+        )
     }
 
     /// Writes kernel, initrd and root disk into `dir` and describes them. Salt and UUID of the disk come from `key`.
