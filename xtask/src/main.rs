@@ -55,8 +55,12 @@ enum Chore {
     DepsCheck,
     /// Write the pages, man pages and schemas that are made of the code.
     Docs,
-    /// Build the static services that a guest image may have.
-    GuestServices,
+    /// Build what `run` does and the services image beside it, see docs/guest-services-image.md.
+    ServicesImage {
+        /// Where the guest's kernel comes from: source (tuned, some minutes to build once) or debian.
+        #[arg(long, default_value = "debian")]
+        kernel: String,
+    },
     /// Measure the budgets and write the table of docs/performance.md.
     Bench {
         /// Runs of each measurement.
@@ -89,7 +93,7 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::DepsCheck => directions::check(),
         Chore::Docs => docs::write(),
-        Chore::GuestServices => products::build_guest_services(),
+        Chore::ServicesImage { kernel } => services_image(&kernel),
         Chore::Bench { runs, kernel, dry_run } => bench::run(runs, &kernel, dry_run),
         Chore::BenchInLab { runs } => bench::run_in_lab(runs),
         Chore::Lab(chore) => return lab::run(chore),
@@ -101,6 +105,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn services_image(kernel: &str) -> Chores {
+    packages::for_services_image()?;
+    let products = products::build(products::Profile::Quick, kernel)?;
+    products::build_services_image(&products, kernel).map(|image| say(&format!("made {}", image.display())))
 }
 
 /// Says what goes on, so that nobody has to guess during a long step.

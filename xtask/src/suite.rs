@@ -43,9 +43,11 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
 /// Builds what tests that boot machines are given, and answers the variables that say where it is.
 pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
     let products = products::build_with_tests(products::STOCK_KERNEL)?;
+    let services = products::build_services_image(&products, products::STOCK_KERNEL)?;
     Ok(vec![
         ("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux")),
         ("KATA_TEST_PROGRAMS", products.dir),
+        ("KATA_TEST_SERVICES", services),
         ("KATA_TEST_IMAGE", demo::busybox_image()?),
         ("KATA_TEST_INITRD", small_initrd()?),
         ("KATA_TEST_CONTAINERD", PathBuf::from("/usr/bin/containerd")),
