@@ -77,6 +77,8 @@ pub mod capability {
     pub const CPU_HOTPLUG: &str = "cpu-hotplug";
     /// The guest kernel takes hot-plugged memory.
     pub const MEMORY_HOTPLUG: &str = "memory-hotplug";
+    /// The guest reads initdata before its agent starts.
+    pub const INITDATA: &str = "initdata";
 }
 
 /// The kernel of an image.

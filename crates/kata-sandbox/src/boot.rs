@@ -27,6 +27,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::net::UnixListener;
 
 pub(crate) use image::Guest;
+pub use image::{Measured, measured};
 
 use crate::agent_client::{Agent, AgentError, guest_text};
 use crate::hooks::{self, HookError};
