@@ -18,19 +18,23 @@ use super::spec;
 use crate::aside;
 use crate::container::Spawned;
 use crate::device;
-use crate::stdio::{self, Ports};
+use crate::stdio::{self, Ports, Withheld};
 
 /// Makes a container; its init waits for [`start`].
 ///
 /// # Errors
 /// What the specification, the storages, the streams or the engine refuse. Nothing is left then.
-pub async fn create(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<(), RpcError> {
+pub async fn create(
+    agent: &Arc<Agent>,
+    request: CreateContainerRequest,
+    withheld: Withheld,
+) -> Result<(), RpcError> {
     check_id(&request.container_id)?;
     refuse_foreign_parts(&request)?;
     agent.reserve(&request.container_id)?;
     let (owned, id) = (agent.clone(), request.container_id.clone());
     aside::whole(format!("creating container {id:?}"), async move {
-        let made = make(&owned, request).await;
+        let made = make(&owned, request, withheld).await;
         match made {
             Ok(container) => {
                 owned.insert(&id, container);
@@ -67,7 +71,11 @@ fn refuse_foreign_parts(request: &CreateContainerRequest) -> Result<(), RpcError
     Ok(())
 }
 
-async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Container, RpcError> {
+async fn make(
+    agent: &Arc<Agent>,
+    request: CreateContainerRequest,
+    withheld: Withheld,
+) -> Result<Container, RpcError> {
     let wire =
         request.oci.into_option().ok_or_else(|| RpcError::Invalid("the request has no spec".to_owned()))?;
     let mut spec = spec::spec(wire)?;
@@ -86,7 +94,7 @@ async fn make(agent: &Arc<Agent>, request: CreateContainerRequest) -> Result<Con
     let mounts = agent.storages.add(request.storages).await?;
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let (spec, shared) = hold_shared(agent, spec).await?;
-    let made = make_init(agent, &request.container_id, &spec, ports).await;
+    let made = make_init(agent, &request.container_id, &spec, (ports, withheld)).await;
     match made {
         Ok(init) => {
             if let Some(namespaces) = &namespaces {
@@ -147,9 +155,15 @@ async fn release_shared(agent: &Agent, held: Vec<PathBuf>) {
     }
 }
 
-async fn make_init(agent: &Agent, id: &str, spec: &Spec, ports: Ports) -> Result<Process, RpcError> {
+async fn make_init(
+    agent: &Agent,
+    id: &str,
+    spec: &Spec,
+    (ports, withheld): (Ports, Withheld),
+) -> Result<Process, RpcError> {
     let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false);
-    let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
+    let (io, stdio) =
+        stdio::prepare(&agent.streams, ports, withheld, terminal, agent.settings.pipe_size).await?;
     let bundle = Path::new(kata_api::guest::CONTAINER_DIR).join(id);
     let Spawned { pid, terminal } = agent.engine.create(id, spec, &bundle, io).await?;
     let exit = agent.reaper.register(pid);

@@ -9,13 +9,17 @@ use super::error::RpcError;
 use super::{signal, spec};
 use crate::aside;
 use crate::container::Spawned;
-use crate::stdio::{self, Ports};
+use crate::stdio::{self, Ports, Withheld};
 
 /// Runs a further process in a container.
 ///
 /// # Errors
 /// Unknown container, id taken, what the streams or the engine refuse.
-pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(), RpcError> {
+pub async fn exec(
+    agent: &Arc<Agent>,
+    request: ExecProcessRequest,
+    withheld: Withheld,
+) -> Result<(), RpcError> {
     if request.string_user.is_some() {
         return Err(RpcError::Unsupported("a user by name"));
     }
@@ -32,7 +36,8 @@ pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(),
     // Once the process runs it must be known, whether the caller still waits or not.
     aside::whole(format!("starting {exec:?} in container {id:?}"), async move {
         let terminal = process.terminal().unwrap_or(false);
-        let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
+        let (io, stdio) =
+            stdio::prepare(&agent.streams, ports, withheld, terminal, agent.settings.pipe_size).await?;
         let Spawned { pid, terminal } = agent.engine.exec(&id, &process, io).await?;
         let exit = agent.reaper.register(pid);
         tracing::info!(container = id, exec, pid = pid.as_raw_nonzero().get(), "process started");
