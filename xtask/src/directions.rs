@@ -23,10 +23,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-policy", &["kata-api"]),
     ("kata-hypervisor", &["kata-config", "kata-vmm-api"]),
     // Of kata-image only the manifest's types: see docs/adr/0002
-    ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image"]),
+    ("kata-sandbox", &["kata-api", "kata-config", "kata-hypervisor", "kata-image", "kata-initdata"]),
     // Of kata-hypervisor only the choice of a machine: see docs/adr/0003.
     ("kata-shim", &["kata-api", "kata-config", "kata-hypervisor", "kata-sandbox"]),
-    ("kata-ctl", &["kata-api", "kata-config", "kata-image", "kata-oci"]),
+    ("kata-ctl", &["kata-api", "kata-config", "kata-image", "kata-initdata", "kata-oci", "kata-policy"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
     ("lab-init", &[]),
     ("xtask", &["kata-config", "lab-init"]),

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
@@ -32,6 +33,16 @@ impl Ports {
     fn by_rpc(self) -> bool {
         self == Self::default()
     }
+}
+
+/// Streams of a process that the host does not get, although it asks for them. The process runs all the same: it reads the end at
+/// once, and what it writes is thrown away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Withheld {
+    /// What it reads.
+    pub input: bool,
+    /// What it writes.
+    pub output: bool,
 }
 
 /// The agent's ends of a process that does not run yet.
@@ -80,25 +91,31 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> StreamError {
 pub async fn prepare(
     streams: &Streams,
     ports: Ports,
+    withheld: Withheld,
     terminal: bool,
     pipe_size: usize,
 ) -> Result<(ProcessIo, Stdio), StreamError> {
     let (mut io, mut stdio) = (ProcessIo::default(), Stdio::default());
-    stdio.input_peer = claim(streams, ports.stdin).await?;
-    stdio.output_peer = claim(streams, ports.stdout).await?;
+    // The host has made the connections, and sees them end where it does not get what it wants.
+    stdio.input_peer = claim(streams, ports.stdin).await?.filter(|_| !withheld.input);
+    stdio.output_peer = claim(streams, ports.stdout).await?.filter(|_| !withheld.output);
     if terminal {
+        if withheld.output {
+            stdio.output_peer = Some(nobody()?);
+        }
         return Ok((io, stdio));
     }
-    stdio.error_peer = claim(streams, ports.stderr).await?;
-    if ports.by_rpc() || ports.stdin != 0 {
+    stdio.error_peer = claim(streams, ports.stderr).await?.filter(|_| !withheld.output);
+    let wanted = |port: u32, withheld: bool| (ports.by_rpc() || port != 0) && !withheld;
+    if wanted(ports.stdin, withheld.input) {
         let (theirs, ours) = pipe(pipe_size)?;
         io.stdin = Some(theirs);
         stdio.input = Some(stream::watch(ours, Interest::WRITABLE).map_err(failed("watching a pipe"))?);
     }
-    if ports.by_rpc() || ports.stdout != 0 {
+    if wanted(ports.stdout, withheld.output) {
         (io.stdout, stdio.output) = output_pipe(pipe_size)?;
     }
-    if ports.by_rpc() || ports.stderr != 0 {
+    if wanted(ports.stderr, withheld.output) {
         (io.stderr, stdio.error) = output_pipe(pipe_size)?;
     }
     Ok((io, stdio))
@@ -106,6 +123,12 @@ pub async fn prepare(
 
 async fn claim(streams: &Streams, port: u32) -> Result<Option<OwnedFd>, StreamError> {
     if port == 0 { Ok(None) } else { streams.claim(port).await.map(Some) }
+}
+
+/// A reader that is gone: what is copied to it is read and dropped.
+fn nobody() -> Result<OwnedFd, StreamError> {
+    let (near, _) = UnixStream::pair().map_err(failed("making a socket"))?;
+    Ok(near.into())
 }
 
 fn pipe(size: usize) -> Result<(OwnedFd, OwnedFd), StreamError> {

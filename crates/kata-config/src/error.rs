@@ -117,12 +117,15 @@ pub enum Fault {
     /// Two settings that cannot both hold.
     #[error("{0}")]
     Contradiction(String),
+    /// Settings that are understood each, and that no machine can have together.
+    #[error("{0}")]
+    Unfit(String),
 }
 
 impl Fault {
     /// Whether the configuration can be understood all the same, and only no pod be made with it.
     pub fn is_unmet(&self) -> bool {
-        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. } | Self::Deprecated(_))
+        matches!(self, Self::Planned { .. } | Self::PlannedWord { .. } | Self::Deprecated(_) | Self::Unfit(_))
     }
 }
 

@@ -11,6 +11,8 @@ use crate::error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 use crate::keys::{self, Key, Place};
 use crate::{Config, Runtime, annotations, text};
 
+mod confidential;
+
 /// The file to read where none is given.
 const FILE_VARIABLE: &str = "KATA_CONF_FILE";
 
@@ -477,6 +479,9 @@ impl Layers {
                 image.written.origin
             ));
             self.fault(initrd.written.origin.clone(), INITRD, fault);
+        }
+        if let Some((path, fault)) = confidential::unfit(&self.config) {
+            self.fault(self.origin_of(path), path, Fault::Unfit(fault));
         }
         for (path, error) in annotations::bad_patterns(&self.config.hypervisor.qemu) {
             self.fault(self.origin_of(path), path, Fault::Invalid(error));

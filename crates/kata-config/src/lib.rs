@@ -32,7 +32,7 @@ pub use layers::{Met, Reading, Sources, Survey, Written, search};
 pub use settings::{
     AcceleratorChoice, AgentSection, Config, EmptyDirMode, Factory, Feature, HugepageType, HypervisorChoice,
     HypervisorSection, InternetworkingModel, KataAgent, KernelParams, LogLevel, MachineType, Program, Qemu,
-    Runtime, SharedFs, UidRange, VirtioFsCache, value_at,
+    Runtime, SharedFs, Tee, UidRange, VirtioFsCache, value_at,
 };
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The typed settings and their defaults. Section and key names are those of Kata Containers 4.1.
 
+use std::fmt;
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -139,6 +140,8 @@ const UPSTREAMS_DAEMON: &[&str] = &[
     "\"/usr/libexec/kata-qemu/virtiofsd\"",
     "\"/usr/lib/qemu/virtiofsd\"",
 ];
+/// The driver that has them.
+const QEMU: &[&str] = &["qemu"];
 /// Drivers of upstream's that have templates, and so this section.
 const TEMPLATE: &[&str] = &["qemu", "clh", "cloud-hypervisor", "dragonball"];
 /// What it is given there by default.
@@ -167,6 +170,10 @@ settings! {
     /// Images with further services, for a guest image of flavour services: each with `name` (up to 10 lower-case letters, digits
     /// and dashes), `path` and `verity_params`, as `kata-ctl image extension` prints them.
     guest_extension_images: Vec<ExtensionImage> = Vec::new(), { .rust() };
+    /// Firmware of the machine, which only QEMU takes. Confidential guests need one that is built for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    firmware: Option<PathBuf> = None,
+        { .unset("the machine monitor's own").annotated().reach(Reach::Path("valid_asset_paths")) };
     /// The emulated machine. Nothing can be plugged into a `microvm` later.
     machine_type: MachineType = MachineType::Q35,
         { .annotated().planned_words(&["pc", "virt", "pseries", "s390-ccw-virtio"]) };
@@ -235,6 +242,22 @@ settings! {
     seccomp_sandbox: String =
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),
         { .upstream("\"\"") };
+    /// Memory that the host cannot read, by TDX or, with `sev_snp_guest`, by SEV-SNP. Only QEMU makes such machines, and a host
+    /// without the hardware is told so. They need `firmware`, `shared_fs = "none"` and `runtime.static_sandbox_resource_mgmt`.
+    confidential_guest: bool = false;
+    /// SEV-SNP rather than TDX.
+    sev_snp_guest: bool = false, { .on(QEMU) };
+    /// SEV-SNP's policy of the guest, bits as in its firmware's interface.
+    snp_guest_policy: u64 = 196_608, { .on(QEMU) };
+    /// SEV-SNP's ID block, base64 of 96 bytes.
+    snp_id_block: String = String::new(), { .on(QEMU) };
+    /// SEV-SNP's ID authentication, base64 of 4096 bytes.
+    snp_id_auth: String = String::new(), { .on(QEMU) };
+    /// Port of the host's service that signs TDX's reports, on vsock; 0 is its Unix socket.
+    tdx_quote_generation_service_socket_port: u64 = 4050, { .range(0, 4_294_967_295).on(QEMU) };
+    /// Initdata: files for the guest, its policy among them, that its hardware can vouch for. Base64 of gzip of the document, as
+    /// `kata-ctl initdata create` makes it. Only guest images with the capability `initdata` read it.
+    initdata: String = String::new(), { .annotation("cc_init_data") };
     /// Annotations that pods may carry, each a regular expression that must match the whole name. An annotation of the
     /// hypervisor goes by its base name, e.g. `default_memory`; others with their group, e.g.
     /// `runtime.create_container_timeout`. One that names a program or passes it arguments has to be listed by its very name.
@@ -262,7 +285,30 @@ settings! {
     template_path: PathBuf = PathBuf::from("/run/vc/vm/template"), { .on(TEMPLATE) };
 }
 
+/// Hardware that keeps a machine's memory from its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tee {
+    /// AMD's.
+    SevSnp,
+    /// Intel's.
+    Tdx,
+}
+
+impl fmt::Display for Tee {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SevSnp => "SEV-SNP",
+            Self::Tdx => "TDX",
+        })
+    }
+}
+
 impl Qemu {
+    /// What keeps the machine's memory from its host, if anything shall.
+    pub fn tee(&self) -> Option<Tee> {
+        self.confidential_guest.then_some(if self.sev_snp_guest { Tee::SevSnp } else { Tee::Tdx })
+    }
+
     /// Whole virtual CPUs at boot on a host with `host_cpus`: fractions round up, never more than the host has.
     pub fn vcpus(&self, host_cpus: u32) -> u32 {
         let host = host_cpus.max(1);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     AcceleratorChoice, Config, ConfigErrors, Fault, HypervisorChoice, KernelParams, LogLevel, MachineType,
-    Reading, SharedFs, Sources, UidRange,
+    Reading, SharedFs, Sources, Tee, UidRange,
 };
 
 struct Etc(tempfile::TempDir);
@@ -123,7 +123,7 @@ fn all_faults_of_all_layers_are_reported_at_once() {
          default_memry = 512\n\
          default_memory = \"much\"\n\
          machine_type = \"q36\"\n\
-         confidential_guest = true\n\
+         enable_iommu = true\n\
          initrd = \"/a\"\n\
          image = \"/b\"\n\
          [runtime]\n\
@@ -137,7 +137,7 @@ fn all_faults_of_all_layers_are_reported_at_once() {
             "configuration.toml:2: hypervisor.qemu.default_memry: unknown key; did you mean hypervisor.qemu.default_memory?",
             "configuration.toml:3: hypervisor.qemu.default_memory: expected integer, found string",
             "configuration.toml:4: hypervisor.qemu.machine_type: \"q36\" is not one of q35, microvm; did you mean \"q35\"?",
-            "configuration.toml:5: hypervisor.qemu.confidential_guest: not carried out by this version; remove it or set it to false",
+            "configuration.toml:5: hypervisor.qemu.enable_iommu: not carried out by this version; remove it or set it to false",
             "configuration.toml:9: runtime.uid_range: the range must not hold user 0",
             "config.d/10.toml:2: agent.kata.dial_timeout_ms: must be from 1 to 600000",
             "config.d/10.toml:3: agent.kata.kernel_modules: expected string, found integer",
@@ -420,4 +420,41 @@ fn extension_image_with_a_fault_is_refused_and_the_fault_is_named() {
     }
     let text = faults(&Etc::with(&EXTENSION.repeat(2)), &[]).join("\n");
     assert!(text.contains("two images have the name \"coco\""), "{text}");
+}
+
+/// What a confidential machine needs, each on a line.
+const CONFIDENTIAL: &str = "[hypervisor.qemu]\nconfidential_guest = true\nsev_snp_guest = true\nfirmware = \"/ovmf\"\n\
+    shared_fs = \"none\"\n[runtime]\nstatic_sandbox_resource_mgmt = true\n";
+
+#[test]
+fn confidential_machine_is_of_the_kind_that_is_asked_for() {
+    let config = Etc::with(CONFIDENTIAL).load(&[]).unwrap();
+    assert_eq!(config.hypervisor.qemu.tee(), Some(Tee::SevSnp));
+    let config = Etc::with(CONFIDENTIAL).load(&["hypervisor.qemu.sev_snp_guest=false"]).unwrap();
+    assert_eq!(config.hypervisor.qemu.tee(), Some(Tee::Tdx));
+    assert_eq!(Config::default().hypervisor.qemu.tee(), None);
+}
+
+#[test]
+fn what_no_confidential_machine_has_keeps_pods_from_being_made_and_says_what_to_set() {
+    let told = |set: &str| faults(&Etc::with(CONFIDENTIAL), &[set]).join("\n");
+    for (set, next) in [
+        ("hypervisor.qemu.shared_fs=virtio-fs", "set hypervisor.qemu.shared_fs to \"none\""),
+        ("hypervisor.qemu.machine_type=microvm", "set hypervisor.qemu.machine_type to \"q35\""),
+        ("hypervisor.qemu.firmware=\"\"", "set hypervisor.qemu.firmware"),
+        ("runtime.static_sandbox_resource_mgmt=false", "set runtime.static_sandbox_resource_mgmt to true"),
+        (
+            "hypervisor.qemu.reclaim_guest_freed_memory=true",
+            "set hypervisor.qemu.reclaim_guest_freed_memory to false",
+        ),
+        ("hypervisor.qemu.enable_hugepages=true", "set hypervisor.qemu.enable_hugepages to false"),
+    ] {
+        let text = told(set);
+        assert!(text.contains("hypervisor.qemu.confidential_guest") && text.ends_with(next), "{set}: {text}");
+    }
+    let text = told("hypervisor.qemu.confidential_guest=false");
+    assert!(
+        text.contains("hypervisor.qemu.sev_snp_guest") && text.ends_with("confidential_guest to true"),
+        "{text}"
+    );
 }

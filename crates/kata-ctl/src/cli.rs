@@ -16,6 +16,7 @@ pub mod help;
 mod host;
 mod look;
 mod observe;
+mod policy;
 
 pub use config::{
     ConfigCommand, ConfigDiffArgs, ConfigExplainArgs, ConfigMigrateArgs, ConfigShowArgs, ConfigSources,
@@ -31,8 +32,11 @@ pub use look::{
     TopArgs,
 };
 pub use observe::{
-    AnalyzeArgs, AnalyzeCommand, CompareArgs, IptablesCommand, MetricsArgs, MonitorArgs, PolicyCommand,
-    VolumeCommand,
+    AnalyzeArgs, AnalyzeCommand, CompareArgs, IptablesCommand, MetricsArgs, MonitorArgs, VolumeCommand,
+};
+pub use policy::{
+    InitdataCommand, InitdataCreateArgs, InitdataShowArgs, MeasureArgs, PolicyCommand, PolicyExplainArgs,
+    PolicyGenerateArgs, PolicyTestArgs,
 };
 
 /// Run containers in virtual machines of their own, and look into them
@@ -103,6 +107,8 @@ pub enum Command {
     /// Make, look at or remove the machines that pods start as copies of
     #[command(subcommand)]
     Factory(FactoryCommand),
+    /// Tell what hardware will report of a confidential machine
+    Measure(MeasureArgs),
     /// Print a pod's metrics
     Metrics(MetricsArgs),
     /// Serve the metrics of all pods, and a status page
@@ -112,9 +118,12 @@ pub enum Command {
     /// Read or replace the packet filter of a pod's guest
     #[command(subcommand)]
     Iptables(IptablesCommand),
-    /// Set the policy of a pod's agent
+    /// Write, test and explain policies of agents, or set a pod's
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Make the initdata of a pod, or tell what is in it
+    #[command(subcommand)]
+    Initdata(InitdataCommand),
     /// Look at and resize volumes of a running pod
     #[command(subcommand)]
     Volume(VolumeCommand),

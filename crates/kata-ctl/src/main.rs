@@ -12,6 +12,7 @@ mod cli;
 mod colour;
 mod command;
 mod failure;
+mod measure;
 mod monitor;
 mod output;
 mod pod;
@@ -100,11 +101,16 @@ fn execute(cli: Cli, began: Instant) -> Outcome {
         Command::Cp(args) => on_runtime(command::cp::run(&args)),
         Command::Kill(args) => on_runtime(command::kill::run(&args)),
         Command::Rm(args) => on_runtime(command::rm::run(&args)),
+        Command::Measure(mut args) => {
+            args.set.extend(policy);
+            command::measure::run(&args)
+        }
         Command::Metrics(args) => on_runtime(command::metrics::run(&args)),
         Command::Monitor(args) => on_runtime(command::monitor::run(&args)),
         Command::Analyze(args) => on_runtime(command::analyze::run(&args)),
         Command::Iptables(command) => on_runtime(command::guest::iptables(&command)),
-        Command::Policy(command) => on_runtime(command::guest::policy(&command)),
+        Command::Policy(command) => on_runtime(command::policy::run(&command)),
+        Command::Initdata(command) => command::initdata::run(&command),
         Command::Volume(command) => on_runtime(command::guest::volume(&command)),
     }
 }

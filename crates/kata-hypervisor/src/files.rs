@@ -1,4 +1,4 @@
-//! What a VMM is given as open descriptors, and its way to `/dev/kvm`.
+//! What a VMM is given as open descriptors, and its way to `/dev/kvm` and its like.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,6 +18,7 @@ use crate::vm::{HypervisorError, VmSpec};
 pub(crate) struct BootFiles {
     pub kernel: OwnedFd,
     pub initrd: Option<OwnedFd>,
+    pub firmware: Option<OwnedFd>,
     pub image: Option<OwnedFd>,
     /// The disks of the start, by their names.
     pub disks: Vec<(String, OwnedFd)>,
@@ -32,6 +33,7 @@ impl BootFiles {
         Ok(Self {
             kernel: open_for(identity, &spec.kernel, "guest kernel")?,
             initrd: open(&spec.initrd, "initrd")?,
+            firmware: open(&spec.firmware, "firmware")?,
             image: open(&spec.image, "image")?,
             disks: spec
                 .disks
@@ -119,9 +121,10 @@ pub(crate) fn allows(identity: &Identity, metadata: &fs::Metadata, wanted: u32) 
     identity.uid == 0 || granted & wanted == wanted
 }
 
-/// `identity` with the group that owns `device`, where that is what lets it use KVM.
-pub(crate) fn with_kvm(identity: &Identity, device: &Path) -> Result<Identity, HypervisorError> {
-    let denied = |reason| HypervisorError::KvmDenied { uid: identity.uid, reason };
+/// `identity` with the group that owns `device` (`/dev/kvm`, `/dev/sev`), where that is what lets it use it.
+pub(crate) fn with_device(identity: &Identity, device: &Path) -> Result<Identity, HypervisorError> {
+    let denied =
+        |reason| HypervisorError::DeviceDenied { device: device.to_owned(), uid: identity.uid, reason };
     let metadata = fs::metadata(device).map_err(|error| denied(format!("{}: {error}", device.display())))?;
     let mut member = identity.clone();
     if allows(&member, &metadata, 0o6) {
@@ -135,10 +138,11 @@ pub(crate) fn with_kvm(identity: &Identity, device: &Path) -> Result<Identity, H
         }
     }
     Err(denied(format!(
-        "it belongs to user {} and group {} with mode {:04o}; give it a group of its own (chgrp kvm /dev/kvm; chmod 0660 /dev/kvm)",
+        "it belongs to user {} and group {} with mode {:04o}; give it a group of its own (chgrp kvm {device}; chmod 0660 {device})",
         metadata.uid(),
         metadata.gid(),
-        metadata.mode() & 0o7777
+        metadata.mode() & 0o7777,
+        device = device.display()
     )))
 }
 

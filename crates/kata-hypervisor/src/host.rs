@@ -10,11 +10,15 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kata_config::{AcceleratorChoice, Config, HypervisorChoice, MachineType};
+use kata_config::{AcceleratorChoice, Config, HypervisorChoice, MachineType, Tee};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use tee::{Support, Tees};
+
 use crate::vm::Accelerator;
+
+mod tee;
 
 /// The version of KVM's interface that every kernel since 2.6.22 speaks (kernel documentation, virt/kvm/api, 4.1).
 const KVM_API_VERSION: i32 = 12;
@@ -211,6 +215,8 @@ impl QemuVersion {
 pub struct Host {
     /// Hardware virtualisation.
     pub kvm: Kvm,
+    /// What keeps a machine's memory from it.
+    pub tees: Tees,
     /// CPUs this process may run on.
     pub cpus: u32,
     /// Memory in all, in MiB; 0 where the kernel does not tell.
@@ -225,6 +231,7 @@ impl Host {
         let read = |path| std::fs::read_to_string(path).unwrap_or_default();
         Self {
             kvm: Kvm::probe(Path::new("/dev/kvm"), &read("/proc/cpuinfo")),
+            tees: Tees::probe(Path::new("/")),
             cpus: std::thread::available_parallelism()
                 .map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             memory_mib: memory_mib(&read("/proc/meminfo")),
@@ -265,6 +272,9 @@ pub struct Choice {
 /// [`HostError::KvmUnusable`] where the configuration insists on KVM and the host has none that works. Without that it falls back
 /// to TCG and says so in [`Choice::reason`].
 pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
+    if let Some(tee) = config.hypervisor.qemu.tee() {
+        return confidential(config, host, tee);
+    }
     match config.runtime.hypervisor_name {
         HypervisorChoice::Auto if suits_builtin(config, host) => {
             return Ok(Choice {
@@ -303,6 +313,31 @@ pub fn choose(config: &Config, host: &Host) -> Result<Choice, HostError> {
     Ok(Choice { driver: DriverKind::Qemu, accelerator, reason })
 }
 
+/// The choice where the host may not read the machine's memory: there is one, and nothing to fall back to.
+fn confidential(config: &Config, host: &Host, tee: Tee) -> Result<Choice, HostError> {
+    match config.runtime.hypervisor_name {
+        HypervisorChoice::Auto | HypervisorChoice::Qemu => {}
+        other => return Err(HostError::DriverLacksTee { driver: other.as_str(), tee }),
+    }
+    if config.runtime.accelerator == AcceleratorChoice::Tcg {
+        return Err(HostError::TeeEmulated { tee });
+    }
+    if host.kvm != Kvm::Usable {
+        return Err(HostError::TeeNeedsKvm { tee, kvm: host.kvm.clone() });
+    }
+    match host.tees.of(tee) {
+        Support::Present => Ok(Choice {
+            driver: DriverKind::Qemu,
+            accelerator: Accelerator::Kvm,
+            reason: format!(
+                "QEMU runs the guest in memory that the host cannot read ({tee}), because the configuration says \
+                 hypervisor.qemu.confidential_guest = true"
+            ),
+        }),
+        Support::Absent { reason } => Err(HostError::NoTee { tee, reason: reason.clone() }),
+    }
+}
+
 /// Whether nothing speaks against the built-in monitor.
 fn suits_builtin(config: &Config, host: &Host) -> bool {
     let qemu = &config.hypervisor.qemu;
@@ -310,6 +345,7 @@ fn suits_builtin(config: &Config, host: &Host) -> bool {
         && host.kvm == Kvm::Usable
         && config.runtime.accelerator != AcceleratorChoice::Tcg
         && qemu.path.is_none()
+        && qemu.firmware.is_none()
         && qemu.machine_type == MachineType::Q35
 }
 
@@ -361,6 +397,43 @@ pub enum HostError {
         name: &'static str,
         /// What is wrong with KVM.
         kvm: Kvm,
+    },
+    /// The driver makes no machines whose memory the host cannot read.
+    #[error(
+        "hypervisor.qemu.confidential_guest asks for memory that the host cannot read ({tee}), which {driver} does not give; set \
+         runtime.hypervisor_name to \"qemu\""
+    )]
+    DriverLacksTee {
+        /// The driver.
+        driver: &'static str,
+        /// What was asked for.
+        tee: Tee,
+    },
+    /// Such machines cannot be emulated.
+    #[error(
+        "runtime.accelerator is \"tcg\", and memory that the host cannot read ({tee}) cannot be emulated; set it to \"auto\", or \
+         hypervisor.qemu.confidential_guest to false"
+    )]
+    TeeEmulated {
+        /// What was asked for.
+        tee: Tee,
+    },
+    /// Such machines need KVM.
+    #[error("hypervisor.qemu.confidential_guest asks for {tee}, which needs KVM, and KVM {kvm}; {next}",
+        next = .kvm.next_step().unwrap_or("try again"))]
+    TeeNeedsKvm {
+        /// What was asked for.
+        tee: Tee,
+        /// What is wrong with KVM.
+        kvm: Kvm,
+    },
+    /// The host has no such hardware, or does not use it.
+    #[error("hypervisor.qemu.confidential_guest asks for {tee}, which this host does not have: {reason}")]
+    NoTee {
+        /// What was asked for.
+        tee: Tee,
+        /// What is missing, and what to do.
+        reason: String,
     },
     /// QEMU does not run.
     #[error("{program:?} cannot be run; install QEMU's system emulator or set hypervisor.qemu.path", program = .program.display())]

@@ -36,15 +36,24 @@ mod vm;
 mod vsock;
 
 pub use builtin::BuiltinError;
-pub use host::{Choice, DriverKind, Host};
+pub use host::{Choice, DriverKind, Host, Support, Tees};
 pub use host_devices::{HostDevice, HostDeviceError};
 pub use qemu::qmp::QmpError;
 pub use rest::ApiError;
 pub use vm::{
-    Accelerator, Backing, Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Machine, Nic,
-    Origin, PciPath, ProcessInfo, SharedFs, Size, Template, Vm, VmExit, VmSpec,
+    Accelerator, Backing, Capabilities, Confidential, ConfidentialKind, Disk, DiskLimits, Growth,
+    HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo, SharedFs, Size, Template, Vm,
+    VmExit, VmSpec,
 };
 pub use vsock::VsockError;
+
+/// The kernel's whole command line in a confidential machine with these parameters, as its hardware measures it.
+pub fn measured_command_line(kernel_params: &[String]) -> String {
+    qemu::command_line::on_kvm(kernel_params)
+}
+
+/// The processor that SEV-SNP's machines have, as QEMU calls it. Its signature is measured.
+pub const SNP_CPU: &str = qemu::confidential::SNP_CPU;
 
 /// A driver of the given kind that runs nothing yet.
 pub fn driver(kind: DriverKind) -> Box<dyn Vm> {

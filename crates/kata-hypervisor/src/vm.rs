@@ -165,6 +165,10 @@ pub struct VmSpec {
     pub kernel: PathBuf,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
+    /// Firmware, which QEMU alone takes; otherwise the VMM's own.
+    pub firmware: Option<PathBuf>,
+    /// Memory that the host cannot read, which QEMU alone gives.
+    pub confidential: Option<Confidential>,
     /// Root disk image, raw, attached read-only as the first virtio block device.
     pub image: Option<PathBuf>,
     /// Disks that the guest has from the start, read-only all of them, after the image.
@@ -238,6 +242,16 @@ impl VmSpec {
         }
     }
 
+    /// What a `driver` that boots kernels alone, in memory that the host can read, does not start.
+    pub(crate) fn check_plain(&self, driver: &str) -> Result<(), HypervisorError> {
+        let operation = match self {
+            Self { confidential: Some(_), .. } => "memory that the host cannot read",
+            Self { firmware: Some(_), .. } => "firmware of one's own",
+            _ => return Ok(()),
+        };
+        Err(HypervisorError::unsupported(operation, driver, "set runtime.hypervisor_name to \"qemu\""))
+    }
+
     /// What a `driver` that gives no device of the host away does not start.
     pub(crate) fn check_own_devices(&self, driver: &str) -> Result<(), HypervisorError> {
         match self.host_devices.is_empty() {
@@ -255,6 +269,45 @@ impl VmSpec {
                 let next = "set runtime.hypervisor_name to \"qemu\"";
                 Err(HypervisorError::unsupported("emulation (TCG)", driver, next))
             }
+        }
+    }
+}
+
+/// A machine whose memory the host cannot read, and what its hardware says of it to whoever asks the guest for a report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Confidential {
+    /// By which hardware.
+    pub kind: ConfidentialKind,
+    /// What the report names beside the measurement: the digest of initdata, cut or filled with zeroes to the field's size
+    /// ([`ConfidentialKind::host_data_size`]). `None` is all zeroes.
+    pub host_data: Option<Vec<u8>>,
+}
+
+/// The hardware, and what is its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfidentialKind {
+    /// AMD's SEV-SNP (SEV Secure Nested Paging Firmware ABI, 8.15 SNP_LAUNCH_FINISH for the ID block).
+    SevSnp {
+        /// Policy of the guest.
+        policy: u64,
+        /// ID block, base64 of 96 bytes; empty is none.
+        id_block: String,
+        /// ID authentication, base64 of 4096 bytes; empty is none.
+        id_auth: String,
+    },
+    /// Intel's TDX.
+    Tdx {
+        /// vsock port of the host's service that signs reports; 0 is its Unix socket.
+        quote_port: u32,
+    },
+}
+
+impl ConfidentialKind {
+    /// Bytes of `HOST_DATA` (SEV-SNP), `MRCONFIGID` (TDX).
+    pub const fn host_data_size(&self) -> usize {
+        match self {
+            Self::SevSnp { .. } => 32,
+            Self::Tdx { .. } => 48,
         }
     }
 }

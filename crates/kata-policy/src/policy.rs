@@ -153,8 +153,7 @@ impl Policy {
         if let Some(reason) = &self.reason {
             return Err(denied(Why::Reason(reason.clone())));
         }
-        // Asked for a rule that is not there, the engine has an error and no undefined value.
-        if !self.engine.has_declared_rule_rooted_at(&self.name, &request.name).unwrap_or(false) {
+        if !self.has_rule(&request.name) {
             return Err(denied(Why::NoRule(path)));
         }
         self.engine.set_input(Value::from(request.input.clone()));
@@ -178,6 +177,23 @@ impl Policy {
             }
             Err(error) => Err(fault(&error)),
         }
+    }
+
+    /// Whether there is a rule of this name. Without one, the request of this name is denied.
+    pub fn has_rule(&self, name: &str) -> bool {
+        // Asked for a rule that is not there, the engine has an error and no undefined value.
+        self.engine.has_declared_rule_rooted_at(&self.name, name).unwrap_or(false)
+    }
+
+    /// What another rule says of `request`: for whoever wants to know why, and wrote rules that tell. `None` where there is no such
+    /// rule, or nothing that it says.
+    pub fn remark(&mut self, rule_name: &str, request: &Request) -> Option<serde_json::Value> {
+        if !self.has_rule(rule_name) {
+            return None;
+        }
+        self.engine.set_input(Value::from(request.input.clone()));
+        let text = rule(&mut self.engine, rule_name).ok()?.to_json_str().ok()?;
+        serde_json::from_str(&text).ok()
     }
 
     /// Applies a patch to the data that rules see.

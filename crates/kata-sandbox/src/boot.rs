@@ -27,6 +27,7 @@ use tokio::net::UnixListener;
 
 pub use error::{BootError, Excerpt};
 pub(crate) use image::Guest;
+pub use image::{Measured, measured};
 
 use crate::agent_client::{Agent, guest_text};
 use crate::hooks;

@@ -12,6 +12,7 @@ use crate::boot::BootError;
 use crate::guest_spec::GuestSpecError;
 use crate::hooks::HookError;
 use crate::identity::IdentityError;
+use crate::initdata::InitdataError;
 use crate::network::NetworkError;
 use crate::pod::{ProcessId, Status};
 use crate::resources::ResourceError;
@@ -206,6 +207,9 @@ pub enum SandboxError {
         /// What to do about it.
         next: &'static str,
     },
+    /// The pod's initdata does not reach its guest.
+    #[error("the pod cannot be given its initdata")]
+    Initdata(#[source] Arc<InitdataError>),
     /// No identity for the pod's processes.
     #[error("no identity for the pod's processes")]
     Identity(#[source] Arc<IdentityError>),
@@ -245,6 +249,7 @@ impl SandboxError {
             Self::GuestSpec { source, .. } => source.kind(),
             Self::Stdio { source, .. } => source.kind(),
             Self::Network { source, .. } => source.kind(),
+            Self::Initdata(source) => source.kind(),
             Self::CreateTimeout { .. }
             | Self::Hook { .. }
             | Self::Identity(_)

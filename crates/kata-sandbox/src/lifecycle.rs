@@ -37,6 +37,7 @@ use crate::agent_log;
 use crate::boot::{self, Booted, Excerpt};
 use crate::error::{SandboxError, chain};
 use crate::health;
+use crate::initdata::PodInitdata;
 use crate::network::{self, Network};
 use crate::pod::{Event, Exit, Inspection};
 use crate::process_table::{ProcessTable, millis};
@@ -67,6 +68,8 @@ pub(crate) struct Pod {
     pub(crate) record: Record,
     /// `None` where no files are shared.
     pub(crate) share: Option<Share>,
+    /// `None` where none was given.
+    pub(crate) initdata: Option<PodInitdata>,
     pub(crate) resources: Resources,
     /// Disks that several containers use.
     pub(crate) disks: PodDisks,

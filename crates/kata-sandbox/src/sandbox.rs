@@ -21,6 +21,7 @@ use crate::boot;
 use crate::error::SandboxError;
 use crate::guest::Guest;
 use crate::identity;
+use crate::initdata::PodInitdata;
 use crate::lifecycle::{self, Link, Message, Pod, Reply, Request};
 use crate::network::{Network, Wiring};
 use crate::pod::{
@@ -319,6 +320,8 @@ fn assemble(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListene
     let start = std::time::Instant::now();
     let record = Record::open(run_dir.join(RECORD))
         .map_err(|error| run_dir_error(&run_dir, io::Error::other(error)))?;
+    let initdata = PodInitdata::prepare(&config, &artefacts, &run_dir, &record)
+        .map_err(|error| SandboxError::Initdata(Arc::new(error)))?;
     // First of all: whatever is started from here on is born in the pod's cgroup.
     let resources = Resources::prepare(&id, &resources, &config, &record)
         .map_err(|error| SandboxError::Resources(Arc::new(error)))?;
@@ -346,6 +349,7 @@ fn assemble(spec: SandboxSpec, vm: Box<dyn Vm>) -> Result<(Arc<Pod>, UnixListene
         identity,
         record,
         share,
+        initdata,
         resources,
         disks: PodDisks::default(),
         changes: OnceLock::new(),

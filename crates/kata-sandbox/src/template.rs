@@ -184,14 +184,17 @@ fn find(pod: &Pod, guest: &Guest) -> Result<Chosen, Cold> {
     }
 }
 
-/// The key that no template goes together with, if it is set: such memory is taken anew by each machine.
+/// The key that no template goes together with, if it is set: such memory is taken anew by each machine, and initdata is read
+/// while one boots.
 fn excluded(config: &Config) -> Option<&'static str> {
     let qemu = &config.hypervisor.qemu;
-    match (qemu.enable_hugepages, qemu.enable_mem_prealloc) {
-        (true, _) => Some("hypervisor.qemu.enable_hugepages"),
-        (_, true) => Some("hypervisor.qemu.enable_mem_prealloc"),
-        _ => None,
-    }
+    let keys = [
+        ("hypervisor.qemu.enable_hugepages", qemu.enable_hugepages),
+        ("hypervisor.qemu.enable_mem_prealloc", qemu.enable_mem_prealloc),
+        ("hypervisor.qemu.initdata", !qemu.initdata.is_empty()),
+        ("hypervisor.qemu.confidential_guest", qemu.confidential_guest),
+    ];
+    keys.into_iter().find(|(_, set)| *set).map(|(key, _)| key)
 }
 
 /// What there is of templates.

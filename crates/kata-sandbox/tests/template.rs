@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use kata_hypervisor::fake::FakeVm;
 use kata_hypervisor::{Growth, Size};
+use kata_initdata::Initdata;
 use kata_sandbox::template::{self, About, TemplateError};
 use kata_sandbox::{ResourceSpec, Sandbox};
 use oci_spec::runtime::Spec;
@@ -127,6 +128,14 @@ async fn pod_boots_where_no_template_is_of_use() {
     factory.rig.config.hypervisor.qemu.factory.enable_template = false;
     assert_eq!(factory.start().await, "start");
     factory.rig.config.hypervisor.qemu.factory.enable_template = true;
+
+    // What the guest reads while it boots, one that has booted does not read.
+    let initdata = Initdata::parse("version = \"0.1.0\"\nalgorithm = \"sha256\"\n".into()).unwrap();
+    factory.rig.capabilities = vec!["initdata"];
+    factory.rig.config.hypervisor.qemu.initdata = initdata.to_annotation().unwrap();
+    assert_eq!(factory.start().await, "start");
+    factory.rig.config.hypervisor.qemu.initdata.clear();
+    assert_eq!(factory.start().await, "restore");
 
     // Damage that only the machine monitor, or only a look at all of it, finds.
     let state = std::fs::OpenOptions::new().write(true).open(factory.file(&about, "state")).unwrap();

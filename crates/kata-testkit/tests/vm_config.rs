@@ -87,14 +87,16 @@ fn validate_tells_all_faults_and_what_no_pod_is_made_with() {
     let Some(host) = Host::new() else { return };
     let good = host.output(["config", "validate"]);
     assert_eq!(good.status.code(), Some(0), "{}", stdout(&good));
-    host.configure("[hypervisor.qemu]\ndefault_memry = 192\nmachine_type = \"q36\"\nconfidential_guest = true\nmsize_9p = 1\n");
+    host.configure(
+        "[hypervisor.qemu]\ndefault_memry = 192\nmachine_type = \"q36\"\nenable_iommu = true\nmsize_9p = 1\n",
+    );
     let output = host.output(["config", "validate"]);
     assert_eq!(output.status.code(), Some(1));
     let text = stdout(&output);
     for part in [
         "did you mean hypervisor.qemu.default_memory?",
         "did you mean \"q35\"?",
-        "hypervisor.qemu.confidential_guest: not carried out",
+        "hypervisor.qemu.enable_iommu: not carried out",
         "removed [D0004",
         "not good: 2 errors, 2 refused",
     ] {
@@ -103,9 +105,9 @@ fn validate_tells_all_faults_and_what_no_pod_is_made_with() {
     let found = json(&host.output(["config", "validate", "--json"]));
     assert_eq!((found["errors"].as_array().unwrap().len(), found["usable"].as_bool()), (2, Some(false)));
     // What is refused there is refused to a pod, in the same words.
-    host.configure("[hypervisor.qemu]\nconfidential_guest = true\n");
+    host.configure("[hypervisor.qemu]\nenable_iommu = true\n");
     let pod = host.sh(&[], "true");
-    assert!(stderr(&pod).contains("hypervisor.qemu.confidential_guest: not carried out"), "{}", stderr(&pod));
+    assert!(stderr(&pod).contains("hypervisor.qemu.enable_iommu: not carried out"), "{}", stderr(&pod));
 }
 
 #[test]
@@ -165,5 +167,5 @@ fn a_migrated_file_of_upstreams_makes_a_pod() {
         &corpus.join("configuration-qemu-snp-runtime-rs.toml"),
     ]);
     assert_eq!(lossy.status.code(), Some(1));
-    assert!(stderr(&lossy).contains("lost     hypervisor.qemu.confidential_guest"), "{}", stderr(&lossy));
+    assert!(stderr(&lossy).contains("lost     hypervisor.qemu.kernel_verity_params"), "{}", stderr(&lossy));
 }

@@ -20,7 +20,7 @@ use crate::container::Spawned;
 use crate::device;
 use crate::mount::Image;
 use crate::services::sealed::Secrets;
-use crate::stdio::{self, Ports};
+use crate::stdio::{self, Ports, Withheld};
 
 /// Makes a container; its init waits for [`start`]. Whoever asks waits no longer than `patience`, where that is said: services of
 /// the guest, which may take minutes, are given up by then.
@@ -31,13 +31,14 @@ pub async fn create(
     agent: &Arc<Agent>,
     request: CreateContainerRequest,
     patience: Option<Duration>,
+    withheld: Withheld,
 ) -> Result<(), RpcError> {
     check_id(&request.container_id)?;
     refuse_foreign_parts(&request)?;
     agent.reserve(&request.container_id)?;
     let (owned, id) = (agent.clone(), request.container_id.clone());
     aside::whole(format!("creating container {id:?}"), async move {
-        let made = make(&owned, request, patience).await;
+        let made = make(&owned, request, patience, withheld).await;
         match made {
             Ok(container) => {
                 owned.insert(&id, container);
@@ -78,6 +79,7 @@ async fn make(
     agent: &Arc<Agent>,
     request: CreateContainerRequest,
     patience: Option<Duration>,
+    withheld: Withheld,
 ) -> Result<Container, RpcError> {
     let wire =
         request.oci.into_option().ok_or_else(|| RpcError::Invalid("the request has no spec".to_owned()))?;
@@ -107,7 +109,7 @@ async fn make(
     let mut held = Holdings { mounts: of_guest.add(storages).await?, shared: Vec::new() };
     let ports = Ports { stdin: request.stdin_port, stdout: request.stdout_port, stderr: request.stderr_port };
     let made = match furnish(agent, &request.container_id, &mut wanted, &mut held).await {
-        Ok(()) => make_init(agent, &request.container_id, &wanted.spec, ports).await,
+        Ok(()) => make_init(agent, &request.container_id, &wanted.spec, (ports, withheld)).await,
         Err(error) => Err(error),
     };
     match made {
@@ -193,9 +195,15 @@ async fn release_shared(agent: &Agent, held: Vec<PathBuf>) {
     }
 }
 
-async fn make_init(agent: &Agent, id: &str, spec: &Spec, ports: Ports) -> Result<Process, RpcError> {
+async fn make_init(
+    agent: &Agent,
+    id: &str,
+    spec: &Spec,
+    (ports, withheld): (Ports, Withheld),
+) -> Result<Process, RpcError> {
     let terminal = spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false);
-    let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
+    let (io, stdio) =
+        stdio::prepare(&agent.streams, ports, withheld, terminal, agent.settings.pipe_size).await?;
     let bundle = Path::new(kata_api::guest::CONTAINER_DIR).join(id);
     let Spawned { pid, terminal } = agent.engine.create(id, spec, &bundle, io).await?;
     let exit = agent.reaper.register(pid);

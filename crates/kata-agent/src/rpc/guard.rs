@@ -23,6 +23,8 @@ use ttrpc::r#async::{MethodHandler, Service, TtrpcContext};
 use ttrpc::proto::{Request as Call, Response};
 use ttrpc::{Code, get_status};
 
+use crate::stdio::Withheld;
+
 /// What the machine's owner has bound to it.
 const MEASURED: &str = "/run/measured-cfg/policy.rego";
 /// What the image has.
@@ -162,21 +164,23 @@ struct Guarded {
 }
 
 impl Guarded {
-    fn check(&self, payload: &[u8]) -> ttrpc::Result<()> {
+    fn check(&self, payload: &[u8]) -> ttrpc::Result<Withheld> {
         let request = self.shape.read(payload);
         let request = request.or_else(|error| refuse(Code::INVALID_ARGUMENT, crate::chain(&error)))?;
         self.guard.check(&request)?;
-        streams(self.shape.name(), payload).iter().try_for_each(|request| self.guard.check(request))
+        let opened = Opened::of(self.shape.name(), payload);
+        Ok(opened.map(|opened| self.guard.withheld(&opened)).unwrap_or_default())
     }
 }
 
 #[async_trait]
 impl MethodHandler for Guarded {
-    async fn handler(&self, context: TtrpcContext, call: Call) -> ttrpc::Result<Response> {
-        if self.guard.is_active()
-            && let Err(error) = self.check(&call.payload)
-        {
-            return told(error);
+    async fn handler(&self, mut context: TtrpcContext, call: Call) -> ttrpc::Result<Response> {
+        let withheld =
+            if self.guard.is_active() { self.check(&call.payload) } else { Ok(Withheld::default()) };
+        match withheld {
+            Ok(withheld) => tell(withheld, &mut context),
+            Err(error) => return told(error),
         }
         self.handler.handler(context, call).await
     }
@@ -192,27 +196,76 @@ fn told(error: ttrpc::Error) -> ttrpc::Result<Response> {
     }
 }
 
-/// What a request does beside what it says: streams that it opens are read and written without requests of their own.
-fn streams(name: &str, payload: &[u8]) -> Vec<Request> {
-    let ports = match name {
-        "CreateContainerRequest" => CreateContainerRequest::parse_from_bytes(payload).ok().map(|request| {
-            let id = (request.container_id, request.exec_id);
-            (id, request.stdin_port, [request.stdout_port, request.stderr_port])
-        }),
-        "ExecProcessRequest" => ExecProcessRequest::parse_from_bytes(payload).ok().map(|request| {
-            let id = (request.container_id, request.exec_id);
-            (id, request.stdin_port, [request.stdout_port, request.stderr_port])
-        }),
-        _ => None,
-    };
-    let Some(((container, exec), input, outputs)) = ports else { return Vec::new() };
-    let request = |name: &str| {
-        let input = json!({ "container_id": container, "exec_id": exec, "len": 0 });
+/// A process whose streams come over connections: they are read and written without requests of their own.
+struct Opened {
+    container: String,
+    exec: String,
+    input: bool,
+    output: bool,
+}
+
+impl Opened {
+    fn of(name: &str, payload: &[u8]) -> Option<Self> {
+        let of = |container, exec, input: u32, outputs: [u32; 2]| {
+            let output = outputs.into_iter().any(|port| port != 0);
+            Self { container, exec, input: input != 0, output }
+        };
+        match name {
+            "CreateContainerRequest" => {
+                let it = CreateContainerRequest::parse_from_bytes(payload).ok()?;
+                Some(of(it.container_id, it.exec_id, it.stdin_port, [it.stdout_port, it.stderr_port]))
+            }
+            "ExecProcessRequest" => {
+                let it = ExecProcessRequest::parse_from_bytes(payload).ok()?;
+                Some(of(it.container_id, it.exec_id, it.stdin_port, [it.stdout_port, it.stderr_port]))
+            }
+            _ => None,
+        }
+    }
+
+    fn request(&self, name: &str) -> Request {
+        let input = json!({ "container_id": self.container, "exec_id": self.exec, "len": 0 });
         Request { name: name.to_owned(), input }
-    };
-    let read = outputs.into_iter().any(|port| port != 0).then(|| request("ReadStreamRequest"));
-    let write = (input != 0).then(|| request("WriteStreamRequest"));
-    read.into_iter().chain(write).collect()
+    }
+}
+
+impl Guard {
+    /// Which of them the rules of the requests that would do the same keep from the host. The process itself is not denied for it.
+    fn withheld(&self, opened: &Opened) -> Withheld {
+        let denied = |opens: bool, name: &str| opens && self.check(&opened.request(name)).is_err();
+        let withheld = Withheld {
+            input: denied(opened.input, "WriteStreamRequest"),
+            output: denied(opened.output, "ReadStreamRequest"),
+        };
+        let Opened { container, exec, .. } = opened;
+        if withheld.output {
+            tracing::warn!(
+                container,
+                exec,
+                "the policy denies ReadStreamRequest: what the process writes is thrown away"
+            );
+        }
+        if withheld.input {
+            tracing::warn!(container, exec, "the policy denies WriteStreamRequest: the process has no input");
+        }
+        withheld
+    }
+}
+
+/// Where the guard tells a handler what is withheld. What a caller writes there is replaced.
+const WITHHELD: &str = "kata-guard-withheld";
+
+/// What the guard has decided of the streams of the process that a request makes.
+pub fn withheld(context: &TtrpcContext) -> Withheld {
+    let words = context.metadata.get(WITHHELD).map(Vec::as_slice).unwrap_or_default();
+    let has = |word: &str| words.iter().any(|it| it == word);
+    Withheld { input: has("input"), output: has("output") }
+}
+
+fn tell(withheld: Withheld, context: &mut TtrpcContext) {
+    let words = [("input", withheld.input), ("output", withheld.output)];
+    let words = words.into_iter().filter(|(_, it)| *it).map(|(word, _)| word.to_owned()).collect();
+    context.metadata.insert(WITHHELD.to_owned(), words);
 }
 
 /// The guard's own method.

@@ -120,7 +120,8 @@ impl AgentService for Handlers {
         context: &TtrpcContext,
         req: wire::CreateContainerRequest,
     ) -> Answer<wire::Empty> {
-        answer("CreateContainer", container::create(&self.0, req, patience(context)).await.map(empty))
+        let (patience, withheld) = (patience(context), guard::withheld(context));
+        answer("CreateContainer", container::create(&self.0, req, patience, withheld).await.map(empty))
     }
 
     async fn start_container(
@@ -173,8 +174,13 @@ impl AgentService for Handlers {
         answer("ResumeContainer", resumed.map(empty).map_err(RpcError::from))
     }
 
-    async fn exec_process(&self, _: &TtrpcContext, req: wire::ExecProcessRequest) -> Answer<wire::Empty> {
-        answer("ExecProcess", process::exec(&self.0, req).await.map(empty))
+    async fn exec_process(
+        &self,
+        context: &TtrpcContext,
+        req: wire::ExecProcessRequest,
+    ) -> Answer<wire::Empty> {
+        let withheld = guard::withheld(context);
+        answer("ExecProcess", process::exec(&self.0, req, withheld).await.map(empty))
     }
 
     async fn signal_process(&self, _: &TtrpcContext, req: wire::SignalProcessRequest) -> Answer<wire::Empty> {

@@ -9,13 +9,17 @@ use super::error::RpcError;
 use super::{signal, spec};
 use crate::aside;
 use crate::container::Spawned;
-use crate::stdio::{self, Ports};
+use crate::stdio::{self, Ports, Withheld};
 
 /// Runs a further process in a container.
 ///
 /// # Errors
 /// Unknown container, id taken, what the streams or the engine refuse.
-pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(), RpcError> {
+pub async fn exec(
+    agent: &Arc<Agent>,
+    request: ExecProcessRequest,
+    withheld: Withheld,
+) -> Result<(), RpcError> {
     if request.string_user.is_some() {
         return Err(RpcError::Unsupported("a user by name"));
     }
@@ -36,7 +40,8 @@ pub async fn exec(agent: &Arc<Agent>, request: ExecProcessRequest) -> Result<(),
             container.secrets.open_env(env).await?;
         }
         let terminal = process.terminal().unwrap_or(false);
-        let (io, stdio) = stdio::prepare(&agent.streams, ports, terminal, agent.settings.pipe_size).await?;
+        let (io, stdio) =
+            stdio::prepare(&agent.streams, ports, withheld, terminal, agent.settings.pipe_size).await?;
         let Spawned { pid, terminal } = agent.engine.exec(&id, &process, io).await?;
         let exit = agent.reaper.register(pid);
         tracing::info!(container = id, exec, pid = pid.as_raw_nonzero().get(), "process started");

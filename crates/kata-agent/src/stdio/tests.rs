@@ -40,7 +40,17 @@ impl Host {
     }
 
     async fn start(&self, script: &str, ports: Ports, terminal: bool) -> (Attached, ExitReceiver) {
-        let (io, stdio) = prepare(&self.streams, ports, terminal, 1 << 18).await.unwrap();
+        self.start_without(Withheld::default(), script, ports, terminal).await
+    }
+
+    async fn start_without(
+        &self,
+        withheld: Withheld,
+        script: &str,
+        ports: Ports,
+        terminal: bool,
+    ) -> (Attached, ExitReceiver) {
+        let (io, stdio) = prepare(&self.streams, ports, withheld, terminal, 1 << 18).await.unwrap();
         let (master, slave) = terminal.then(|| crate::console::open_terminal().unwrap()).unzip();
         let exit = run(&self.reaper, script, io, slave);
         (stdio.attach(&exit, master).unwrap(), exit)
@@ -133,4 +143,31 @@ async fn the_last_output_of_a_process_is_not_lost() {
     let (_attached, exit) = host.start("head -c 200000 /dev/zero | tr '\\0' a", ports, false).await;
     exit.wait().await;
     assert_eq!(all(stdout).await.len(), 200_000);
+}
+
+/// More than a pipe or a terminal holds: whoever writes it waits for a reader, or has one that throws it away.
+const MUCH: &str = "head -c 1000000 /dev/zero; echo secret; exit 4";
+
+#[tokio::test]
+async fn what_is_withheld_from_the_host_does_not_hold_the_process_up() {
+    let host = Host::new();
+    let (stdin, stdout) = (host.connect(1), host.connect(2));
+    let withheld = Withheld { input: true, output: true };
+    let script = format!("test -z \"$(cat)\" || exit 5; {MUCH}");
+    let (_attached, exit) =
+        host.start_without(withheld, &script, Ports { stdin: 1, stdout: 2, stderr: 0 }, false).await;
+    assert_eq!(all(stdout).await, "");
+    assert_eq!(all(stdin).await, "");
+    assert_eq!(exit.wait().await.code(), 4);
+}
+
+#[tokio::test]
+async fn terminal_that_is_withheld_from_the_host_is_read_and_dropped() {
+    let host = Host::new();
+    let stdout = host.connect(2);
+    let withheld = Withheld { output: true, ..Withheld::default() };
+    let (_attached, exit) =
+        host.start_without(withheld, MUCH, Ports { stdin: 0, stdout: 2, stderr: 0 }, true).await;
+    assert_eq!(all(stdout).await, "");
+    assert_eq!(exit.wait().await.code(), 4);
 }

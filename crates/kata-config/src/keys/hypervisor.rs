@@ -34,9 +34,6 @@ const fn integer(least: i64, most: u64) -> Kind {
 
 pub(super) const KEYS: &[Key] = &[
     // What is booted.
-    key("firmware", PATH, "\"\"", "Firmware of the machine; empty is the machine monitor's own.")
-        .annotated()
-        .reach(Path("valid_asset_paths")),
     key("pflashes", List, "[]", "Flash images of the machine.").on(QEMU),
     key("rootfs_type", Word(&["ext4", "xfs", "erofs"]), "\"ext4\"", "File system of the guest's root image.").harmless(&["\"erofs\""]),
     key("vm_rootfs_driver", Word(BLOCK), "\"virtio-pmem\"", "Device that the guest's root image is behind; here always virtio-blk.")
@@ -121,15 +118,6 @@ pub(super) const KEYS: &[Key] = &[
     key("disable_selinux", Boolean, "false", "Leaves the machine monitor's SELinux label as it is.").harmless(&["true"]),
     key("selinux_label", Text, "\"\"", "SELinux label of the machine monitor."),
     key("disable_guest_selinux", Boolean, "true", "Leaves containers in the guest without SELinux labels."),
-    key("confidential_guest", Boolean, "false", "Memory that the host cannot read: TDX, SEV-SNP or Secure Execution."),
-    key("sev_snp_guest", Boolean, "false", "SEV-SNP rather than another kind of confidential guest.").on(QEMU),
-    key("snp_id_block", Text, "\"\"", "SEV-SNP ID block, base64 of 96 bytes.").on(QEMU),
-    key("snp_id_auth", Text, "\"\"", "SEV-SNP ID authentication, base64 of 4096 bytes.").on(QEMU),
-    key("snp_guest_policy", COUNT, "196608", "SEV-SNP policy of the guest.").on(QEMU).inert(),
-    key("tdx_quote_generation_service_socket_port", integer(0, 4_294_967_295), "4050", "vsock port of the TDX quote service; 0 is its Unix socket.")
-        .on(QEMU)
-        .inert(),
-    key("initdata", Text, "\"\"", "Data that the guest measures and reads before the agent starts.").annotation("cc_init_data"),
     // Allow-lists of what is not carried.
     key("valid_ctlpaths", List, "[]", "Patterns of control programs that an annotation may name.").inert(),
     key("valid_jailer_paths", List, "[]", "Patterns of jailers that an annotation may name.").on(FC).inert(),

@@ -159,19 +159,23 @@ pub fn write(
 /// # Errors
 /// [`BundleError`].
 pub fn process_of(dir: &Path) -> Result<Process, BundleError> {
+    Ok(read(dir)?.process_mut().take().unwrap_or_default())
+}
+
+/// The configuration of the bundle in `dir`, as it is there.
+///
+/// # Errors
+/// [`BundleError`].
+pub fn read(dir: &Path) -> Result<Spec, BundleError> {
     let path = dir.join("config.json");
     let text =
         fs::read(&path).map_err(|source| BundleError::Io { action: "read", path: path.clone(), source })?;
-    let mut spec: Spec =
-        serde_json::from_slice(&text).map_err(|source| BundleError::Spec { path, source })?;
-    Ok(spec.process_mut().take().unwrap_or_default())
+    serde_json::from_slice(&text).map_err(|source| BundleError::Spec { path, source })
 }
 
 /// An annotation of the container whose bundle is in `dir`, if it can be read.
 pub fn annotation(dir: &Path, key: &str) -> Option<String> {
-    let text = fs::read(dir.join("config.json")).ok()?;
-    let spec: Spec = serde_json::from_slice(&text).ok()?;
-    spec.annotations().as_ref()?.get(key).cloned()
+    read(dir).ok()?.annotations().as_ref()?.get(key).cloned()
 }
 
 /// Appends `extra` (`NAME=value`, or `NAME` for this process's value) to `env`, replacing what has the same name.
@@ -212,7 +216,11 @@ fn etc_files(name: &str) -> [(&'static str, String); 2] {
     [("hostname", format!("{name}\n")), ("hosts", hosts)]
 }
 
-fn spec(
+/// The configuration of the bundle in `dir`.
+///
+/// # Errors
+/// [`BundleError`].
+pub fn spec(
     dir: &Path,
     request: &Request,
     image: &ProcessDefaults,

@@ -10,7 +10,13 @@ use super::Cli;
 const GROUPS: [(&str, &[&str]); 5] = [
     ("Pods", &["run", "list", "exec", "cp", "kill", "rm"]),
     ("Look inside", &["inspect", "ps", "top", "stats", "logs", "events", "console", "analyze"]),
-    ("Host", &["check", "env", "image", "volume", "factory", "iptables", "policy", "metrics", "monitor"]),
+    (
+        "Host",
+        &[
+            "check", "env", "image", "volume", "factory", "iptables", "policy", "initdata", "measure",
+            "metrics", "monitor",
+        ],
+    ),
     ("Configuration", &["config", "deprecations"]),
     ("Support", &["version", "bundle", "completion", "man"]),
 ];

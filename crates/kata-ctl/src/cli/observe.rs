@@ -101,22 +101,6 @@ pub struct IptablesSetArgs {
     pub file: PathBuf,
 }
 
-/// `policy`
-#[derive(Debug, Subcommand)]
-pub enum PolicyCommand {
-    /// Give the agent a policy
-    Set(PolicySetArgs),
-}
-
-/// `policy set`
-#[derive(Debug, Args)]
-pub struct PolicySetArgs {
-    /// Name of the pod
-    pub name: String,
-    /// File with the policy; - is the standard input
-    pub file: PathBuf,
-}
-
 /// `volume`
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {

@@ -1,4 +1,4 @@
-//! `iptables`, `policy`, `volume`: what the pod's management socket carries to its guest.
+//! `iptables`, `policy set`, `volume`: what the pod's management socket carries to its guest.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -8,7 +8,7 @@ use kata_config::direct_volume::{Entry, MountInfo};
 use serde::{Deserialize, Serialize};
 
 use super::{Outcome, named};
-use crate::cli::{IptablesCommand, PolicyCommand, VolumeCommand};
+use crate::cli::{IptablesCommand, VolumeCommand};
 use crate::failure::Failure;
 use crate::pod::management::ask;
 use crate::table;
@@ -27,10 +27,9 @@ pub async fn iptables(command: &IptablesCommand) -> Outcome {
     Ok(0)
 }
 
-/// `policy`
-pub async fn policy(command: &PolicyCommand) -> Outcome {
-    let PolicyCommand::Set(args) = command;
-    call(&args.name, ("PUT", "/policy"), content(&args.file)?).await?;
+/// `policy set`
+pub async fn set_policy(name: &str, file: &Path) -> Outcome {
+    call(name, ("PUT", "/policy"), content(file)?).await?;
     Ok(0)
 }
 
@@ -82,7 +81,7 @@ async fn call(name: &str, request: (&str, &str), body: Vec<u8>) -> Result<Vec<u8
 }
 
 /// What is in a file, or comes from standard input for `-`.
-fn content(file: &Path) -> Result<Vec<u8>, Failure> {
+pub(super) fn content(file: &Path) -> Result<Vec<u8>, Failure> {
     let mut text = Vec::new();
     let read = if file == Path::new("-") {
         std::io::stdin().read_to_end(&mut text).map(drop)

@@ -25,7 +25,7 @@ use crate::pod::{
 mod plan;
 mod root;
 
-use plan::Plan;
+pub use plan::Plan;
 use root::Root;
 
 /// What a pod says of a process whose virtual machine ended under it.

@@ -296,6 +296,7 @@ impl Vm for BuiltinVm {
 
     async fn boot(&self, spec: VmSpec, record: &Record) -> Result<Origin, HypervisorError> {
         spec.check_on_kvm(DRIVER)?;
+        spec.check_plain(DRIVER)?;
         self.vmm.begin()?;
         let _ = self.disk_limits.set(spec.disk_limits);
         let _ = self.most_memory.set(spec::most(&spec).memory_mib);

@@ -51,6 +51,8 @@ impl Bench {
             shared_fs: None,
             nics: Vec::new(),
             host_devices: Vec::new(),
+            firmware: None,
+            confidential: None,
             disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),

@@ -27,7 +27,7 @@ use self::api::{
     Api, BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig,
     PayloadConfig, PciDeviceInfo, VmConfig, VsockConfig,
 };
-use crate::files::{BootFiles, with_kvm};
+use crate::files::{BootFiles, with_device};
 use crate::life::Vmm;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, capture};
 use crate::rest::{Address, ApiError, Named, Room, vcpu_threads};
@@ -91,7 +91,7 @@ impl CloudHypervisorVm {
 
     /// Starts the VMM and the guest in it. What runs when it fails is in `Life`.
     async fn start(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
-        let identity = with_kvm(&spec.identity, &self.kvm)?;
+        let identity = with_device(&spec.identity, &self.kvm)?;
         let room = Room::make(&spec, record)?;
         let files = BootFiles::open(&spec, &identity)?;
         let vsock = room.vsock(&spec.vsock, record)?;
@@ -312,6 +312,7 @@ impl Vm for CloudHypervisorVm {
         spec.check_on_kvm(DRIVER)?;
         spec.check_boots(DRIVER)?;
         spec.check_own_devices(DRIVER)?;
+        spec.check_plain(DRIVER)?;
         spec.check_unlimited(DRIVER)?;
         spec.nics.iter().try_for_each(check_vhost)?;
         self.vmm.begin()?;

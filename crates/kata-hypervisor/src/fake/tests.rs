@@ -37,6 +37,8 @@ impl Place {
             shared_fs: None,
             nics: Vec::new(),
             host_devices: Vec::new(),
+            firmware: None,
+            confidential: None,
             disk_limits: DiskLimits::default(),
             identity: Identity::current(),
             seccomp_sandbox: String::new(),

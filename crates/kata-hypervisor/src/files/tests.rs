@@ -71,21 +71,21 @@ fn missing_file_and_directory_are_named() {
 #[test]
 fn kvm_group_is_joined_only_where_that_is_what_grants_access() {
     let device = file(0o666);
-    assert_eq!(with_kvm(&somebody(&[1]), device.path()).unwrap(), somebody(&[1]));
+    assert_eq!(with_device(&somebody(&[1]), device.path()).unwrap(), somebody(&[1]));
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: giving a file to another group needs root");
         return;
     }
     let device = file(0o660);
     std::os::unix::fs::chown(device.path(), Some(0), Some(105)).unwrap();
-    assert_eq!(with_kvm(&somebody(&[1]), device.path()).unwrap(), somebody(&[1, 105]));
+    assert_eq!(with_device(&somebody(&[1]), device.path()).unwrap(), somebody(&[1, 105]));
     // Never the group root.
     std::os::unix::fs::chown(device.path(), Some(0), Some(0)).unwrap();
-    let error = with_kvm(&somebody(&[]), device.path()).unwrap_err().to_string();
+    let error = with_device(&somebody(&[]), device.path()).unwrap_err().to_string();
     assert!(
         error.contains("user 4711") && error.contains("mode 0660") && error.contains("chgrp kvm"),
         "{error}"
     );
     let root = Identity { uid: 0, gid: 0, groups: Vec::new() };
-    assert_eq!(with_kvm(&root, device.path()).unwrap(), root);
+    assert_eq!(with_device(&root, device.path()).unwrap(), root);
 }

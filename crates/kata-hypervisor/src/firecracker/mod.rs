@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 
 use self::api::{Api, Balloon, BootSource, Drive, MachineConfiguration, START_BOUND, Vsock};
-use crate::files::{BootFiles, with_kvm};
+use crate::files::{BootFiles, with_device};
 use crate::life::{CONSOLE_LIMIT, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn};
 use crate::rest::{Address, ApiError, Room, vcpu_threads};
@@ -69,7 +69,7 @@ impl FirecrackerVm {
 
     /// Starts the VMM and the guest in it. What runs when it fails is in `Life`.
     async fn start(&self, spec: VmSpec, record: &Record) -> Result<(), HypervisorError> {
-        let identity = with_kvm(&spec.identity, &self.kvm)?;
+        let identity = with_device(&spec.identity, &self.kvm)?;
         let room = Room::make(&spec, record)?;
         let files = BootFiles::open(&spec, &identity)?;
         let vsock = room.vsock(&spec.vsock, record)?;
@@ -219,6 +219,7 @@ impl Vm for FirecrackerVm {
         check(&spec)?;
         spec.check_boots(DRIVER)?;
         spec.check_own_devices(DRIVER)?;
+        spec.check_plain(DRIVER)?;
         self.vmm.begin()?;
         let _ = self.size.set(Size { vcpus: spec.vcpus, memory_mib: spec.memory_mib });
         let outcome = self.start(spec, record).await;

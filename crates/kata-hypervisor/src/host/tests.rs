@@ -5,7 +5,8 @@ use super::*;
 const SVM: &str = "processor\t: 0\nflags\t\t: fpu vme svm npt\n";
 
 fn host(kvm: Kvm) -> Host {
-    Host { kvm, cpus: 2, memory_mib: 4096, qemu: None }
+    let absent = || Support::Absent { reason: "it has none".to_owned() };
+    Host { kvm, tees: Tees { sev_snp: absent(), tdx: absent() }, cpus: 2, memory_mib: 4096, qemu: None }
 }
 
 fn config(accelerator: AcceleratorChoice) -> Config {
@@ -154,5 +155,51 @@ fn drivers_that_cannot_emulate_are_chosen_by_name_alone_and_need_kvm() {
         config.runtime.accelerator = AcceleratorChoice::Tcg;
         let error = choose(&config, &host(Kvm::Usable)).unwrap_err().to_string();
         assert!(error.contains("cannot emulate"), "{error}");
+    }
+}
+
+#[test]
+fn confidential_guest_is_run_by_qemu_on_hardware_that_has_it_or_not_at_all() {
+    let mut config = config(AcceleratorChoice::Auto);
+    config.hypervisor.qemu.confidential_guest = true;
+    let mut there = host(Kvm::Usable);
+    let refused = |config: &Config, host: &Host| choose(config, host).unwrap_err().to_string();
+    assert_eq!(
+        refused(&config, &there),
+        "hypervisor.qemu.confidential_guest asks for TDX, which this host does not have: it has none"
+    );
+    config.hypervisor.qemu.sev_snp_guest = true;
+    assert!(refused(&config, &there).contains("asks for SEV-SNP, which this host does not have"));
+    there.tees.sev_snp = Support::Present;
+    let choice = choose(&config, &there).unwrap();
+    assert_eq!((choice.driver, choice.accelerator), (DriverKind::Qemu, Accelerator::Kvm));
+    assert!(choice.reason.contains("(SEV-SNP)"), "{}", choice.reason);
+
+    assert!(
+        refused(&config, &Host { kvm: Kvm::Absent, ..there.clone() })
+            .contains("SEV-SNP, which needs KVM, and KVM is absent")
+    );
+    config.runtime.hypervisor_name = HypervisorChoice::Builtin;
+    assert!(
+        refused(&config, &there)
+            .contains("which builtin does not give; set runtime.hypervisor_name to \"qemu\"")
+    );
+    config.runtime.hypervisor_name = HypervisorChoice::Qemu;
+    config.runtime.accelerator = AcceleratorChoice::Tcg;
+    assert!(refused(&config, &there).contains("cannot be emulated"));
+}
+
+#[test]
+fn host_without_the_hardware_refuses_a_confidential_guest() {
+    let here = Host::probe();
+    for (snp, tee) in [(true, Tee::SevSnp), (false, Tee::Tdx)] {
+        if *here.tees.of(tee) == Support::Present {
+            println!("skipped: this host has {tee}");
+            continue;
+        }
+        let mut config = config(AcceleratorChoice::Auto);
+        (config.hypervisor.qemu.confidential_guest, config.hypervisor.qemu.sev_snp_guest) = (true, snp);
+        let error = choose(&config, &here).unwrap_err();
+        assert!(matches!(error, HostError::NoTee { .. } | HostError::TeeNeedsKvm { .. }), "{error}");
     }
 }

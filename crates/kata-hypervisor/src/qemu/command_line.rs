@@ -18,10 +18,14 @@
 
 use std::os::fd::RawFd;
 
-use super::throttle;
+use serde_json::Value;
+
+use super::{confidential, throttle};
 use crate::slots::BRIDGE_SLOT;
 use crate::vm::{Accelerator, Backing, DiskLimits, Growth, Machine, serial};
 
+/// What every machine needs.
+const REBOOT: &str = "reboot=t";
 /// Identifier of the bridge of a q35 that devices are plugged into while it runs. The root bus itself takes none then.
 pub(super) const BRIDGE: &str = "bridge";
 /// Name of the disk that the guest boots from.
@@ -40,12 +44,14 @@ pub(super) struct Fds {
     pub kernel: RawFd,
     /// Initial RAM disk.
     pub initrd: Option<RawFd>,
+    /// Firmware instead of QEMU's own.
+    pub firmware: Option<RawFd>,
     /// Connected vhost-user socket of the virtio-fs daemon.
     pub shared_fs: Option<RawFd>,
 }
 
 /// What QEMU is to emulate.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Plan<'a> {
     pub id: &'a str,
     pub machine: Machine,
@@ -62,6 +68,8 @@ pub(super) struct Plan<'a> {
     pub seccomp_sandbox: &'a str,
     /// Rate of the time stamp counter where the guest cannot be trusted to find it out, see [`super::clock`].
     pub tsc_khz: Option<u64>,
+    /// What keeps the machine's memory from the host, see [`super::confidential`].
+    pub confidential: Option<Value>,
     pub fds: Fds,
 }
 
@@ -126,11 +134,12 @@ fn machine(plan: &Plan<'_>, line: &mut Line) {
         // Without ACPI the guest does not get past its timers.
         Machine::Microvm => "microvm,memory-backend=ram,acpi=on,rtc=on,isa-serial=on",
     };
-    line.option("-machine", machine);
+    let tee = if plan.confidential.is_some() { confidential::MACHINE } else { "" };
+    line.option("-machine", format!("{machine}{tee}"));
     match plan.accelerator {
         Accelerator::Kvm => {
             line.option("-accel", "kvm");
-            line.option("-cpu", "host");
+            line.option("-cpu", confidential::cpu(plan.confidential.as_ref()));
         }
         Accelerator::Tcg => {
             line.option("-accel", "tcg,thread=multi");
@@ -161,6 +170,12 @@ fn memory_and_kernel(plan: &Plan<'_>, line: &mut Line) {
         ram.push_str(",hugetlb=on");
     }
     line.option("-object", ram);
+    if let Some(object) = &plan.confidential {
+        line.option("-object", object.to_string());
+    }
+    if let Some(firmware) = plan.fds.firmware {
+        line.option("-bios", open_file(firmware));
+    }
     line.option("-kernel", open_file(plan.fds.kernel));
     if let Some(initrd) = plan.fds.initrd {
         line.option("-initrd", open_file(initrd));
@@ -188,8 +203,15 @@ fn kernel_command_line(plan: &Plan<'_>) -> String {
         Accelerator::Kvm => &[],
     };
     let timer = ticks_by_hpet(plan).then_some("noapictimer");
-    let own = clock.as_deref().into_iter().chain(emulated.iter().copied()).chain(timer).chain(["reboot=t"]);
+    let own = clock.as_deref().into_iter().chain(emulated.iter().copied()).chain(timer).chain([REBOOT]);
     let all: Vec<&str> = plan.kernel_params.iter().map(String::as_str).chain(own).collect();
+    all.join(" ")
+}
+
+/// The command line of a machine on KVM, from the specification's parameters. Nothing of it is this host's own, so whoever measures
+/// such a machine can tell it beforehand.
+pub(crate) fn on_kvm(kernel_params: &[String]) -> String {
+    let all: Vec<&str> = kernel_params.iter().map(String::as_str).chain([REBOOT]).collect();
     all.join(" ")
 }
 

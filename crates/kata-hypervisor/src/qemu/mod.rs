@@ -10,7 +10,8 @@
 //! its own. It starts the guest at once: by the time it answers on QMP it has loaded the kernel and realised every device.
 
 mod clock;
-mod command_line;
+pub(crate) mod command_line;
+pub(crate) mod confidential;
 mod hotplug;
 pub(crate) mod qmp;
 mod resize;
@@ -33,7 +34,7 @@ use self::hotplug::{Plugged, REMOVAL_BOUND};
 use self::qmp::{Qmp, QmpError};
 use self::resize::Resizer;
 use self::supervisor::{LastWords, explain, listen, supervise};
-use crate::files::{BootFiles, socket_pair, with_kvm};
+use crate::files::{BootFiles, socket_pair, with_device};
 use crate::life::Life;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, capture};
 use crate::vm::{
@@ -111,8 +112,16 @@ impl QemuVm {
     async fn start(&self, spec: VmSpec, record: &Record) -> Result<Started, HypervisorError> {
         let clock = Measurement::begin().filter(|_| spec.accelerator == Accelerator::Tcg);
         let identity = match spec.accelerator {
-            Accelerator::Kvm => with_kvm(&spec.identity, Path::new("/dev/kvm"))?,
+            Accelerator::Kvm => with_device(&spec.identity, Path::new("/dev/kvm"))?,
             Accelerator::Tcg => spec.identity.clone(),
+        };
+        let identity = match &spec.confidential {
+            None => identity,
+            Some(confidential) => {
+                confidential::check_version(&spec.program, confidential)?;
+                confidential::check_kernel(&spec)?;
+                confidential::with_hardware(identity, confidential)?
+            }
         };
         let sockets = Sockets::bind(&spec.run_dir, &spec.vsock, record)?;
         let (qmp, qmp_end) = socket_pair(&spec)?;
@@ -294,6 +303,7 @@ fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     spec.check()?;
     spec.check_boots("QEMU's driver")?;
     spec.check_own_devices("QEMU's driver")?;
+    confidential::check(spec)?;
     match spec {
         VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => Err(HypervisorError::unsupported(
             "growing while it runs",
@@ -329,6 +339,7 @@ fn spawn_qemu(
         vsock: give(ends.vsock),
         kernel: give(files.kernel),
         initrd: files.initrd.map(&mut give),
+        firmware: files.firmware.map(&mut give),
         shared_fs: ends.shared_fs.map(&mut give),
     };
     let nics: Vec<NicPlan> = spec
@@ -359,6 +370,10 @@ fn spawn_qemu(
         disk_limits: spec.disk_limits,
         seccomp_sandbox: &spec.seccomp_sandbox,
         tsc_khz,
+        confidential: spec
+            .confidential
+            .as_ref()
+            .map(|wanted| confidential::object(wanted, confidential::c_bit())),
         fds,
     });
     tracing::debug!(program = %spec.program.display(), args = args.join(" "), "starting QEMU");

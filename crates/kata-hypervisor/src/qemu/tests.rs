@@ -79,6 +79,8 @@ impl Bench {
             shared_fs: None,
             nics: Vec::new(),
             host_devices: Vec::new(),
+            firmware: None,
+            confidential: None,
             disk_limits: DiskLimits::default(),
             identity: Identity { uid: NOBODY, gid: NOBODY, groups: Vec::new() },
             seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"

@@ -255,6 +255,8 @@ impl Bench {
             nics: Vec::new(),
             host_devices: Vec::new(),
             identity: Identity { uid: 65_534, gid: 65_534, groups: Vec::new() },
+            firmware: None,
+            confidential: None,
             disk_limits: crate::vm::DiskLimits::default(),
             seccomp_sandbox: String::new(),
             template: None,

@@ -98,9 +98,11 @@ pub enum HypervisorError {
         /// The tail of what it said.
         output: String,
     },
-    /// The VMM does not let the accelerator be used.
-    #[error("/dev/kvm cannot be used by the VMM, which runs as user {uid}: {reason}")]
-    KvmDenied {
+    /// The host does not let the VMM use the accelerator, or the hardware behind it.
+    #[error("{device} cannot be used by the VMM, which runs as user {uid}: {reason}", device = .device.display())]
+    DeviceDenied {
+        /// `/dev/kvm`, `/dev/sev`.
+        device: PathBuf,
         /// The VMM's user.
         uid: u32,
         /// Why, and what to do.
@@ -213,6 +215,7 @@ fn remedy(what: &str) -> &'static str {
         "initrd" => {
             "; set hypervisor.qemu.initrd to a file that can, or leave it out for the guest image's own"
         }
+        "firmware" => "; set hypervisor.qemu.firmware to a file that can, or leave it out for the VMM's own",
         "image" => {
             "; set hypervisor.qemu.image to a file that can, or leave it out for the guest image's own"
         }

@@ -9,11 +9,13 @@
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
-use kata_config::{Artefacts, Config, ExtensionImage, MachineType};
-use kata_hypervisor::{Disk, DiskLimits, Machine, Nic, Size, VmSpec};
+use kata_config::{Artefacts, Config, ExtensionImage, MachineType, Tee};
+use kata_hypervisor::{Confidential, ConfidentialKind, Disk, DiskLimits, Machine, Nic, Size, VmSpec};
 use kata_image::manifest::{DiskImage, Manifest, ManifestError, Need, Verity, capability};
+use serde::Serialize;
 
 use super::BootError;
+use crate::initdata::PodInitdata;
 use crate::lifecycle::Pod;
 
 /// The disk with the guest's root: its serial number, and its name on the command line.
@@ -124,8 +126,10 @@ impl Guest {
             kernel_params: self.kernel_params(&pod.config),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
+            firmware: qemu.firmware.clone(),
+            confidential: confidential(qemu, pod.initdata.as_ref()),
             image: self.image.clone(),
-            disks: self.disks.clone(),
+            disks: self.disks.iter().cloned().chain(pod.initdata.iter().map(PodInitdata::disk)).collect(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             growth: pod.resources.growth(),
@@ -165,6 +169,59 @@ impl Guest {
         params.extend(qemu.kernel_params.iter().cloned());
         params
     }
+}
+
+/// What a confidential machine of a configuration is started with, as far as it is measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Measured {
+    /// What keeps its memory from the host: `SEV-SNP`, `TDX`; `None` where the host can read it.
+    pub tee: Option<String>,
+    /// Its firmware.
+    pub firmware: Option<PathBuf>,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// Processors of a pod without a limit; `None` where it gets all of its host's.
+    pub vcpus: Option<u32>,
+    /// Their model, where that is measured.
+    pub cpu: Option<&'static str>,
+}
+
+/// What pods under `config` are started with. Nothing is asked of this host but its files.
+///
+/// # Errors
+/// It cannot be found out what pods boot.
+pub fn measured(config: &Config, artefacts: &Artefacts) -> Result<Measured, BootError> {
+    let (guest, qemu) = (Guest::find(config, artefacts)?, &config.hypervisor.qemu);
+    Ok(Measured {
+        tee: qemu.tee().map(|tee| tee.to_string()),
+        firmware: qemu.firmware.clone(),
+        command_line: kata_hypervisor::measured_command_line(&guest.kernel_params(config)),
+        kernel: guest.kernel,
+        initrd: guest.initrd,
+        vcpus: (qemu.default_vcpus >= 0.0).then(|| qemu.vcpus(u32::MAX)),
+        cpu: (qemu.tee() == Some(Tee::SevSnp)).then_some(kata_hypervisor::SNP_CPU),
+    })
+}
+
+/// What keeps the machine's memory from the host, bound to the pod's initdata.
+fn confidential(qemu: &kata_config::Qemu, initdata: Option<&PodInitdata>) -> Option<Confidential> {
+    let kind = match qemu.tee()? {
+        Tee::SevSnp => ConfidentialKind::SevSnp {
+            policy: qemu.snp_guest_policy,
+            id_block: qemu.snp_id_block.clone(),
+            id_auth: qemu.snp_id_auth.clone(),
+        },
+        Tee::Tdx => ConfidentialKind::Tdx {
+            // The configuration has been held to this range.
+            quote_port: u32::try_from(qemu.tdx_quote_generation_service_socket_port).unwrap_or_default(),
+        },
+    };
+    let host_data = initdata.map(|initdata| initdata.host_data(kind.host_data_size()));
+    Some(Confidential { kind, host_data })
 }
 
 /// What the configuration holds each disk to. It counts bits; so that a bound never becomes none, bytes round up.

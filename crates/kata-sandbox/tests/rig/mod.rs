@@ -27,6 +27,8 @@ pub struct Rig {
     pub config: Config,
     pub network: Option<NetworkSpec>,
     pub resources: ResourceSpec,
+    /// What the guest image says that its guests can do.
+    pub capabilities: Vec<&'static str>,
     daemon: String,
     announces: bool,
     streams: bool,
@@ -51,6 +53,7 @@ impl Rig {
             config,
             network: None,
             resources: ResourceSpec::default(),
+            capabilities: Vec::new(),
             daemon: IDLE_DAEMON.to_owned(),
             announces: true,
             streams: true,
@@ -117,8 +120,9 @@ impl Rig {
         let digest = "0".repeat(64);
         let manifest = format!(
             r#"{{"version": 1, "kernel": {{"path": "vmlinux", "sha256": "{digest}"}},
-                "initrd": {{"path": "initrd", "sha256": "{digest}"}}, "agent": {{"announces": {}}}}}"#,
-            self.announces
+                "initrd": {{"path": "initrd", "sha256": "{digest}"}}, "agent": {{"announces": {}}},
+                "capabilities": {:?}}}"#,
+            self.announces, self.capabilities
         );
         std::fs::write(dir.join("manifest.json"), manifest).unwrap();
         dir

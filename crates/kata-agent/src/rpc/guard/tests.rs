@@ -61,20 +61,36 @@ async fn request_without_a_rule_is_denied_and_health_is_told_all_the_same() {
 }
 
 #[tokio::test]
-async fn streams_need_the_rules_of_reading_and_writing() {
+async fn container_whose_output_the_policy_keeps_from_the_host_runs_and_says_nothing() {
+    let text = "package agent_policy\nCreateContainerRequest := true\nWaitProcessRequest := true\n\
+        ReadStreamRequest if input.container_id == \"c2\"\n";
+    let guest = Files::new().measured(text).guest().await;
+    for (id, port, heard) in [("c1", 7, ""), ("c2", 8, "secret\n")] {
+        let mut output = guest.connect(port);
+        let mut request = CreateContainerRequest { container_id: id.into(), ..CreateContainerRequest::new() };
+        request.stdout_port = port;
+        let spec = request.oci.mut_or_insert_default();
+        spec.process = Some(sh("echo secret; exit 3")).into();
+        spec.root = Some(kata_api::oci::Root { path: "/".into(), ..Default::default() }).into();
+        guest.client.create_container(context(), &request).await.unwrap();
+        let wait = kata_api::agent::WaitProcessRequest { container_id: id.into(), ..Default::default() };
+        assert_eq!(guest.client.wait_process(context(), &wait).await.unwrap().status, 3);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut output, &mut text).map(|_| text)
+        });
+        assert_eq!(read.await.unwrap().unwrap(), heard);
+    }
+}
+
+#[tokio::test]
+async fn stream_that_the_host_writes_to_needs_its_rule() {
     let guest = Files::new().measured(ALLOWS).guest().await;
-    let create = |out, input| {
-        let mut request =
-            CreateContainerRequest { container_id: "c1".into(), ..CreateContainerRequest::new() };
-        request.stdout_port = out;
-        request.stdin_port = input;
-        request.oci.mut_or_insert_default().process = Some(sh("sleep 60")).into();
-        request
-    };
-    let (denied, text) = code(guest.client.create_container(context(), &create(7, 0)).await);
-    assert!(denied == Code::PERMISSION_DENIED && text.contains("denies ReadStreamRequest"), "{text}");
+    let mut request = CreateContainerRequest { container_id: "c1".into(), ..CreateContainerRequest::new() };
+    request.stdin_port = 7;
+    request.oci.mut_or_insert_default().process = Some(sh("sleep 60")).into();
     // The rule lets it through; nobody offers the stream.
-    let (other, text) = code(guest.client.create_container(context(), &create(0, 7)).await);
+    let (other, text) = code(guest.client.create_container(context(), &request).await);
     assert!(other != Code::PERMISSION_DENIED, "{text}");
 }
 

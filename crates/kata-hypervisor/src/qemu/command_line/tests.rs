@@ -1,6 +1,7 @@
 use std::num::NonZeroU64;
 
 use super::*;
+use crate::vm::{Confidential, ConfidentialKind};
 
 const PARAMS: [&str; 3] = ["console=ttyS0", "quiet", "agent.log=debug"];
 
@@ -29,7 +30,16 @@ fn text_of<'a>(
         disk_limits: DiskLimits::default(),
         seccomp_sandbox: "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         tsc_khz: (accelerator == Accelerator::Tcg).then_some(2_596_120),
-        fds: Fds { qmp: 3, console: 4, vsock: 5, kernel: 6, initrd: Some(7), shared_fs: Some(8) },
+        confidential: None,
+        fds: Fds {
+            qmp: 3,
+            console: 4,
+            vsock: 5,
+            kernel: 6,
+            initrd: Some(7),
+            firmware: None,
+            shared_fs: Some(8),
+        },
     };
     change(&mut plan);
     // One option with its value a line.
@@ -210,5 +220,27 @@ fn no_option_is_missing_in_qemu_7_2_or_10_0() {
                 assert!(!line.contains(option), "{option} in {line}");
             }
         }
+    }
+}
+
+#[test]
+fn machine_whose_memory_the_host_cannot_read() {
+    let kinds = [
+        (
+            "snp",
+            ConfidentialKind::SevSnp { policy: 0x3_0000, id_block: String::new(), id_auth: String::new() },
+        ),
+        ("tdx", ConfidentialKind::Tdx { quote_port: 4050 }),
+    ];
+    for (name, kind) in kinds {
+        let host_data = Some(vec![7; kind.host_data_size()]);
+        let object = confidential::object(&Confidential { kind, host_data }, 51);
+        let line = text(Machine::Q35, Accelerator::Kvm, |plan| {
+            (plan.confidential, plan.fds.firmware) = (Some(object), Some(9));
+            (plan.shared_fs_tag, plan.fds.shared_fs) = (None, None);
+        });
+        let measured = on_kvm(&PARAMS.map(str::to_owned));
+        assert!(line.ends_with(&measured) || line.contains(&format!("-append {measured}\n")), "{line}");
+        insta::assert_snapshot!(format!("machine_whose_memory_the_host_cannot_read_{name}"), line);
     }
 }

@@ -35,9 +35,9 @@ fn what_has_another_name_is_moved_with_its_unit() {
 #[test]
 fn what_is_asked_for_and_not_done_is_lost_and_told_last() {
     let (result, fates) =
-        migrated("[hypervisor.qemu]\nconfidential_guest = true\ndefault_bridges = 1\ndefault_vcpus = 2\n");
+        migrated("[hypervisor.qemu]\nenable_iommu = true\ndefault_bridges = 1\ndefault_vcpus = 2\n");
     assert_eq!(result, "[hypervisor.qemu]\ndefault_vcpus = 2\n");
-    assert_eq!(fates.last(), Some(&(Fate::Lost, "hypervisor.qemu.confidential_guest".to_owned())));
+    assert_eq!(fates.last(), Some(&(Fate::Lost, "hypervisor.qemu.enable_iommu".to_owned())));
 }
 
 #[test]
