@@ -28,13 +28,16 @@ use config::{Config, ConfigError};
 use serve::ServeError;
 use words::sentence;
 
+/// What the guest's owner has bound to it, before what its image has.
+const CONFIGS: [&str; 2] = ["/run/measured-cfg/image-pull.toml", "/etc/kata-image-pull.toml"];
+
 /// Command line of `kata-image-pull`.
 #[derive(Debug, Parser)]
 #[command(version, about = "Pull container images inside of the guest, for the agent")]
 struct Cli {
-    /// Configuration (TOML).
-    #[arg(short, long, value_name = "FILE", default_value = "/etc/kata-image-pull.toml")]
-    config: PathBuf,
+    /// Configuration (TOML) [default: /run/measured-cfg/image-pull.toml, or /etc/kata-image-pull.toml where that is not there].
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Socket to listen on, where none is handed over by systemd [default: /run/guest-services/image-pull.socket].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -66,8 +69,15 @@ fn main() -> ExitCode {
     }
 }
 
+/// The first that is there. One that cannot be looked at is there: who asks for it hears why.
+fn usual_config() -> PathBuf {
+    let [bound, of_image] = CONFIGS.map(PathBuf::from);
+    let absent = bound.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+    if absent { of_image } else { bound }
+}
+
 fn run(cli: &Cli) -> Result<(), RunError> {
-    let config = Config::load(&cli.config)?;
+    let config = Config::load(&cli.config.clone().unwrap_or_else(usual_config))?;
     if cli.check {
         return Ok(());
     }
