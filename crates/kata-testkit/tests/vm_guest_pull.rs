@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
 use kata_testkit::containerd::{Containerd, IMAGE, Version};
@@ -18,26 +18,11 @@ use kata_testkit::host::{stderr, stdout};
 
 const REGISTRY: &str = "10.88.0.1:5000";
 const NAME: &str = "10.88.0.1:5000/library/busybox:latest";
-const FORCED: &str = "[runtime]\nexperimental = [\"force_guest_pull\"]\n";
 /// How the guest's service is to treat the test's registry, for the image's owner to bind to it.
 const PULL: &str = "[registries.\"10.88.0.1:5000\"]\ninsecure = true\n[signatures]\ndefault = \"accept\"\n";
 
-/// A world whose pods are of the services image.
-struct Rig {
-    containerd: Containerd,
-    _programs: tempfile::TempDir,
-}
-
-impl std::ops::Deref for Rig {
-    type Target = Containerd;
-
-    fn deref(&self) -> &Containerd {
-        &self.containerd
-    }
-}
-
-/// A new world; `None` (said and counted) where something of it is missing.
-fn rig() -> Option<Rig> {
+/// A new world whose pods are of the services image and pull their images; `None` (said and counted) where something is missing.
+fn rig() -> Option<Containerd> {
     let Some(image) = std::env::var_os("KATA_TEST_SERVICES").map(PathBuf::from) else {
         kata_testkit::skip("KATA_TEST_SERVICES does not name a guest image with services");
         return None;
@@ -46,27 +31,14 @@ fn rig() -> Option<Rig> {
         kata_testkit::skip("docker-registry is not installed");
         return None;
     }
-    let programs = std::env::var_os("KATA_TEST_PROGRAMS").map(PathBuf::from)?;
-    let own = with_image(&programs, &image);
-    // SAFETY: each test is a process of its own, and this is its only thread yet.
-    unsafe { std::env::set_var("KATA_TEST_PROGRAMS", own.path()) };
+    let config = format!(
+        "[hypervisor.qemu]\nimage = \"{}\"\ndefault_memory = 1024\nenable_annotations = [\"cc_init_data\"]\n\
+         [runtime]\nexperimental = [\"force_guest_pull\"]\n[agent.kata]\ncreate_container_timeout = 600\n",
+        image.display()
+    );
     let containerd = Containerd::configured(Version::V2, "", &["unshare", "--net"])?;
-    containerd.has_machines().then_some(Rig { containerd, _programs: own })
-}
-
-/// The programs with another guest image beside them: each finds the one beside itself.
-fn with_image(programs: &Path, image: &Path) -> tempfile::TempDir {
-    let own = tempfile::Builder::new().prefix("kt-programs-").tempdir().unwrap();
-    std::fs::set_permissions(own.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    for program in std::fs::read_dir(programs).unwrap().map(|entry| entry.unwrap().path()) {
-        if program.is_file() {
-            std::fs::copy(&program, own.path().join(program.file_name().unwrap())).unwrap();
-        }
-    }
-    let copied =
-        Command::new("cp").arg("-rL").arg(image).arg(own.path().join("guest-image")).status().unwrap();
-    assert!(copied.success());
-    own
+    containerd.host().configure(&config);
+    containerd.has_machines().then_some(containerd)
 }
 
 #[track_caller]
@@ -150,16 +122,9 @@ fn initdata() -> String {
     stdout(&Command::new("sh").arg("-c").arg(script).output().unwrap())
 }
 
-fn configure(rig: &Containerd, text: &str) {
-    let opened = "[hypervisor.qemu]\ndefault_memory = 1024\nenable_annotations = [\"cc_init_data\"]\n";
-    let bound = "[agent.kata]\ncreate_container_timeout = 600\n";
-    rig.host().configure(&format!("{text}{opened}{bound}"));
-}
-
 #[test]
 fn an_image_that_the_guest_pulls_runs_and_no_byte_of_it_is_shared() {
     let Some(rig) = rig() else { return };
-    configure(&rig, FORCED);
     let world = World::new(&rig);
     let output = world.sh(&rig, NAME, "pulled", "grep ' / ' /proc/mounts; echo written > /file; cat /file");
     let text = stdout(&output);
@@ -173,7 +138,6 @@ fn an_image_that_the_guest_pulls_runs_and_no_byte_of_it_is_shared() {
 #[test]
 fn an_image_that_the_registry_does_not_have_is_the_containers_error_in_the_services_words() {
     let Some(rig) = rig() else { return };
-    configure(&rig, FORCED);
     let world = World::new(&rig);
     let output = world.sh(&rig, "10.88.0.1:5000/library/absent:1", "absent", "true");
     let words = stderr(&output);
@@ -184,7 +148,6 @@ fn an_image_that_the_registry_does_not_have_is_the_containers_error_in_the_servi
 #[test]
 fn an_image_without_a_name_is_refused_before_the_guest_is_asked() {
     let Some(rig) = rig() else { return };
-    configure(&rig, FORCED);
     let output = rig.sh(&[], "nameless", "true");
     assert!(stderr(&output).contains("io.kubernetes.cri.image-name"), "{}", stderr(&output));
 }
@@ -192,7 +155,6 @@ fn an_image_without_a_name_is_refused_before_the_guest_is_asked() {
 #[test]
 fn a_pods_own_container_pauses_without_an_image() {
     let Some(rig) = rig() else { return };
-    configure(&rig, FORCED);
     let sandbox = [
         "--annotation",
         "io.kubernetes.cri.container-type=sandbox",
