@@ -35,6 +35,8 @@ pub(crate) enum Verb {
     /// Make, look at or remove the machines that pods start as copies of; answers with JSON
     #[command(subcommand)]
     Template(TemplateVerb),
+    /// Tell what hardware measures of a pod's machine before the guest runs; answers with JSON
+    Measured(SourceArgs),
     /// Own a pod for containerd, whose `start` runs this
     // stays: nobody else runs it
     #[command(hide = true)]

@@ -24,6 +24,7 @@ mod ground;
 mod host;
 mod life;
 mod management;
+mod measured;
 mod metrics;
 mod owner;
 mod plan;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
             trace::close_inherited();
             cli::exit(template::run(&verb, started), |_| cli::FAILED)
         }
+        Verb::Measured(sources) => cli::exit(measured::run(&sources), |_| cli::FAILED),
         Verb::Serve(args) => {
             trace::close_inherited();
             cli::exit(serve::run(&args, started), |_| cli::FAILED)
