@@ -27,7 +27,7 @@ use ttrpc::{Code, get_status};
 
 struct Fake;
 
-fn refuse<T>(text: impl ToString) -> ttrpc::Result<T> {
+fn refuse<T>(text: impl std::fmt::Display) -> ttrpc::Result<T> {
     Err(ttrpc::Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, text)))
 }
 
