@@ -9,18 +9,17 @@ use rustix::process::{WaitOptions, wait};
 
 /// Where the program is in the container, and the `argv[0]` that [`main`] goes by.
 pub const PATH: &str = "/kata-pause";
-/// The agent's program, as each of its processes sees it.
-const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// Makes `spec`, whose root is empty, one of a container that pauses.
-pub fn adapt(spec: &mut Spec) {
-    let mut program = Mount::default();
-    program
+/// Makes `spec`, whose root is empty, one of a container that pauses: by `program`, the agent's, by its path. The link to it in
+/// /proc leads to a mount of the agent's own namespace, which cannot be bound in a container's.
+pub fn adapt(spec: &mut Spec, program: &Path) {
+    let mut mount = Mount::default();
+    mount
         .set_destination(PATH.into())
         .set_typ(Some("bind".to_owned()))
-        .set_source(Some(OWN_PROGRAM.into()))
+        .set_source(Some(program.into()))
         .set_options(Some(["bind", "ro", "nosuid", "nodev"].map(str::to_owned).to_vec()));
-    spec.mounts_mut().get_or_insert_default().push(program);
+    spec.mounts_mut().get_or_insert_default().push(mount);
     if let Some(process) = spec.process_mut() {
         process.set_args(Some(vec![PATH.to_owned()]));
         process.set_cwd(Path::new("/").into());
@@ -79,14 +78,15 @@ mod tests {
     fn a_container_that_pauses_runs_the_agents_program_and_keeps_the_rest_of_its_process() {
         let mut spec = Spec::default();
         let env = spec.process().as_ref().unwrap().env().clone();
-        adapt(&mut spec);
+        let program = Path::new("/usr/bin/agent");
+        adapt(&mut spec, program);
         let process = spec.process().as_ref().unwrap();
         assert_eq!(process.args().as_deref(), Some([PATH.to_owned()].as_slice()));
         assert_eq!(process.env(), &env);
         let mount = spec.mounts().as_ref().unwrap().last().unwrap();
         assert_eq!(
             (mount.destination().as_path(), mount.source().as_deref()),
-            (Path::new(PATH), Some(Path::new(OWN_PROGRAM)))
+            (Path::new(PATH), Some(program))
         );
     }
 }

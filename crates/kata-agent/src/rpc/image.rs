@@ -25,7 +25,8 @@ const IMAGES: &str = "/run/kata-containers/image";
 /// The image says of no process, or cannot be read.
 pub async fn adapt(spec: &mut Spec, image: &Image) -> Result<(), RpcError> {
     if image.is_pods_own {
-        pause::adapt(spec);
+        let program = std::env::current_exe().map_err(RpcError::file("finding", "/proc/self/exe"))?;
+        pause::adapt(spec, &program);
         return Ok(());
     }
     let Some(asked) = spec.process().clone().filter(is_left_to_the_image) else { return Ok(()) };

@@ -147,7 +147,9 @@ impl Services {
                 Ok(stream) => stream,
                 Err(reach) => return Err(self.unreachable(service, reach).await),
             };
-            let nanoseconds = i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX);
+            // The client's own bound only tells the service: ours is the one that is told as that.
+            let told = limit.saturating_add(Duration::from_secs(1));
+            let nanoseconds = i64::try_from(told.as_nanos()).unwrap_or(i64::MAX);
             let context = ttrpc::context::with_timeout(nanoseconds);
             match method(Client::new(Socket::new(stream)), context).await.map_err(Fault::of) {
                 Ok(answer) => Ok(answer),

@@ -273,30 +273,3 @@ fn only_the_template_process_is_left_of_the_engines_own() {
         assert_eq!(templates().len(), 1);
     });
 }
-
-#[test]
-fn a_pods_own_container_pauses_on_an_empty_root_until_it_is_asked_to_end() {
-    with_world(|world| async move {
-        let root = world.bundle.path().join("empty");
-        std::fs::create_dir(&root).unwrap();
-        let mut wanted = spec();
-        wanted["root"] = json!({"path": root, "readonly": true});
-        wanted["process"]["user"] = json!({"uid": 65535, "gid": 65535});
-        let mut wanted = parse(&wanted);
-        kata_agent::pause::adapt(&mut wanted);
-        let id = world.id("pause");
-        let created = world.engine.create(&id, &wanted, world.bundle.path(), ProcessIo::default()).await;
-        let pid = created.unwrap_or_else(|error| panic!("{}", kata_agent::chain(&error))).pid;
-        let exit = world.reaper.register(pid);
-        world.engine.start(&id).await.unwrap();
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        assert_eq!(exit.status(), None);
-        // One that comes before it listens is lost, as the first process of a namespace has it.
-        while exit.status().is_none() {
-            world.engine.signal_all(&id, Signal::TERM).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        assert_eq!(exit.wait().await, ExitStatus::Exited(0));
-        world.engine.delete(&id).await.unwrap();
-    });
-}

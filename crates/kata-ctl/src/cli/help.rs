@@ -7,7 +7,7 @@ use clap::{Command, CommandFactory};
 use super::Cli;
 
 /// What verbs are for. One that is not here is shown with the last.
-const GROUPS: [(&str, &[&str]); 5] = [
+const GROUPS: [(&str, &[&str]); 4] = [
     ("Pods", &["run", "list", "exec", "cp", "kill", "rm"]),
     ("Look inside", &["inspect", "ps", "top", "stats", "logs", "events", "console", "analyze"]),
     (
@@ -17,8 +17,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
             "metrics", "monitor",
         ],
     ),
-    ("Configuration", &["config", "deprecations"]),
-    ("Support", &["version", "bundle", "completion", "man"]),
+    ("Configuration and support", &["config", "deprecations", "version", "bundle", "completion", "man"]),
 ];
 
 /// Everything above and below the verbs.
