@@ -25,7 +25,8 @@ pub struct ExtensionImage {
 
 impl ExtensionImage {
     fn read(item: &DeValue<'_>) -> Result<Self, Fault> {
-        let table = item.as_table().ok_or(Fault::WrongType { expected: "table", found: item.type_str() })?;
+        let table =
+            item.as_table().ok_or_else(|| Fault::WrongType { expected: "table", found: item.type_str() })?;
         let names = || table.iter().map(|(key, _)| key.get_ref());
         if let Some(unknown) = names().find(|key| !KEYS.contains(&key.as_ref())) {
             return Err(Fault::Invalid(format!(

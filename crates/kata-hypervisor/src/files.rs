@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -105,7 +105,8 @@ fn in_memory(mut file: File) -> io::Result<OwnedFd> {
     let mut copy = File::from(rustix::fs::memfd_create("copy", MemfdFlags::CLOEXEC)?);
     io::copy(&mut file, &mut copy)?;
     rustix::fs::fchmod(&copy, rustix::fs::Mode::from_raw_mode(0o444))?;
-    Ok(copy.into())
+    // For reading alone, as the file was opened: QEMU takes no other descriptor for a disk that is not written.
+    Ok(File::open(format!("/proc/self/fd/{}", copy.as_raw_fd()))?.into())
 }
 
 /// Whether the permission bits grant `identity` all of `wanted` (`4` read, `2` write).

@@ -203,7 +203,7 @@ mod tests {
         };
         spec.linux_mut().as_mut().unwrap().set_devices(Some(vec![node("/dev/x"), node(TRUSTED_STORE)]));
         assert_eq!(trusted_store(&mut spec, &[]).unwrap(), None);
-        let storage = trusted_store(&mut spec, &[device.clone()]).unwrap().unwrap();
+        let storage = trusted_store(&mut spec, std::slice::from_ref(&device)).unwrap().unwrap();
         assert_eq!((storage.driver.as_str(), storage.source.as_str()), ("blk", "02/00"));
         assert!(storage.shared && storage.mount_point == IMAGES);
         assert_eq!(storage.driver_options, ["encryption_key=ephemeral"]);

@@ -116,7 +116,7 @@ impl Firmware {
     /// # Errors
     /// [`FirmwareError`].
     pub fn parse(bytes: Vec<u8>) -> Result<Self, FirmwareError> {
-        if bytes.is_empty() || bytes.len() % PAGE != 0 || bytes.len() > LARGEST {
+        if bytes.is_empty() || !bytes.len().is_multiple_of(PAGE) || bytes.len() > LARGEST {
             return Err(FirmwareError::Size { size: bytes.len() });
         }
         let table = Table::of(&bytes).ok_or(FirmwareError::NoTable)?;
@@ -195,9 +195,10 @@ fn last(bytes: &[u8]) -> Option<(&[u8], usize, [u8; 16])> {
 /// The metadata that begins so many bytes before the end.
 fn sections(firmware: &[u8], back: usize) -> Result<Vec<Section>, FirmwareError> {
     let damaged = FirmwareError::Damaged;
-    let start = firmware.len().checked_sub(back).ok_or(damaged("its metadata is before its beginning"))?;
+    let start =
+        firmware.len().checked_sub(back).ok_or_else(|| damaged("its metadata is before its beginning"))?;
     let metadata = firmware.get(start..).unwrap_or_default();
-    let number = |at| u32_at(metadata, at).ok_or(damaged("its metadata ends too early"));
+    let number = |at| u32_at(metadata, at).ok_or_else(|| damaged("its metadata ends too early"));
     if metadata.get(..4) != Some(b"ASEV") || number(8)? != 1 {
         return Err(damaged("its metadata is not of the one version that is known"));
     }

@@ -31,6 +31,9 @@ fn file_that_the_identity_may_not_read_is_copied_into_memory() {
     let file = file(0o600);
     let fd = open_for(&somebody(&[]), file.path(), "guest kernel").unwrap();
     assert!(target_of(&fd).starts_with("/memfd:"), "{}", target_of(&fd));
+    // A disk that is not written is refused by QEMU otherwise.
+    let flags = rustix::fs::fcntl_getfl(&fd).unwrap();
+    assert_eq!(flags & rustix::fs::OFlags::RWMODE, rustix::fs::OFlags::RDONLY);
     // Opened anew, as QEMU does.
     let mut text = String::new();
     File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().read_to_string(&mut text).unwrap();

@@ -321,8 +321,11 @@ fn file(path: &Path) -> impl FnOnce(io::Error) -> RootError {
 
 /// What a link at `path` leads to, within the same root.
 fn beside(path: &Path, target: &Path) -> PathBuf {
-    let mut at =
-        if target.is_absolute() { PathBuf::new() } else { path.parent().unwrap_or(Path::new("")).to_owned() };
+    let mut at = if target.is_absolute() {
+        PathBuf::new()
+    } else {
+        path.parent().map(Path::to_owned).unwrap_or_default()
+    };
     for part in target.components() {
         match part {
             std::path::Component::ParentDir => {

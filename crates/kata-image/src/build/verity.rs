@@ -26,6 +26,8 @@ const VERSION: u32 = 1;
 const HASH_TYPE: u32 = 1;
 const ALGORITHM: &[u8] = b"sha256";
 const HASH: usize = 32;
+/// As the superblock says it. The salt is as long as a hash.
+const SALT_LENGTH: u16 = 32;
 
 /// Appends the hash area to `file`, all of which is data.
 ///
@@ -91,8 +93,9 @@ fn superblock(data_blocks: u64, salt: &[u8; HASH], uuid: &[u8; 16]) -> Vec<u8> {
     block.extend(BLOCK_SIZE.to_le_bytes());
     block.extend(BLOCK_SIZE.to_le_bytes());
     block.extend(data_blocks.to_le_bytes());
-    // The length of a hash, in two bytes, and six to align.
-    block.extend([HASH as u8, 0, 0, 0, 0, 0, 0, 0]);
+    // The length of the salt, in two bytes, and six to align.
+    block.extend(SALT_LENGTH.to_le_bytes());
+    block.extend([0; 6]);
     block.extend(salt);
     padded(block)
 }

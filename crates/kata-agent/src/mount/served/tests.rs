@@ -63,7 +63,7 @@ async fn an_image_is_pulled_beside_its_root_and_goes_without_a_trace() {
     .await;
     let all = storages(dir.path());
     let points = all.add(vec![image(&point, r#"{"a":"b"}"#)]).await.unwrap();
-    assert_eq!(points, [point.clone()]);
+    assert_eq!(points, std::slice::from_ref(&point));
     assert_eq!(fs::read_to_string(point.join("file")).unwrap(), "of the image");
     assert!(bundle.join("config.json").exists());
     all.remove(points).await.unwrap();

@@ -31,7 +31,7 @@ const TEMPLATES: [(&str, &str); 8] = [
 pub fn containers(file: &str, text: &str) -> Result<Vec<Container>, GenerateError> {
     let options = serde_saphyr::options! { with_snippet: false };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
-        .map_err(|source| GenerateError::Yaml { file: file.to_owned(), source })?;
+        .map_err(|source| GenerateError::Yaml { file: file.to_owned(), source: Box::new(source) })?;
     let mut pods = Vec::new();
     for document in &documents {
         find(document, &mut pods);
@@ -68,7 +68,7 @@ fn find<'a>(document: &'a Value, pods: &mut Vec<(String, &'a Value)>) {
 
 fn container(one: &Value, of_pod: &Value) -> Result<Container, GenerateError> {
     let name = text(one, "name")
-        .ok_or(GenerateError::Part { of: "a container".to_owned(), what: "it has no name" })?;
+        .ok_or_else(|| GenerateError::Part { of: "a container".to_owned(), what: "it has no name" })?;
     let fault = |what| GenerateError::Part { of: format!("container {name}"), what };
     let variables = Variables::of(one);
     let words =

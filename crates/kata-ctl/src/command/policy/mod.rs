@@ -32,7 +32,7 @@ enum GenerateError {
     Yaml {
         file: String,
         #[source]
-        source: serde_saphyr::Error,
+        source: Box<serde_saphyr::Error>,
     },
     #[error("{file} has no pod and nothing that makes pods")]
     NoPod { file: String },
