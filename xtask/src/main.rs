@@ -16,6 +16,7 @@ mod directions;
 mod docs;
 mod lab;
 mod lint;
+mod names;
 mod packages;
 mod products;
 mod shell;

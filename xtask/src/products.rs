@@ -43,6 +43,15 @@ impl Products {
         Self { dir: tree().join("target").join(profile.name()) }
     }
 
+    /// The runtime's programs and both agents, which have to name no component of a guest image, see [`crate::names`].
+    pub fn nameless(&self) -> Vec<PathBuf> {
+        let host = ["containerd-shim-kata-v2", "kata-ctl", "kata-vmm", "kata-virtiofsd"];
+        let mut programs = host.map(|name| self.program(name)).to_vec();
+        // The lean image's initrd is not compressed and has the agent of that image in it.
+        programs.extend([self.program("guest-image/initrd.cpio"), services_parts().join("kata-agent")]);
+        programs
+    }
+
     /// A binary among the products.
     pub fn program(&self, name: &str) -> PathBuf {
         self.dir.join(name)
@@ -128,7 +137,7 @@ fn build_services() -> Chores<PathBuf> {
         arguments.extend(["-p", program, "--bin", program]);
     }
     build_guest(&arguments)?;
-    let parts = tree().join("target/services-parts");
+    let parts = services_parts();
     std::fs::create_dir_all(&parts).map_err(at("create", &parts))?;
     for program in PROGRAMS {
         let copy = parts.join(program);
@@ -174,6 +183,10 @@ fn build_guest(what: &[&str]) -> Chores {
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
     )
+}
+
+fn services_parts() -> PathBuf {
+    tree().join("target/services-parts")
 }
 
 fn guest_dir() -> PathBuf {

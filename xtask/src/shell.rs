@@ -69,11 +69,11 @@ pub fn output(command: &mut Command) -> Result<String, ChoreError> {
     }
 }
 
-fn start_error(command: &Command, source: std::io::Error) -> ChoreError {
+pub fn start_error(command: &Command, source: std::io::Error) -> ChoreError {
     ChoreError::Start { program: command.get_program().to_string_lossy().into_owned(), source }
 }
 
-fn line(command: &Command) -> String {
+pub fn line(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }

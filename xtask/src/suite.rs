@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::products::{Products, Profile};
 use crate::shell::{self, ChoreError, at, cargo, tree};
 use crate::unpacked::{NEWER_CONTAINERD, NEWER_DOCKER, NEWER_QEMU};
-use crate::{Chores, demo, lab, packages, products, say};
+use crate::{Chores, demo, lab, names, packages, products, say};
 
 /// Names containerd 2 to tests.
 pub const NEWER_CONTAINERD_VARIABLE: &str = "KATA_TEST_NEWER_CONTAINERD";
@@ -44,6 +44,7 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
 pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
     let products = products::build_with_tests(products::STOCK_KERNEL)?;
     let services = products::build_services_image(&products, products::STOCK_KERNEL)?;
+    names::check(&products.nameless())?;
     Ok(vec![
         ("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux")),
         ("KATA_TEST_PROGRAMS", products.dir),
