@@ -9,7 +9,7 @@
 //! where nothing at all comes, what the guest's console says.
 
 mod error;
-mod image;
+pub(crate) mod image;
 
 use std::io;
 use std::net::Shutdown;

@@ -16,11 +16,15 @@ use std::path::{Path, PathBuf};
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::Disk;
 use kata_hypervisor::process::{Record, RecordError};
-use kata_image::manifest::{Manifest, ManifestError, capability};
+use kata_image::manifest::{Manifest, ManifestError, Need, capability};
 use kata_initdata::{DocumentError, ImageError, Initdata, SERIAL, write_image};
 
+use crate::boot::image;
 use crate::error::ErrorKind;
 
+/// What asks for it, as users write it.
+const ASKED_BY: &str =
+    "hypervisor.qemu.initdata (annotation io.katacontainers.config.hypervisor.cc_init_data)";
 /// Name of the disk's file in the pod's directory.
 const FILE: &str = "initdata.img";
 
@@ -33,19 +37,9 @@ pub enum InitdataError {
          `kata-ctl initdata create` makes one that is"
     )]
     Document(#[from] DocumentError),
-    /// It cannot be known whether the guest would read it.
-    #[error("the guest image cannot be used")]
+    /// The guest would not read it, or that cannot be known.
+    #[error(transparent)]
     Image(#[from] ManifestError),
-    /// The guest would not read it.
-    #[error(
-        "the guest image {path} lacks the capability {capability:?}, which hypervisor.qemu.initdata (annotation \
-         io.katacontainers.config.hypervisor.cc_init_data) asks for: images that `kata-ctl image build --flavour services` makes have it",
-        path = .path.display(), capability = capability::INITDATA
-    )]
-    Lacking {
-        /// The image's directory.
-        path: PathBuf,
-    },
     /// Its disk cannot be made.
     #[error("cannot make the disk {path}", path = .path.display())]
     Disk {
@@ -64,7 +58,7 @@ impl InitdataError {
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
             Self::Document(_) => ErrorKind::InvalidArgument,
-            Self::Lacking { .. } => ErrorKind::Unimplemented,
+            Self::Image(ManifestError::Lacks { .. }) => ErrorKind::Unimplemented,
             Self::Image(_) | Self::Disk { .. } | Self::Record(_) => ErrorKind::Internal,
         }
     }
@@ -126,8 +120,7 @@ fn write(document: &Initdata, path: &Path) -> Result<(), ImageError> {
 
 /// Refuses an image whose guests do not read initdata. Of a root that the configuration names nobody knows.
 fn check_image(config: &Config, artefacts: &Artefacts) -> Result<(), InitdataError> {
-    let qemu = &config.hypervisor.qemu;
-    let dir = artefacts.guest_image.as_deref().filter(|_| qemu.initrd.is_none() && qemu.image.is_none());
+    let dir = artefacts.guest_image.as_deref().filter(|_| !image::is_own_root(config, artefacts));
     let Some(dir) = dir else {
         tracing::warn!(
             "whether the guest reads its initdata is not known: its root is the configuration's own (hypervisor.qemu.image, \
@@ -135,9 +128,5 @@ fn check_image(config: &Config, artefacts: &Artefacts) -> Result<(), InitdataErr
         );
         return Ok(());
     };
-    if Manifest::load(dir)?.has(capability::INITDATA) {
-        Ok(())
-    } else {
-        Err(InitdataError::Lacking { path: dir.to_owned() })
-    }
+    Ok(Manifest::load(dir)?.require(Need::new(capability::INITDATA, ASKED_BY))?)
 }

@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 pub use volume::Volume;
 
-/// Capabilities of a container's processes.
-const CAPABILITIES: [&str; 14] = [
+/// Capabilities of a container's processes where nothing is said: those that container runtimes give.
+pub const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",

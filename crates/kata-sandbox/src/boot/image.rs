@@ -7,7 +7,7 @@
 //! ```
 
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kata_config::{Artefacts, Config, ExtensionImage, MachineType, Tee};
 use kata_hypervisor::{Confidential, ConfidentialKind, Disk, DiskLimits, Machine, Nic, Size, VmSpec};
@@ -48,16 +48,13 @@ impl Guest {
         let manifest = artefacts.guest_image.as_deref().map(Manifest::load).transpose()?;
         let manifest = manifest.as_ref();
         let kernel = qemu.kernel.clone().or_else(|| manifest.map(Manifest::kernel_path));
-        // A directory was found to be a guest image already.
-        let own_image = qemu.image.clone().filter(|image| artefacts.guest_image.as_ref() != Some(image));
-        let own_root = qemu.initrd.is_some() || own_image.is_some();
-        let of_image = manifest.filter(|_| !own_root);
+        let of_image = manifest.filter(|_| !is_own_root(config, artefacts));
         let disk = of_image.and_then(|manifest| manifest.image.as_ref());
         let initrd = qemu.initrd.clone().or_else(|| of_image.and_then(Manifest::initrd_path));
         let mut guest = Self {
             kernel: kernel.ok_or(BootError::NoImage("kernel"))?,
             initrd,
-            image: own_image,
+            image: own_image(config, artefacts).map(Path::to_owned),
             disks: Vec::new(),
             disk_params: Vec::new(),
             root_type: disk.map(|disk| disk.fstype.clone()),
@@ -169,6 +166,17 @@ impl Guest {
         params.extend(qemu.kernel_params.iter().cloned());
         params
     }
+}
+
+/// Whether the root is files that the configuration names itself, for which no manifest speaks.
+pub(crate) fn is_own_root(config: &Config, artefacts: &Artefacts) -> bool {
+    config.hypervisor.qemu.initrd.is_some() || own_image(config, artefacts).is_some()
+}
+
+/// A root disk of the configuration's own; a directory was found to be a guest image already.
+fn own_image<'a>(config: &'a Config, artefacts: &Artefacts) -> Option<&'a Path> {
+    let image = config.hypervisor.qemu.image.as_deref();
+    image.filter(|image| artefacts.guest_image.as_deref() != Some(image))
 }
 
 /// What a confidential machine of a configuration is started with, as far as it is measured.

@@ -3,23 +3,7 @@
 use oci_spec::runtime::{Capability, Spec};
 use serde::Serialize;
 
-/// Capabilities that container runtimes give where nothing is said.
-const CAPABILITIES: [&str; 14] = [
-    "CAP_AUDIT_WRITE",
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_MKNOD",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_RAW",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYS_CHROOT",
-];
+use crate::bundle::CAPABILITIES;
 
 /// Where container runtimes mount something without being asked.
 const MOUNTS: [&str; 14] = [
