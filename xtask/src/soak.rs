@@ -36,6 +36,6 @@ pub fn run(soak: &Soak) -> Chores {
     let numbers = [soak.time.as_secs(), soak.rounds, seed, soak.pods];
     let mut command = std::process::Command::new(program);
     command.args(numbers.map(|number| number.to_string())).envs(variables);
-    suite::newer_programs(&mut command);
+    command.envs(suite::newer_programs());
     shell::run(&mut command)
 }

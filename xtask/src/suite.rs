@@ -15,11 +15,7 @@ pub const NEWER_CONTAINERD_VARIABLE: &str = "KATA_TEST_NEWER_CONTAINERD";
 /// Runs the test suite, and at the end of all of it the lab's; with `unit`, without booting machines.
 pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
-    let mut nextest = cargo();
-    nextest.args(["nextest", "run", "--workspace", "--cargo-profile", Profile::Quick.name()]);
-    nextest.args(products::TESTED_FEATURES);
-    let profile = if unit { "unit" } else { "default" };
-    nextest.args(["--profile", profile]);
+    let mut environment = Vec::new();
     if !unit {
         // One waits for the network, the other for the processors.
         let (debian, prepared) = std::thread::scope(|scope| {
@@ -27,17 +23,32 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
             let prepared = prepare();
             (debian.join(), prepared)
         });
-        nextest.envs(prepared?);
+        environment.extend(prepared?);
         debian.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         lab::make(&file_server())?;
-        nextest.env("KATA_TEST_FILE_SERVER", file_server());
-        newer_programs(&mut nextest);
+        environment.push(("KATA_TEST_FILE_SERVER", file_server()));
+        environment.extend(newer_programs());
     }
     say("running the tests");
+    run_profile(if unit { "unit" } else { "default" }, &environment, filter)?;
+    if unit || !filter.is_empty() {
+        return Ok(());
+    }
+    say("running some of them with pods in guests of the services image");
+    environment.push(("KATA_TEST_GUEST", "services".into()));
+    run_profile("services", &environment, filter)?;
+    lab::test()
+}
+
+/// Runs what a profile of the runner chooses.
+fn run_profile(profile: &str, environment: &[(&str, PathBuf)], filter: &[String]) -> Chores {
+    let mut nextest = cargo();
+    nextest.args(["nextest", "run", "--workspace", "--cargo-profile", Profile::Quick.name()]);
+    nextest.args(products::TESTED_FEATURES).args(["--profile", profile]);
+    nextest.envs(environment.iter().map(|(name, value)| (name, value)));
     let outcome = shell::run(nextest.args(filter));
     tell_report(profile)?;
-    outcome.and_then(|()| nothing_left())?;
-    if unit || !filter.is_empty() { Ok(()) } else { lab::test() }
+    outcome.and_then(|()| nothing_left())
 }
 
 /// Builds what tests that boot machines are given, and answers the variables that say where it is.
@@ -60,18 +71,20 @@ pub fn file_server() -> PathBuf {
     Products::built(Profile::Quick).program("kata-virtiofsd")
 }
 
-/// Tells a command where newer programs than the host's are, as far as they can be had.
-pub fn newer_programs(command: &mut Command) {
+/// Where newer programs than the host's are, as far as they can be had.
+pub fn newer_programs() -> Vec<(&'static str, PathBuf)> {
+    let mut found = Vec::new();
     for (variable, unpacked) in [
         ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
         (NEWER_CONTAINERD_VARIABLE, NEWER_CONTAINERD),
         ("KATA_TEST_DOCKERD", NEWER_DOCKER),
     ] {
         match unpacked.program() {
-            Ok(program) => drop(command.env(variable, program)),
+            Ok(program) => found.push((variable, program)),
             Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
         }
     }
+    found
 }
 
 /// Where the runner reports what it did under a profile.

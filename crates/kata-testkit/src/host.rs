@@ -47,15 +47,18 @@ impl Host {
         self.configure_at(&self.config(), text);
     }
 
-    /// The same in another file. `KATA_TEST_HYPERVISOR` names the driver where the test does not.
+    /// The same in another file. `KATA_TEST_HYPERVISOR` names the driver and `KATA_TEST_GUEST` the image where the test does not.
     pub fn configure_at(&self, path: &Path, text: &str) {
-        let mut ids = format!("[runtime]\nuid_range = \"{}-{}\"\n", self.ids.start, self.ids.end - 1);
-        let named = std::env::var_os("KATA_TEST_HYPERVISOR").is_some() && !text.contains("hypervisor_name");
-        if named {
-            ids.push_str(&format!("hypervisor_name = \"{}\"\n", Driver::under_test().name()));
+        let driver = Driver::under_test().name();
+        let mut runtime = format!("uid_range = \"{}-{}\"\n", self.ids.start, self.ids.end - 1);
+        if std::env::var_os("KATA_TEST_HYPERVISOR").is_some() && !text.contains("hypervisor_name") {
+            runtime.push_str(&format!("hypervisor_name = \"{driver}\"\n"));
         }
-        let text =
-            if text.contains("[runtime]") { text.replacen("[runtime]\n", &ids, 1) } else { ids + text };
+        let mut text = with_keys(text, "runtime", &runtime);
+        if let Some(image) = guest_under_test().filter(|_| !text.contains("image = ")) {
+            let key = format!("image = \"{}\"\n", image.display());
+            text = with_keys(&text, &format!("hypervisor.{driver}"), &key);
+        }
         std::fs::write(path, text).unwrap();
     }
 
@@ -212,4 +215,24 @@ pub fn stdout(output: &Output) -> String {
 /// Standard error as text.
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Puts keys into a table of a configuration that may or may not have it.
+fn with_keys(text: &str, table: &str, keys: &str) -> String {
+    let header = format!("[{table}]\n");
+    if text.contains(&header) {
+        text.replacen(&header, &(header.clone() + keys), 1)
+    } else {
+        format!("{header}{keys}{text}")
+    }
+}
+
+/// The guest image of pods for which their test names none: `KATA_TEST_GUEST` is `services`, or not there for the one that was
+/// built with the programs.
+fn guest_under_test() -> Option<PathBuf> {
+    match std::env::var("KATA_TEST_GUEST").as_deref() {
+        Ok("services") => Some(std::env::var_os("KATA_TEST_SERVICES").unwrap().into()),
+        Ok(other) => panic!("KATA_TEST_GUEST is {other:?}, and not services"),
+        Err(_) => None,
+    }
 }
