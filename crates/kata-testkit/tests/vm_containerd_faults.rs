@@ -180,23 +180,24 @@ fn stopped_owner_is_cleaned_up_after_within_containerds_bound(rig: &mut Containe
     if !rig.has_machines() {
         return;
     }
-    rig.detached(&[], "box", "exec sleep 1000");
+    // A name that no other test has: pods of one name have one cgroup, and this one is to be alone in it.
+    rig.detached(&[], "hangs", "exec sleep 1000");
     let owners = rig.host().pids_of("containerd-shim");
     assert_eq!(owners.len(), 1, "{owners:?}");
     send(owners[0], Signal::STOP);
     // As containerd calls it: in the bundle, which it gives 5 s.
-    let bundle = rig.bundle("box");
+    let bundle = rig.bundle("hangs");
     let mut delete = std::process::Command::new(rig.host().program("containerd-shim-kata-v2"));
     rig.host().enter(&mut delete);
     delete.args(["-namespace", "default", "-address"]).arg(rig.socket());
-    delete.args(["-id", "box", "-bundle"]).arg(&bundle).arg("delete").current_dir(&bundle);
+    delete.args(["-id", "hangs", "-bundle"]).arg(&bundle).arg("delete").current_dir(&bundle);
     let begin = std::time::Instant::now();
     let output = delete.output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
-    wait_for("the task to be gone", NOTICED, || rig.status("box").is_none().then_some(()));
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}: {}", begin.elapsed(), stderr(&output));
+    wait_for("the task to be gone", NOTICED, || rig.status("hangs").is_none().then_some(()));
     nothing_of_a_pod(rig);
-    rig.ok(["container", "rm", "box"]);
+    rig.ok(["container", "rm", "hangs"]);
 }
 
 fn cancelled_create_leaves_nothing(rig: &mut Containerd) {

@@ -37,14 +37,7 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
         samples: Samples::new(samples),
         budget,
     };
-    let copies = copies(bench)?;
     Ok(vec![
-        row(
-            "built-in VMM: start from a template ÷ start without, `kata-ctl run` to first byte",
-            "",
-            copies,
-            Some(0.25),
-        ),
         row("built-in VMM: bare boot ÷ QEMU microvm's", "", ratios, Some(0.8)),
         row("built-in VMM: bare boot to an init that resets", "ms", ours, None),
         row("QEMU microvm: the same", "ms", qemus, None),
@@ -52,30 +45,6 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
         row("built-in VMM: `kata-ctl run` to first byte", "ms", starts, None),
         row("built-in VMM: private memory beyond the guest's", "MiB", vec![private(bench)?], Some(5.0)),
     ])
-}
-
-/// What a pod's start from a template takes of a start without, each of them one after the other.
-fn copies(bench: &Bench) -> Chores<Vec<f64>> {
-    let dir = std::env::temp_dir().join(format!("{POD}-{}", std::process::id()));
-    let path = format!("hypervisor.qemu.factory.template_path={}", dir.display());
-    let factory = |verb: &str| {
-        let memory = "hypervisor.qemu.default_memory=256";
-        let words = ["factory", verb, "--hypervisor", "builtin", "--set", memory, "--set", path.as_str()];
-        shell::run(bench.ctl(&words).stdout(Stdio::null()))
-    };
-    factory("init")?;
-    let enable = "hypervisor.qemu.factory.enable_template=true";
-    let with = ["--hypervisor", "builtin", "--set", enable, "--set", path.as_str()];
-    let measured = (0..=bench.runs).map(|_| {
-        let cold = first_byte(bench, &["--hypervisor", "builtin"])?;
-        Ok(first_byte(bench, &with)? / cold)
-    });
-    let ratios: Chores<Vec<f64>> = measured.collect();
-    // Also of a measurement that failed nothing is left.
-    factory("destroy")?;
-    std::fs::remove_dir_all(&dir).map_err(at("remove", &dir))?;
-    // The first was to warm the page cache.
-    Ok(ratios?.split_off(1))
 }
 
 /// Seconds from exec of the VMM to its end.

@@ -14,7 +14,9 @@ mod cri;
 mod exec;
 mod memory;
 mod plot;
+mod services;
 mod table;
+mod template;
 mod transfer;
 
 use std::path::Path;
@@ -112,6 +114,8 @@ pub fn run_in_lab(runs: usize) -> Chores {
     let mut rows = starts(&bench, &[1])?;
     say("the built-in VMM, beside QEMU's microvm");
     rows.extend(builtin::measure(&bench)?);
+    say("copies of one machine");
+    rows.extend(template::measure(&bench)?);
     for driver in ["qemu", "builtin"] {
         say(&format!("network with {driver}, beside runc"));
         rows.extend(beside_runc::NETWORK.measure_on(&bench, Some(driver))?);
@@ -133,7 +137,10 @@ fn starts(bench: &Bench, parallel: &[usize]) -> Chores<Vec<Row>> {
 pub fn run(runs: usize, kernel: &str, dry_run: bool) -> Chores {
     prepare(kernel)?;
     let bench = bench(runs, Accelerator::Tcg)?;
+    products::build_services_image(&bench.products, kernel)?;
     let mut rows = starts(&bench, &[1, 5, 10])?;
+    say("the services image, beside the lean one");
+    rows.extend(services::measure(&bench)?);
     say("exec");
     rows.extend(exec::measure(&bench)?);
     say("memory");

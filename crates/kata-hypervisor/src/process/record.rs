@@ -20,8 +20,9 @@ use thiserror::Error;
 
 use super::identity;
 
-/// How long a cgroup may still be in use by processes that have ended.
-const EMPTY_BOUND: Duration = Duration::from_secs(5);
+/// How long cgroups may still be in use by processes that have ended: all those of a record, for whoever cleans up after an owner
+/// that hangs has 5 s for everything.
+const EMPTY_BOUND: Duration = Duration::from_secs(2);
 /// Between two looks whether it is.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// How long a killed process may take to be gone. Only one that hangs in the kernel takes long.
@@ -166,13 +167,16 @@ impl Record {
                 done.mounts += tally(take_down(path), "mount", path, &mut left);
             }
         }
+        let deadline = Instant::now() + EMPTY_BOUND;
         for entry in entries.iter().rev() {
             match entry {
                 Entry::Dir { path } => done.paths += tally(remove_dir(path), "directory", path, &mut left),
                 Entry::File { path } => {
                     done.paths += tally(remove(fs::remove_file(path)), "file", path, &mut left)
                 }
-                Entry::Cgroup { path } => done.paths += tally(remove_cgroup(path), "cgroup", path, &mut left),
+                Entry::Cgroup { path } => {
+                    done.paths += tally(remove_cgroup(path, deadline), "cgroup", path, &mut left)
+                }
                 Entry::Process { .. } | Entry::Mount { .. } => {}
             }
         }
@@ -190,8 +194,7 @@ impl Record {
 
 /// A killed process keeps its cgroup until it is gone, and what it had started a moment longer. Where others have a cgroup
 /// below, or do not go, it is theirs now: the last one removes it.
-fn remove_cgroup(path: &Path) -> io::Result<bool> {
-    let deadline = Instant::now() + EMPTY_BOUND;
+fn remove_cgroup(path: &Path, deadline: Instant) -> io::Result<bool> {
     loop {
         match remove(fs::remove_dir(path)) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {

@@ -380,3 +380,34 @@ fn record_survives_a_line_that_was_cut_off() {
     assert_eq!(Record::release(&record).unwrap().paths, 1);
     assert!(!file.exists());
 }
+
+#[test]
+fn cgroups_that_others_are_in_are_left_to_them_within_one_bound() {
+    let hierarchies = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].map(Path::new);
+    let Some(hierarchy) = hierarchies.into_iter().find(|dir| dir.join("cgroup.procs").exists()) else {
+        eprintln!("skipped: there are no cgroups");
+        return;
+    };
+    if !is_root("making cgroups") {
+        return;
+    }
+    let place = place();
+    let others = [1, 2, 3].map(|number| {
+        let cgroup = hierarchy.join(format!("kata-record-{}-{number}", std::process::id()));
+        place.record.cgroup(&cgroup).unwrap();
+        fs::create_dir(&cgroup).unwrap();
+        let other = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        fs::write(cgroup.join("cgroup.procs"), other.id().to_string()).unwrap();
+        (cgroup, other)
+    });
+    let begin = Instant::now();
+    let released = Record::release(place.record.path());
+    let took = begin.elapsed();
+    for (cgroup, mut other) in others {
+        other.kill().unwrap();
+        other.wait().unwrap();
+        fs::remove_dir(cgroup).unwrap();
+    }
+    assert_eq!(released.unwrap(), Released::default());
+    assert!(took < Duration::from_millis(2500), "{took:?}");
+}

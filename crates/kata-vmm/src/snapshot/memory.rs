@@ -171,8 +171,14 @@ pub fn load(file: &File, memory: &Memory) -> Result<(), SnapshotError> {
     let mut offset = 0;
     for region in memory.iter().filter(|region| is_ram(region)) {
         let base = region.start_addr().0;
+        let own = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0);
         each(file, offset..offset + region.len(), |at, bytes| {
-            let copied = memory.write_slice(bytes, GuestAddress(base + (at - offset)));
+            let within = at - offset;
+            // Without the fault of each page that writing to a mapping takes. Files of huge pages cannot be written to.
+            if own.is_some_and(|own| own.file().write_all_at(bytes, own.start() + within).is_ok()) {
+                return Ok(());
+            }
+            let copied = memory.write_slice(bytes, GuestAddress(base + within));
             copied.map_err(|e| failed("memory", "copied")(std::io::Error::other(e)))
         })?;
         offset += region.len();
