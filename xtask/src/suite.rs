@@ -20,6 +20,7 @@ pub fn run(unit: bool, filter: &[String]) -> Chores {
     nextest.args(products::TESTED_FEATURES);
     let profile = if unit { "unit" } else { "default" };
     nextest.args(["--profile", profile]);
+    program_if_there(&mut nextest, "KATA_SEV_SNP_MEASURE", packages::sev_snp_measure());
     if !unit {
         // One waits for the network, the other for the processors.
         let (debian, prepared) = std::thread::scope(|scope| {
@@ -67,10 +68,15 @@ pub fn newer_programs(command: &mut Command) {
         (NEWER_CONTAINERD_VARIABLE, NEWER_CONTAINERD),
         ("KATA_TEST_DOCKERD", NEWER_DOCKER),
     ] {
-        match unpacked.program() {
-            Ok(program) => drop(command.env(variable, program)),
-            Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
-        }
+        program_if_there(command, variable, unpacked.program());
+    }
+}
+
+/// Names a program to a command's tests, or says why they will have to do without.
+fn program_if_there(command: &mut Command, variable: &str, program: Chores<PathBuf>) {
+    match program {
+        Ok(program) => drop(command.env(variable, program)),
+        Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
     }
 }
 
