@@ -338,8 +338,9 @@ fn section_of_a_driver_opens_nothing_to_the_pod_that_chooses_it() {
 
 #[test]
 fn fault_in_the_section_of_the_chosen_driver_is_told_once() {
-    let etc = Etc::with("[hypervisor.clh]\npath = \"clh\"\n[runtime]\nhypervisor_name = \"clh\"\n");
-    assert_eq!(faults(&etc, &[]).len(), 1);
+    let etc = Etc::with("[hypervisor.clh]\nkernel_params = 'a=\"b'\n[runtime]\nhypervisor_name = \"clh\"\n");
+    let told = faults(&etc, &[]);
+    assert!(told.len() == 1 && told[0].contains(":2: hypervisor.clh.kernel_params: "), "{told:?}");
 }
 
 #[test]
