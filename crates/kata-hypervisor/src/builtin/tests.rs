@@ -1,5 +1,7 @@
 //! The driver against a peer at its socket, and against programs that are no VMM.
 
+mod faults;
+
 use std::io;
 use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
