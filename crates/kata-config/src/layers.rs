@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
+use crate::annotations::{self, Opened};
 use crate::deprecation::{Deprecation, Fit, Policy, Registered, Stage, Surface};
 use crate::error::{ConfigError, ConfigErrors, Fault, Note, Origin, Remark};
 use crate::keys::{self, Key, Place};
-use crate::{Config, Runtime, annotations, text};
+use crate::{Config, Runtime, text};
 
 mod confidential;
 
@@ -211,6 +212,25 @@ impl Layers {
     }
 
     pub(crate) fn read(sources: &Sources, registered: Registered) -> Self {
+        let mut layers = Self::of_administrator(sources, registered);
+        layers.chosen_driver();
+        let opened = Opened::by(&layers.config.hypervisor.qemu);
+        let own = layers.config.runtime.hypervisor_name;
+        annotations::apply(&mut layers, &opened, &sources.annotations);
+        let chosen = layers.config.runtime.hypervisor_name;
+        if chosen == own {
+            return layers;
+        }
+        // The pod chose another driver: nothing of the section that was read may stay.
+        let mut layers = Self::of_administrator(sources, registered);
+        layers.config.runtime.hypervisor_name = chosen;
+        layers.chosen_driver();
+        annotations::apply(&mut layers, &opened, &sources.annotations);
+        layers
+    }
+
+    /// All layers but the annotations; no driver's own section is read yet.
+    fn of_administrator(sources: &Sources, registered: Registered) -> Self {
         let mut layers = Self::new(registered);
         match sources.base() {
             Some(file) => layers.base(&file),
@@ -222,8 +242,6 @@ impl Layers {
         for assignment in &sources.overrides {
             layers.assign(assignment);
         }
-        layers.chosen_driver();
-        annotations::apply(&mut layers, &sources.annotations);
         layers
     }
 
@@ -415,7 +433,11 @@ impl Layers {
                 Ok(standing) => {
                     self.entries.entry(path).and_modify(|entry| entry.standing = standing);
                 }
-                Err(fault) => self.fault(written.origin, &path, fault),
+                Err(fault) => {
+                    // It is told once, however often sections are read.
+                    self.entries.remove(&path);
+                    self.fault(written.origin, &path, fault);
+                }
             }
         }
     }

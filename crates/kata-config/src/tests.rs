@@ -33,6 +33,15 @@ impl Etc {
     fn load(&self, overrides: &[&str]) -> Result<Config, ConfigErrors> {
         load(&self.path("configuration.toml"), overrides)
     }
+
+    /// For a pod with these annotations, each without what all their names begin with.
+    fn load_for(&self, annotations: &[(&str, &str)]) -> Result<Config, ConfigErrors> {
+        let full =
+            |(name, value): &(&str, &str)| (format!("{}{name}", crate::keys::PREFIX), (*value).to_owned());
+        let annotations = annotations.iter().map(full).collect();
+        let file = Some(self.path("configuration.toml"));
+        Config::load(&Sources { file, annotations, ..Sources::default() })
+    }
 }
 
 fn load(file: &Path, overrides: &[&str]) -> Result<Config, ConfigErrors> {
@@ -292,13 +301,46 @@ fn annotation_wins_over_the_section_of_the_driver_that_another_one_chooses() {
         "[hypervisor.qemu]\nenable_annotations = [\"default_memory\", \"runtime.hypervisor_name\"]\n\
          [hypervisor.clh]\ndefault_memory = 1024\nmemory_slots = 3\n",
     );
-    let annotations = [("hypervisor.default_memory", "333"), ("runtime.hypervisor_name", "clh")];
-    let annotations = annotations
-        .map(|(name, value)| (format!("io.katacontainers.config.{name}"), value.to_owned()))
-        .into();
-    let file = Some(etc.path("configuration.toml"));
-    let config = Config::load(&Sources { file, annotations, ..Sources::default() }).unwrap();
+    let pod = [("hypervisor.default_memory", "333"), ("runtime.hypervisor_name", "clh")];
+    let config = etc.load_for(&pod).unwrap();
     assert_eq!((config.hypervisor.qemu.default_memory, config.hypervisor.qemu.memory_slots), (333, 3));
+}
+
+#[test]
+fn section_of_the_driver_that_an_annotation_chooses_is_the_only_one_that_is_read() {
+    let etc = Etc::with(
+        "[runtime]\nhypervisor_name = \"clh\"\n\
+         [hypervisor.qemu]\nenable_annotations = [\"runtime.hypervisor_name\"]\ndefault_memory = 512\ndefault_vcpus = 2\n\
+         [hypervisor.clh]\npath = \"/opt/clh\"\ndefault_memory = 1024\nenable_iommu = true\n\
+         [hypervisor.fc]\npath = \"/opt/fc\"\ndefault_vcpus = 3\n",
+    );
+    let chosen = |driver| etc.load_for(&[("runtime.hypervisor_name", driver)]);
+    let hypervisor = chosen("fc").unwrap().hypervisor;
+    assert_eq!((hypervisor.qemu.default_memory, hypervisor.qemu.default_vcpus), (512, 3.0));
+    assert_eq!(hypervisor.firecracker.path, Some("/opt/fc".into()));
+    assert_eq!(hypervisor.cloud_hypervisor.path, None);
+    let hypervisor = chosen("qemu").unwrap().hypervisor;
+    assert_eq!((hypervisor.qemu.default_memory, hypervisor.qemu.default_vcpus), (512, 2.0));
+    let refused = chosen("clh").unwrap_err().to_string();
+    assert!(refused.contains("hypervisor.clh.enable_iommu: not carried out"), "{refused}");
+}
+
+#[test]
+fn section_of_a_driver_opens_nothing_to_the_pod_that_chooses_it() {
+    let etc = Etc::with(
+        "[hypervisor.qemu]\nenable_annotations = [\"runtime.hypervisor_name\"]\n\
+         [hypervisor.fc]\nenable_annotations = [\".*\"]\n",
+    );
+    let pod = [("runtime.hypervisor_name", "fc"), ("hypervisor.default_memory", "512")];
+    let refused = etc.load_for(&pod).unwrap_err().to_string();
+    assert!(refused.contains("hypervisor.qemu.default_memory: pods may not set it"), "{refused}");
+}
+
+#[test]
+fn fault_in_the_section_of_the_chosen_driver_is_told_once() {
+    let etc = Etc::with("[hypervisor.clh]\nkernel_params = 'a=\"b'\n[runtime]\nhypervisor_name = \"clh\"\n");
+    let told = faults(&etc, &[]);
+    assert!(told.len() == 1 && told[0].contains(":2: hypervisor.clh.kernel_params: "), "{told:?}");
 }
 
 #[test]

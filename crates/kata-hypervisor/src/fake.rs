@@ -28,8 +28,8 @@ use crate::process::{Exit, Record, Tail};
 use crate::qemu::qmp::QmpError;
 use crate::slots::{self, Slots};
 use crate::vm::{
-    Capabilities, Disk, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Template, Vm,
-    VmExit, VmSpec,
+    Capabilities, Device, Disk, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Template,
+    Vm, VmExit, VmSpec, no_host_devices,
 };
 use crate::vsock::{self, CONNECT_LINE_LIMIT};
 
@@ -63,13 +63,6 @@ struct Script {
     callback: Option<Callback>,
 }
 
-/// What was added to a running machine.
-#[derive(Debug)]
-enum Device {
-    Disk(Disk),
-    Nic(Nic),
-}
-
 /// A [`Vm`] whose guest is the test. Clones are handles to the same machine: keep one, give the other away.
 #[derive(Clone)]
 pub struct FakeVm(Arc<Machine>);
@@ -77,6 +70,7 @@ pub struct FakeVm(Arc<Machine>);
 struct Machine {
     script: Mutex<Script>,
     spec: Mutex<Option<VmSpec>>,
+    /// What was added while it ran.
     devices: Mutex<Slots<Device>>,
     /// What it was brought to, beyond its specification.
     size: Mutex<Option<Size>>,
@@ -205,7 +199,7 @@ impl FakeVm {
         let devices = lock(&self.0.devices);
         let disks = devices.iter().filter_map(|(_, device)| match device {
             Device::Disk(disk) => Some(disk.clone()),
-            Device::Nic(_) => None,
+            Device::Nic(_) | Device::Host(_) => None,
         });
         disks.collect()
     }
@@ -353,17 +347,21 @@ impl Vm for FakeVm {
         written.map_err(|source| HypervisorError::File { what: "snapshot", path: PathBuf::new(), source })
     }
 
-    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
-        self.pluggable("adding a disk", "device_add")?;
-        self.plug(&disk.id.clone(), Device::Disk(disk))
-    }
-
-    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
-        self.pluggable("adding a network interface", "device_add")?;
-        if let Some(reason) = nic.fault() {
-            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError> {
+        match &device {
+            Device::Disk(disk) => {
+                self.pluggable("adding a disk", "device_add")?;
+                self.plug(&disk.id.clone(), device)
+            }
+            Device::Nic(nic) => {
+                self.pluggable("adding a network interface", "device_add")?;
+                if let Some(reason) = nic.fault() {
+                    return Err(HypervisorError::InvalidDevice { id: nic.id.clone(), reason });
+                }
+                self.plug(&nic.id.clone(), device)
+            }
+            Device::Host(_) => Err(no_host_devices("the fake machine monitor")),
         }
-        self.plug(&nic.id.clone(), Device::Nic(nic))
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {

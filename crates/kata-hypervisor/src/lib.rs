@@ -41,7 +41,7 @@ pub use host_devices::{HostDevice, HostDeviceError};
 pub use qemu::qmp::QmpError;
 pub use rest::ApiError;
 pub use vm::{
-    Accelerator, Backing, Capabilities, Confidential, ConfidentialKind, Disk, DiskLimits, Growth,
+    Accelerator, Backing, Capabilities, Confidential, ConfidentialKind, Device, Disk, DiskLimits, Growth,
     HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo, SharedFs, Size, Template, Vm,
     VmExit, VmSpec,
 };

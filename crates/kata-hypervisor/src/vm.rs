@@ -112,6 +112,35 @@ pub(crate) fn serial(id: &str) -> String {
     id.chars().take(SERIAL_LIMIT).collect()
 }
 
+/// What can be added to a machine while it runs.
+#[derive(Debug)]
+pub enum Device {
+    /// A disk.
+    Disk(Disk),
+    /// A network interface.
+    Nic(Nic),
+    /// A PCI device of the host. All memory that the guest can have is taken from the host then, and stays taken.
+    Host(HostDevice),
+}
+
+impl From<Disk> for Device {
+    fn from(disk: Disk) -> Self {
+        Self::Disk(disk)
+    }
+}
+
+impl From<Nic> for Device {
+    fn from(nic: Nic) -> Self {
+        Self::Nic(nic)
+    }
+}
+
+impl From<HostDevice> for Device {
+    fn from(device: HostDevice) -> Self {
+        Self::Host(device)
+    }
+}
+
 /// What each disk of a machine may move, the disk that it boots from included: both directions together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskLimits {
@@ -256,7 +285,7 @@ impl VmSpec {
     pub(crate) fn check_own_devices(&self, driver: &str) -> Result<(), HypervisorError> {
         match self.host_devices.is_empty() {
             true => Ok(()),
-            false => Err(HypervisorError::unsupported(HOST_DEVICES, driver, BUILTIN_HAS)),
+            false => Err(no_host_devices(driver)),
         }
     }
 
@@ -373,8 +402,11 @@ pub struct Layout {
     pub vcpu_threads: Vec<u32>,
 }
 
-/// What only one driver does.
-const HOST_DEVICES: &str = "giving a guest a device of the host";
+/// That a `driver` does not do what only one does.
+pub(crate) fn no_host_devices(driver: &str) -> HypervisorError {
+    HypervisorError::unsupported("giving a guest a device of the host", driver, BUILTIN_HAS)
+}
+
 /// What to do where a driver cannot do what that one can.
 const BUILTIN_HAS: &str = "set runtime.hypervisor_name to \"builtin\"";
 
@@ -517,19 +549,9 @@ pub trait Vm: Send + Sync {
         ))
     }
 
-    /// Adds a disk to the running machine, and answers where the guest finds it. The guest may take a moment to notice.
+    /// Adds a device to the running machine, and answers where the guest finds it. The guest may take a moment to notice.
     /// On an error the machine is as it was; a future dropped half way leaves a device that [`Vm::remove_device`] takes away.
-    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError>;
-
-    /// Adds a network interface to the running machine, in all else like [`Vm::add_disk`].
-    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError>;
-
-    /// Gives the running machine a PCI device of the host, in all else like [`Vm::add_disk`]. All memory that the guest can have is
-    /// taken from the host then, and stays taken.
-    async fn add_host_device(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
-        drop(device);
-        Err(HypervisorError::unsupported(HOST_DEVICES, "this virtual machine monitor", BUILTIN_HAS))
-    }
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError>;
 
     /// Takes a device away that was added, once the guest has let go of it. After an error it can be tried again.
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError>;

@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use kata_hypervisor::fake::FakeVm;
 use kata_hypervisor::process::Record;
 use kata_hypervisor::{
-    Capabilities, Disk, HypervisorError, Nic, Origin, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
+    Capabilities, Device, HypervisorError, Nic, Origin, PciPath, ProcessInfo, Vm, VmExit, VmSpec,
 };
 use kata_sandbox::{ErrorKind, Event, NetworkSpec, Sandbox, SandboxError, Stdio};
 use kata_testkit::netns::Netns;
@@ -139,11 +139,11 @@ impl Vm for Slotted {
         self.vm.resume().await
     }
 
-    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
-        self.vm.add_disk(disk).await
-    }
-
-    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError> {
+        let nic = match device {
+            Device::Nic(nic) => nic,
+            other => return self.vm.add_device(other).await,
+        };
         let (operation, driver) = ("add a network interface", "fake".to_owned());
         let nics = self.nics.as_ref().ok_or(HypervisorError::Unsupported { operation, driver })?;
         nics.lock().unwrap().push(nic);

@@ -79,6 +79,8 @@ pub struct Container {
     pub shared: Vec<PathBuf>,
     /// What is sealed for it.
     pub secrets: Arc<Secrets>,
+    /// Whose turn it is to remove it: what two would give back at once, another container may already have.
+    pub removal: Arc<tokio::sync::Mutex<()>>,
     /// Further processes by exec id, oldest first. `None` is one in the making.
     execs: Mutex<Vec<(String, Option<Arc<Process>>)>>,
 }
@@ -94,7 +96,14 @@ impl Container {
     /// A container with its init only.
     #[must_use]
     pub fn new(init: Process, mounts: Vec<PathBuf>, shared: Vec<PathBuf>, secrets: Arc<Secrets>) -> Self {
-        Self { init: Arc::new(init), mounts, shared, secrets, execs: Mutex::default() }
+        Self {
+            init: Arc::new(init),
+            mounts,
+            shared,
+            secrets,
+            removal: Arc::default(),
+            execs: Mutex::default(),
+        }
     }
 
     fn execs(&self) -> MutexGuard<'_, Vec<(String, Option<Arc<Process>>)>> {
@@ -197,6 +206,8 @@ pub struct Agent {
     pub settings: Settings,
     /// Rung when the sandbox was destroyed: the agent's work is done.
     pub done: Notify,
+    /// Whether the sandbox was destroyed, or is being: nothing is made any more.
+    over: AtomicBool,
     sandbox: Mutex<Option<Sandbox>>,
     containers: Mutex<Containers>,
     oom_kills: (mpsc::Sender<String>, tokio::sync::Mutex<mpsc::Receiver<String>>),
@@ -232,10 +243,29 @@ impl Agent {
             modules,
             settings,
             done: Notify::new(),
+            over: AtomicBool::new(false),
             sandbox: Mutex::default(),
             containers: Mutex::default(),
             oom_kills: (sender, tokio::sync::Mutex::new(receiver)),
         }
+    }
+
+    /// From now on nothing is made: the sandbox goes, and the guest with it.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::SeqCst);
+    }
+
+    /// That the sandbox was not destroyed.
+    ///
+    /// # Errors
+    /// [`RpcError::State`].
+    pub fn check_not_over(&self) -> Result<(), RpcError> {
+        if self.over.load(Ordering::SeqCst) {
+            return Err(RpcError::State(
+                "the sandbox was destroyed, and nothing is made after it".to_owned(),
+            ));
+        }
+        Ok(())
     }
 
     /// The sandbox, if there is one.
@@ -278,9 +308,10 @@ impl Agent {
     /// Takes the id for a container in the making, until [`insert`](Self::insert) or [`forget`](Self::forget).
     ///
     /// # Errors
-    /// [`RpcError::Exists`].
+    /// [`RpcError::Exists`]; [`RpcError::State`] once the sandbox goes.
     pub fn reserve(&self, id: &str) -> Result<(), RpcError> {
         let mut containers = self.containers();
+        self.check_not_over()?;
         if containers.contains_key(id) {
             return Err(RpcError::Exists(format!("container {id:?}")));
         }
@@ -307,6 +338,17 @@ impl Agent {
             Some(Some(container)) => Ok(container.clone()),
             Some(None) => Err(RpcError::State(format!("container {id:?} is being created"))),
             None => Err(RpcError::NoContainer(id.to_owned())),
+        }
+    }
+
+    /// That the container of this id is still the one that was looked up: it may be gone by now, and another have its id.
+    ///
+    /// # Errors
+    /// [`RpcError::NoContainer`].
+    pub fn confirm(&self, id: &str, container: &Arc<Container>) -> Result<(), RpcError> {
+        match self.containers().get(id) {
+            Some(Some(present)) if Arc::ptr_eq(present, container) => Ok(()),
+            _ => Err(RpcError::NoContainer(id.to_owned())),
         }
     }
 

@@ -257,17 +257,24 @@ pub async fn start(agent: &Agent, id: &str) -> Result<(), RpcError> {
 pub async fn remove(agent: &Arc<Agent>, request: &RemoveContainerRequest) -> Result<(), RpcError> {
     let id = &request.container_id;
     let container = agent.container(id)?;
-    let delete = agent.engine.delete(id);
-    if request.timeout == 0 {
-        delete.await?;
+    let delete = async {
+        // Whoever asks a second time waits for the first, and finds nothing.
+        let turn = container.removal.clone().lock_owned().await;
+        agent.confirm(id, &container)?;
+        agent.engine.delete(id).await?;
+        Ok::<_, RpcError>(turn)
+    };
+    let turn = if request.timeout == 0 {
+        delete.await?
     } else {
         let limit = Duration::from_secs(request.timeout.into());
         let late =
             |_| RpcError::TimedOut(format!("container {id:?} is not gone after {} s", request.timeout));
-        tokio::time::timeout(limit, delete).await.map_err(late)??;
-    }
+        tokio::time::timeout(limit, delete).await.map_err(late)??
+    };
     let (agent, id) = (agent.clone(), id.clone());
     aside::whole(format!("removing container {id:?}"), async move {
+        let _turn = turn;
         release_shared(&agent, container.shared.clone()).await;
         let removed = agent.storages.remove(container.mounts.clone()).await;
         agent.forget(&id);

@@ -42,6 +42,8 @@ pub async fn exec(
         let terminal = process.terminal().unwrap_or(false);
         let (io, stdio) =
             stdio::prepare(&agent.streams, ports, withheld, terminal, agent.settings.pipe_size).await?;
+        // The host decides how long its streams took.
+        agent.confirm(&id, &container)?;
         let Spawned { pid, terminal } = agent.engine.exec(&id, &process, io).await?;
         let exit = agent.reaper.register(pid);
         tracing::info!(container = id, exec, pid = pid.as_raw_nonzero().get(), "process started");

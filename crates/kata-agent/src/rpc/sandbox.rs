@@ -20,10 +20,11 @@ const REMOVE_WITHIN: u32 = 10;
 /// Sets up what containers rely on: name, name servers, modules, namespaces, storages.
 ///
 /// # Errors
-/// A second sandbox, an unsupported part, or the step that failed. Nothing stays mounted then.
+/// A second sandbox, also after the first was destroyed, an unsupported part, or the step that failed. Nothing stays mounted then.
 pub async fn create(agent: &Arc<Agent>, request: CreateSandboxRequest) -> Result<(), RpcError> {
     {
         let mut sandbox = agent.sandbox();
+        agent.check_not_over()?;
         if let Some(sandbox) = sandbox.as_ref() {
             return Err(RpcError::Exists(format!("sandbox {:?}", sandbox.id)));
         }
@@ -85,16 +86,21 @@ fn resolv_conf(lines: &[String]) -> String {
     })
 }
 
-/// Removes all containers and the sandbox's mounts, writes back what is dirty, and lets the agent end.
+/// Removes all containers and the sandbox's mounts, writes back what is dirty, and lets the agent end. Asked for again it does what
+/// is left.
 ///
 /// # Errors
 /// The first failure; the rest is undone all the same.
 pub async fn destroy(agent: &Arc<Agent>) -> Result<(), RpcError> {
+    agent.end();
     let mut result = Ok(());
     for container_id in agent.container_ids() {
         let request = RemoveContainerRequest { container_id, timeout: REMOVE_WITHIN, ..Default::default() };
-        let removed = container::remove(agent, &request).await;
-        result = result.and(removed);
+        match container::remove(agent, &request).await {
+            // Another request was quicker.
+            Err(RpcError::NoContainer(_)) => {}
+            removed => result = result.and(removed),
+        }
     }
     let sandbox = agent.sandbox().take();
     if let Some(sandbox) = sandbox {

@@ -20,5 +20,6 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod mounts;
+mod replay;
 mod rights;
 mod terminal;

@@ -6,6 +6,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 
 /// A machine to run containers on: an engine, its reaper, a bundle.
 pub struct World {
-    pub engine: NativeEngine,
+    pub engine: Arc<NativeEngine>,
     pub reaper: Reaper,
     pub bundle: tempfile::TempDir,
     pub cgroup_root: PathBuf,
@@ -58,14 +59,14 @@ fn cgroup_root() -> Option<PathBuf> {
 }
 
 /// Runs `test` in a world of its own, or says why not.
-pub fn with_world<F: Future<Output = ()>>(test: impl FnOnce(std::sync::Arc<World>) -> F) {
+pub fn with_world<F: Future<Output = ()>>(test: impl FnOnce(Arc<World>) -> F) {
     if let Some(reason) = obstacle() {
         eprintln!("skipped: {reason}");
         return;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let world = std::sync::Arc::new(World::new());
+        let world = Arc::new(World::new());
         let reaping = tokio::spawn(world.reaper.clone().run());
         tokio::time::timeout(Duration::from_secs(60), test(world.clone())).await.expect("the test hangs");
         world.assert_nothing_left().await;
@@ -86,7 +87,7 @@ impl World {
         busybox_root(&bundle.path().join("rootfs"));
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         World {
-            engine: NativeEngine::new(layout, reaper.clone()).unwrap(),
+            engine: Arc::new(NativeEngine::new(layout, reaper.clone()).unwrap()),
             reaper,
             bundle,
             cgroup_root,

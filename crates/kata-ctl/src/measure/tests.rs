@@ -146,7 +146,9 @@ fn other_program() -> Option<PathBuf> {
 #[test]
 fn digest_is_compared_with_that_of_another_program() {
     let Some(program) = other_program() else {
-        println!("skipped: no sev-snp-measure here (PyPI: sev-snp-measure; KATA_SEV_SNP_MEASURE names one)");
+        kata_testkit::skip(
+            "no sev-snp-measure: `make test` fetches it from PyPI, or KATA_SEV_SNP_MEASURE names one",
+        );
         return;
     };
     let dir = tempfile::tempdir().unwrap();

@@ -88,11 +88,14 @@ struct Connection {
     last: u64,
     /// It was not answered yet: the VMM takes nothing more until then.
     outstanding: bool,
+    /// What was read of an answer: whoever gives up in the middle of one leaves this to the next.
+    line: Vec<u8>,
 }
 
 impl Client {
     pub(super) fn new(stream: UnixStream) -> Self {
-        Self(Arc::new(Mutex::new(Connection { stream: BufReader::new(stream), last: 0, outstanding: false })))
+        let stream = BufReader::new(stream);
+        Self(Arc::new(Mutex::new(Connection { stream, last: 0, outstanding: false, line: Vec::new() })))
     }
 
     /// Has a command carried out. A caller that gives up does not disturb the exchange, which goes on without it.
@@ -151,10 +154,11 @@ impl Connection {
     async fn answer(&mut self, command: &'static str) -> Result<Reply, BuiltinError> {
         let failed = |source| BuiltinError::Socket { command, source };
         loop {
-            let mut line = Vec::new();
-            let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
-            let read = (&mut self.stream).take(limit).read_until(b'\n', &mut line).await.map_err(failed)?;
-            if read == 0 {
+            let room = u64::try_from(MAX_LINE.saturating_sub(self.line.len())).unwrap_or(u64::MAX);
+            (&mut self.stream).take(room).read_until(b'\n', &mut self.line).await.map_err(failed)?;
+            let line = std::mem::take(&mut self.line);
+            // What was cut off by the end is no answer.
+            if !line.ends_with(b"\n") && line.len() < MAX_LINE {
                 return Err(BuiltinError::Closed { command });
             }
             let said = || String::from_utf8_lossy(&line).chars().take(200).collect();

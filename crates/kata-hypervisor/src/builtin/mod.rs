@@ -33,8 +33,8 @@ use crate::host_devices::{Groups, HostDevice, HostDeviceError};
 use crate::life::{SETTLE, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn, capture};
 use crate::vm::{
-    Capabilities, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size,
-    Template, Vm, VmExit, VmSpec,
+    Capabilities, Device, Disk, DiskLimits, Growth, HypervisorError, Layout, Nic, Origin, PciPath,
+    ProcessInfo, Size, Template, Vm, VmExit, VmSpec,
 };
 use crate::vsock;
 
@@ -256,6 +256,31 @@ impl BuiltinVm {
         set.map(drop).map_err(|errno| HostDeviceError::Limit { bytes, source: errno.into() })
     }
 
+    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
+        const OPERATION: &str = "adding a disk";
+        self.vmm.control(OPERATION)?;
+        let limits = self.disk_limits.get().copied().unwrap_or_default();
+        let (spec, descriptors) = spec::disk(&disk, limits)?;
+        self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors, COMMAND_BOUND).await
+    }
+
+    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
+        const OPERATION: &str = "adding a network interface";
+        self.vmm.control(OPERATION)?;
+        if let Some(reason) = nic.fault() {
+            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+        }
+        let id = nic.id.clone();
+        let (spec, descriptors) = spec::nic(nic)?;
+        self.plug(OPERATION, id, Command::AddNic(spec), descriptors, COMMAND_BOUND).await
+    }
+
+    async fn add_host_device(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
+        let vmm = self.vmm.control(HOST_DEVICE)?;
+        self.allow_pinning(&vmm.child)?;
+        self.hand_over(device).await
+    }
+
     /// Opens what belongs to a device of the host, and gives it to the machine.
     async fn hand_over(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
         let ready = self.groups.open(&device)?;
@@ -330,29 +355,12 @@ impl Vm for BuiltinVm {
         self.command("a snapshot", command, descriptors, SNAPSHOT_BOUND).await.map(drop)
     }
 
-    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
-        const OPERATION: &str = "adding a disk";
-        self.vmm.control(OPERATION)?;
-        let limits = self.disk_limits.get().copied().unwrap_or_default();
-        let (spec, descriptors) = spec::disk(&disk, limits)?;
-        self.plug(OPERATION, disk.id, Command::AddDisk(spec), descriptors, COMMAND_BOUND).await
-    }
-
-    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
-        const OPERATION: &str = "adding a network interface";
-        self.vmm.control(OPERATION)?;
-        if let Some(reason) = nic.fault() {
-            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError> {
+        match device {
+            Device::Disk(disk) => self.add_disk(disk).await,
+            Device::Nic(nic) => self.add_nic(nic).await,
+            Device::Host(device) => self.add_host_device(device).await,
         }
-        let id = nic.id.clone();
-        let (spec, descriptors) = spec::nic(nic)?;
-        self.plug(OPERATION, id, Command::AddNic(spec), descriptors, COMMAND_BOUND).await
-    }
-
-    async fn add_host_device(&self, device: HostDevice) -> Result<PciPath, HypervisorError> {
-        let vmm = self.vmm.control(HOST_DEVICE)?;
-        self.allow_pinning(&vmm.child)?;
-        self.hand_over(device).await
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {

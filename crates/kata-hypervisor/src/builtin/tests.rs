@@ -1,5 +1,7 @@
 //! The driver against a peer at its socket, and against programs that are no VMM.
 
+mod faults;
+
 use std::io;
 use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt;
@@ -227,7 +229,7 @@ async fn device_is_found_by_the_number_of_its_slot() {
     let slot = |id| format!("{{\"id\":{id},\"done\":{{\"slot\":17}}}}\n").into_bytes();
     let server = tokio::task::spawn_blocking(move || serve(&peer, slot));
     let disk = Disk { id: "data".to_owned(), path: bench.dir.path().join("image"), readonly: true };
-    assert_eq!(vm.add_disk(disk).await.unwrap(), PciPath("11".to_owned()));
+    assert_eq!(vm.add_device(disk.into()).await.unwrap(), PciPath("11".to_owned()));
     let (command, descriptors) = server.await.unwrap();
     assert!(matches!(command, Command::AddDisk(disk)
         if disk.readonly && disk.id == "data" && disk.requests_per_second == Some(50)));

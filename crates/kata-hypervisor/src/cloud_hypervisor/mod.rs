@@ -32,8 +32,8 @@ use crate::life::Vmm;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, capture};
 use crate::rest::{Address, ApiError, Named, Room, vcpu_threads};
 use crate::vm::{
-    Capabilities, Disk, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Vm, VmExit,
-    VmSpec, serial,
+    Capabilities, Device, Disk, Growth, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Vm,
+    VmExit, VmSpec, no_host_devices, serial,
 };
 
 const DRIVER: &str = "Cloud Hypervisor";
@@ -163,6 +163,34 @@ impl CloudHypervisorVm {
             api.add_net(&interface(&nic), nic.queues).await?;
         }
         api.boot().await
+    }
+
+    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
+        let api = self.vmm.control("adding a disk")?;
+        let mut devices = self.devices.lock().await;
+        devices.is_free(&disk.id)?;
+        let Some(room) = &devices.room else {
+            return Err(HypervisorError::WrongState { operation: "adding a disk", state: "is not started" });
+        };
+        let named = room.name(&disk)?;
+        let config = raw_disk(disk.id.clone(), named.path.display().to_string(), disk.readonly);
+        // Before it is done: a caller that gives up half way must not make it forgotten.
+        devices.added.insert(disk.id.clone(), Some(named));
+        let added = api.add_disk(&config).await;
+        devices.settle(&api, &disk.id, added).await
+    }
+
+    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
+        let api = self.vmm.control("adding a network interface")?;
+        if let Some(reason) = nic.fault() {
+            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+        }
+        check_vhost(&nic)?;
+        let mut devices = self.devices.lock().await;
+        devices.is_free(&nic.id)?;
+        devices.added.insert(nic.id.clone(), None);
+        let added = api.add_net(&interface(&nic), nic.queues).await;
+        devices.settle(&api, &nic.id, added).await
     }
 }
 
@@ -340,32 +368,12 @@ impl Vm for CloudHypervisorVm {
         Ok(self.vmm.control("resume")?.resume().await?)
     }
 
-    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
-        let api = self.vmm.control("adding a disk")?;
-        let mut devices = self.devices.lock().await;
-        devices.is_free(&disk.id)?;
-        let Some(room) = &devices.room else {
-            return Err(HypervisorError::WrongState { operation: "adding a disk", state: "is not started" });
-        };
-        let named = room.name(&disk)?;
-        let config = raw_disk(disk.id.clone(), named.path.display().to_string(), disk.readonly);
-        // Before it is done: a caller that gives up half way must not make it forgotten.
-        devices.added.insert(disk.id.clone(), Some(named));
-        let added = api.add_disk(&config).await;
-        devices.settle(&api, &disk.id, added).await
-    }
-
-    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
-        let api = self.vmm.control("adding a network interface")?;
-        if let Some(reason) = nic.fault() {
-            return Err(HypervisorError::InvalidDevice { id: nic.id, reason });
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError> {
+        match device {
+            Device::Disk(disk) => self.add_disk(disk).await,
+            Device::Nic(nic) => self.add_nic(nic).await,
+            Device::Host(_) => Err(no_host_devices(DRIVER)),
         }
-        check_vhost(&nic)?;
-        let mut devices = self.devices.lock().await;
-        devices.is_free(&nic.id)?;
-        devices.added.insert(nic.id.clone(), None);
-        let added = api.add_net(&interface(&nic), nic.queues).await;
-        devices.settle(&api, &nic.id, added).await
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {

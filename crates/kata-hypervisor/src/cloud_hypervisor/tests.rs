@@ -204,21 +204,21 @@ async fn devices_are_added_found_and_removed_once_the_guest_has_let_go() {
     fs::set_permissions(bench.path("image"), fs::Permissions::from_mode(0o644)).unwrap();
     let disk =
         Disk { id: "disk-with-a-name-of-30-letters".to_owned(), path: bench.path("image"), readonly: true };
-    assert_eq!(vm.add_disk(disk.clone()).await.unwrap(), PciPath("06".to_owned()));
+    assert_eq!(vm.add_device(disk.clone().into()).await.unwrap(), PciPath("06".to_owned()));
     let added = server.seen().pop().unwrap().body;
     assert_eq!((&added["serial"], &added["image_type"]), (&json!("disk-with-a-name-of-"), &json!("Raw")));
-    assert!(matches!(vm.add_disk(disk.clone()).await, Err(HypervisorError::DeviceExists { .. })));
+    assert!(matches!(vm.add_device(disk.clone().into()).await, Err(HypervisorError::DeviceExists { .. })));
 
     let tap = OwnedFd::from(fs::File::open("/dev/null").unwrap());
     let nic = Nic { id: "eth1".to_owned(), mac: [2; 6], mtu: 1500, queues: vec![tap], vhost: Vec::new() };
-    assert_eq!(vm.add_nic(nic).await.unwrap(), PciPath("07".to_owned()));
+    assert_eq!(vm.add_device(nic.into()).await.unwrap(), PciPath("07".to_owned()));
     assert_eq!(server.seen().pop().unwrap().fds, 1);
 
     vm.remove_device(&disk.id).await.unwrap();
     let asked = server.lines().iter().filter(|line| line.ends_with("vm.info")).count();
     assert_eq!(asked, 3, "the guest was waited for");
     assert!(matches!(vm.remove_device(&disk.id).await, Err(HypervisorError::UnknownDevice { .. })));
-    assert_eq!(vm.add_disk(disk).await.unwrap(), PciPath("07".to_owned()));
+    assert_eq!(vm.add_device(disk.into()).await.unwrap(), PciPath("07".to_owned()));
 }
 
 #[tokio::test]
@@ -227,7 +227,7 @@ async fn disk_that_the_vmms_user_may_not_open_is_refused_and_a_block_device_gets
     let (vm, server, _) = started(&bench, bench.spec()).await;
     fs::set_permissions(bench.path("image"), fs::Permissions::from_mode(0o644)).unwrap();
     let disk = Disk { id: "disk".to_owned(), path: bench.path("image"), readonly: false };
-    let text = whole(&vm.add_disk(disk.clone()).await.unwrap_err());
+    let text = whole(&vm.add_device(disk.clone().into()).await.unwrap_err());
     assert!(text.contains("its user 65534 may not"), "{text}");
 
     let device = fs::read_dir("/dev").unwrap().filter_map(Result::ok).map(|entry| entry.path());
@@ -237,7 +237,7 @@ async fn disk_that_the_vmms_user_may_not_open_is_refused_and_a_block_device_gets
         eprintln!("skipped: the host has no block device in /dev");
         return;
     };
-    vm.add_disk(Disk { path: device.clone(), readonly: true, ..disk }).await.unwrap();
+    vm.add_device(Disk { path: device.clone(), readonly: true, ..disk }.into()).await.unwrap();
     let node = PathBuf::from(server.seen().pop().unwrap().body["path"].as_str().unwrap());
     let (made, theirs) = (fs::metadata(&node).unwrap(), fs::metadata(&device).unwrap());
     assert_eq!((made.rdev(), made.uid(), made.gid()), (theirs.rdev(), 0, 65_534));
@@ -284,7 +284,7 @@ async fn paused_machine_goes_on_and_a_refusal_is_told_with_its_causes() {
          The VM could not resume: it is not paused"
     );
     let disk = Disk { id: "disk".to_owned(), path: bench.path("image"), readonly: true };
-    let error = vm.add_disk(disk).await.unwrap_err();
+    let error = vm.add_device(disk.into()).await.unwrap_err();
     assert!(matches!(error, HypervisorError::Place { .. }), "{error}");
     assert_eq!(server.lines().iter().filter(|line| line.contains("pause")).count(), 1);
     let error = vm.boot(bench.spec(), &bench.record).await.unwrap_err();

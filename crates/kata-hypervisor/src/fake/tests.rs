@@ -146,9 +146,9 @@ fn disk(id: &str) -> Disk {
 async fn devices_get_the_first_free_slot_and_are_known_until_they_are_removed() {
     let place = Place::new();
     let vm = FakeVm::new();
-    assert!(matches!(vm.add_disk(disk("a")).await.unwrap_err(), HypervisorError::WrongState { .. }));
+    assert!(matches!(vm.add_device(disk("a").into()).await.unwrap_err(), HypervisorError::WrongState { .. }));
     vm.boot(place.spec(), &place.record).await.unwrap();
-    assert_eq!(vm.add_disk(disk("a")).await.unwrap().0, "10/01");
+    assert_eq!(vm.add_device(disk("a").into()).await.unwrap().0, "10/01");
     let nic = Nic {
         id: "eth0".to_owned(),
         mac: [2; 6],
@@ -156,12 +156,12 @@ async fn devices_get_the_first_free_slot_and_are_known_until_they_are_removed() 
         queues: vec![tempfile::tempfile().unwrap().into()],
         vhost: Vec::new(),
     };
-    assert_eq!(vm.add_nic(nic).await.unwrap().0, "10/02");
+    assert_eq!(vm.add_device(nic.into()).await.unwrap().0, "10/02");
     assert_eq!(vm.with_nic("eth0", |nic| nic.mtu), Some(1400));
     assert_eq!((vm.device_ids(), vm.disks()), (vec!["a".to_owned(), "eth0".to_owned()], vec![disk("a")]));
 
     vm.remove_device("a").await.unwrap();
-    assert_eq!(vm.add_disk(disk("b")).await.unwrap().0, "10/01");
+    assert_eq!(vm.add_device(disk("b").into()).await.unwrap().0, "10/01");
     let error = vm.remove_device("a").await.unwrap_err();
     assert!(matches!(error, HypervisorError::UnknownDevice { id } if id == "a"));
 }
@@ -171,9 +171,11 @@ async fn plugging_fails_as_told_and_leaves_everything_as_it_was() {
     let place = Place::new();
     let vm = FakeVm::new();
     vm.boot(place.spec(), &place.record).await.unwrap();
-    vm.add_disk(disk("a")).await.unwrap();
+    vm.add_device(disk("a").into()).await.unwrap();
     let vm = vm.plugging_fails("the bus is on fire");
-    for error in [vm.add_disk(disk("b")).await.unwrap_err(), vm.remove_device("a").await.unwrap_err()] {
+    for error in
+        [vm.add_device(disk("b").into()).await.unwrap_err(), vm.remove_device("a").await.unwrap_err()]
+    {
         let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         assert!(cause.contains("the bus is on fire"), "{error}: {cause}");
     }

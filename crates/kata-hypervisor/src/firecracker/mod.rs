@@ -30,7 +30,8 @@ use crate::life::{CONSOLE_LIMIT, Vmm};
 use crate::process::{Child, Namespaces, Record, Spawn};
 use crate::rest::{Address, ApiError, Room, vcpu_threads};
 use crate::vm::{
-    Capabilities, Disk, HypervisorError, Layout, Nic, Origin, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+    Capabilities, Device, HypervisorError, Layout, Origin, PciPath, ProcessInfo, Size, Vm, VmExit, VmSpec,
+    no_host_devices,
 };
 
 const DRIVER: &str = "Firecracker";
@@ -241,12 +242,12 @@ impl Vm for FirecrackerVm {
         Ok(self.vmm.control("resume")?.resume().await?)
     }
 
-    async fn add_disk(&self, _disk: Disk) -> Result<PciPath, HypervisorError> {
-        self.refuse("adding a disk")
-    }
-
-    async fn add_nic(&self, _nic: Nic) -> Result<PciPath, HypervisorError> {
-        self.refuse("adding a network interface")
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError> {
+        match device {
+            Device::Disk(_) => self.refuse("adding a disk"),
+            Device::Nic(_) => self.refuse("adding a network interface"),
+            Device::Host(_) => Err(no_host_devices(DRIVER)),
+        }
     }
 
     async fn remove_device(&self, _id: &str) -> Result<(), HypervisorError> {

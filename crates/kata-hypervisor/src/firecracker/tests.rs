@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::rest::fake::{Bench, Interface, Seen, Server, pid_of, signal};
-use crate::vm::{Backing, Growth, SharedFs};
+use crate::vm::{Backing, Disk, Growth, Nic, SharedFs};
 
 fn running(seen: &Seen) -> (u16, Value) {
     match seen.line.as_str() {
@@ -126,7 +126,7 @@ async fn running_machine_takes_no_devices_and_stays_as_large_as_it_is() {
     outcome.unwrap();
     let requests = server.seen().len();
     let disk = Disk { id: "disk".to_owned(), path: bench.path("image"), readonly: true };
-    assert!(matches!(vm.add_disk(disk).await, Err(HypervisorError::Unsupported { .. })));
+    assert!(matches!(vm.add_device(disk.into()).await, Err(HypervisorError::Unsupported { .. })));
     assert!(matches!(vm.remove_device("disk").await, Err(HypervisorError::Unsupported { .. })));
     let size = Size { vcpus: 1, memory_mib: 256 };
     assert_eq!(vm.resize(size).await.unwrap().size, size);

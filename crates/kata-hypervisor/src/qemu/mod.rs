@@ -38,11 +38,13 @@ use crate::files::{BootFiles, socket_pair, with_device};
 use crate::life::Life;
 use crate::process::{Child, Identity, Namespaces, Record, Spawn, SpawnError, capture};
 use crate::vm::{
-    Accelerator, Capabilities, Disk, HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo,
-    Size, Vm, VmExit, VmSpec,
+    Accelerator, Capabilities, Device, HypervisorError, Layout, Machine, Nic, Origin, PciPath, ProcessInfo,
+    Size, Vm, VmExit, VmSpec, no_host_devices,
 };
 use crate::vsock::Sockets;
 
+/// What this driver calls itself in errors.
+const DRIVER: &str = "QEMU's driver";
 /// From QEMU's start to its greeting. It takes some 50 ms, and seconds on a host that swaps.
 const GREETING_BOUND: Duration = Duration::from_secs(30);
 /// For one command of the control protocol.
@@ -264,14 +266,18 @@ impl Vm for QemuVm {
         self.command("resume", "cont").await
     }
 
-    async fn add_disk(&self, disk: Disk) -> Result<PciPath, HypervisorError> {
-        let qmp = self.hotplug_control("adding a disk")?;
-        self.0.plugged.lock().await.add_disk(&qmp, &disk).await
-    }
-
-    async fn add_nic(&self, nic: Nic) -> Result<PciPath, HypervisorError> {
-        let qmp = self.hotplug_control("adding a network interface")?;
-        self.0.plugged.lock().await.add_nic(&qmp, nic).await
+    async fn add_device(&self, device: Device) -> Result<PciPath, HypervisorError> {
+        match device {
+            Device::Disk(disk) => {
+                let qmp = self.hotplug_control("adding a disk")?;
+                self.0.plugged.lock().await.add_disk(&qmp, &disk).await
+            }
+            Device::Nic(nic) => {
+                let qmp = self.hotplug_control("adding a network interface")?;
+                self.0.plugged.lock().await.add_nic(&qmp, nic).await
+            }
+            Device::Host(_) => Err(no_host_devices(DRIVER)),
+        }
     }
 
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
@@ -301,8 +307,8 @@ impl Vm for QemuVm {
 /// What makes no machine whatever the host can do.
 fn check(spec: &VmSpec) -> Result<(), HypervisorError> {
     spec.check()?;
-    spec.check_boots("QEMU's driver")?;
-    spec.check_own_devices("QEMU's driver")?;
+    spec.check_boots(DRIVER)?;
+    spec.check_own_devices(DRIVER)?;
     confidential::check(spec)?;
     match spec {
         VmSpec { machine: Machine::Microvm, growth: Some(_), .. } => Err(HypervisorError::unsupported(

@@ -154,7 +154,7 @@ impl Attachments {
         nics: Vec<Nic>,
     ) -> Result<(), NetworkError> {
         for (at, nic) in (first..).zip(nics) {
-            let plugged = vm.add_nic(nic).await;
+            let plugged = vm.add_device(nic.into()).await;
             let Some(attachment) = self.all.get_mut(at) else { continue };
             let interface = &mut attachment.endpoint.interface;
             match plugged {

@@ -55,7 +55,7 @@ pub(crate) async fn plug(vm: &dyn Vm, disk: Disk) -> Result<(OwnedFd, PciPath), 
     let claimed = blocking(move || claim(&path, readonly)).await;
     let held = claimed.unwrap_or(Err(StorageError::Interrupted))?;
     let path = disk.path.clone();
-    let added = vm.add_disk(disk).await;
+    let added = vm.add_device(disk.into()).await;
     let at = added.map_err(|source| StorageError::Attach { path, source: Box::new(source) })?;
     Ok((held, at))
 }

@@ -18,22 +18,22 @@ fn state_is_read_as_it_was_written() {
 }
 
 #[test]
-fn state_that_lost_or_changed_a_byte_is_damaged() {
+fn state_that_lost_a_byte_or_changed_a_bit_is_damaged() {
     let sealed = seal(&"anything").unwrap();
     let body = sealed.iter().position(|byte| *byte == b'\n').unwrap() + 1;
-    let changed = |at: usize| {
+    let changed = |at: usize, bit: u32| {
         let mut bytes = sealed.clone();
-        bytes[at] ^= 1;
+        bytes[at] ^= 1 << bit;
         bytes
     };
     let shorter = &sealed[..sealed.len() - 1];
     let longer = [&sealed[..], b" "].concat();
-    for bytes in [&b""[..], b"\n", b"{}\n", b"7\n", &[b'x'; 9000], shorter, &longer, &changed(body + 3)] {
+    for bytes in [&b""[..], b"\n", b"{}\n", b"7\n", &[b'x'; 9000], shorter, &longer, &changed(body + 3, 0)] {
         let refused = refusal(bytes);
         assert!(matches!(refused, SnapshotError::Damaged { file: "state", .. }), "{refused}");
         assert!(refused.is_stale());
     }
-    assert!((0..sealed.len()).all(|at| open(&changed(at)).is_err()));
+    assert!((0..sealed.len()).all(|at| (0..8).all(|bit| open(&changed(at, bit)).is_err())));
 }
 
 #[test]

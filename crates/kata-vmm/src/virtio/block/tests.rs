@@ -249,6 +249,31 @@ fn host_that_fails_is_an_io_error_and_the_disk_goes_on() {
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 31, &[(DATA, 512)], true).0, OK);
 }
 
+#[test]
+fn disk_whose_file_is_removed_goes_on_with_the_open_one() {
+    let mem = memory();
+    let mut f = Fixture::new(&mem, false);
+    std::fs::remove_file(&f.path).unwrap();
+    mem.write_slice(&[0xa5; 512], GuestAddress(DATA)).unwrap();
+    assert_eq!(f.request(VIRTIO_BLK_T_OUT, 5, &[(DATA, 512)], false).0, OK);
+    assert_eq!(f.request(VIRTIO_BLK_T_FLUSH, 0, &[], false).0, OK);
+    assert_eq!(f.sector(5), [0xa5; 512]);
+}
+
+#[test]
+fn disk_that_may_no_longer_be_written_is_an_io_error_and_is_still_read() {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    let file = File::from(memfd_create("disk", MemfdFlags::ALLOW_SEALING).unwrap());
+    file.set_len(64 * 512).unwrap();
+    let mem = memory();
+    let mut f = Fixture::new(&mem, false);
+    f.server = Server::new(config(file.try_clone().unwrap(), false)).unwrap();
+    assert_eq!(f.request(VIRTIO_BLK_T_OUT, 0, &[(DATA, 512)], false).0, OK);
+    fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+    assert_eq!(f.request(VIRTIO_BLK_T_OUT, 0, &[(DATA, 512)], false).0, IO_ERROR);
+    assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[(DATA, 512)], true).0, OK);
+}
+
 /// A file of 1 MiB on a file system of 64 KiB, or why there is none.
 fn crowded_file() -> Result<File, rustix::io::Errno> {
     use rustix::fs::{Mode, OFlags};
