@@ -72,9 +72,6 @@ impl SecureMountService for Fake {
 fn main() {
     let socket = std::env::args().nth(1).unwrap();
     let socket = Path::new(&socket);
-    fs::create_dir_all(socket.parent().unwrap()).unwrap();
-    // That of a service that was started before.
-    let _ = fs::remove_file(socket);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
