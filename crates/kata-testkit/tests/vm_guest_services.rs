@@ -150,6 +150,6 @@ fn lean_image_says_of_each_thing_that_it_lacks_what_has_it() {
     let file = rig.host().scratch("policy.rego");
     fs::write(&file, "package agent_policy\n").unwrap();
     let policy = rig.host().output(["policy", "set", "pod", file.to_str().unwrap()]);
-    refused(&policy, &["SetPolicy"]);
+    refused(&policy, &["this guest's agent does not support SetPolicy"]);
     rig.remove("pod");
 }
