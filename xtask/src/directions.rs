@@ -28,6 +28,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("kata-shim", &["kata-api", "kata-config", "kata-hypervisor", "kata-sandbox"]),
     ("kata-ctl", &["kata-api", "kata-config", "kata-image", "kata-initdata", "kata-oci", "kata-policy"]),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
+    ("fake-guest-services", &["kata-api"]),
     ("lab-init", &[]),
     ("xtask", &["kata-config", "lab-init"]),
 ];

@@ -161,6 +161,13 @@ pub fn build_bare_init() -> Chores<PathBuf> {
     Ok(guest_dir().join("examples/bare-init"))
 }
 
+/// Builds the static services of guests that tests make. They are in no image: an extension of a test's own brings them.
+pub fn build_fake_services() -> Chores<PathBuf> {
+    say("building services for the guests of tests");
+    build_guest(&["-p", "fake-guest-services", "--bin", "fake-guest-services"])?;
+    Ok(guest_dir().join("fake-guest-services"))
+}
+
 /// Builds the static init of the lab's machine.
 pub fn build_lab_init() -> Chores<PathBuf> {
     build_guest(&["--quiet", "-p", "lab-init", "--bin", "lab-init"])?;

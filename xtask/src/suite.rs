@@ -61,6 +61,7 @@ pub fn prepare() -> Chores<Vec<(&'static str, PathBuf)>> {
         ("KATA_TEST_KERNEL", products.dir.join("guest-image/vmlinux")),
         ("KATA_TEST_PROGRAMS", products.dir),
         ("KATA_TEST_SERVICES", services),
+        ("KATA_TEST_FAKE_SERVICES", products::build_fake_services()?),
         ("KATA_TEST_IMAGE", demo::busybox_image()?),
         ("KATA_TEST_INITRD", small_initrd()?),
         ("KATA_TEST_CONTAINERD", PathBuf::from("/usr/bin/containerd")),

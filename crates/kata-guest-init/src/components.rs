@@ -122,7 +122,15 @@ pub struct Directory {
 pub struct Services {
     owner: String,
     units: Vec<Unit>,
-    links: Vec<(String, String)>,
+    names: Vec<Name>,
+}
+
+/// What the agent knows a service by: its socket leads to another, and its unit is another's second name.
+#[derive(Debug)]
+struct Name {
+    service: String,
+    socket: String,
+    unit: String,
 }
 
 impl Directory {
@@ -142,13 +150,17 @@ impl Directory {
             Err(error) => return Err(ComponentsError::Plan { directory, file, source: error.into() }),
         };
         processes.iter().try_for_each(|process| self.check_program(process))?;
-        let units =
-            processes.iter().map(|process| unit(&self.owner, &self.root, process, &processes)).collect();
-        let links = processes.iter().flat_map(|process| {
-            let socket = process.socket.as_deref().unwrap_or_default();
-            process.guest_services.iter().map(|service| (service.clone(), socket.to_owned()))
-        });
-        Ok(Services { owner: self.owner.clone(), units, links: links.collect() })
+        let (mut units, mut names) = (Vec::new(), Vec::new());
+        for process in &processes {
+            let unit = unit(&self.owner, &self.root, process, &processes);
+            names.extend(process.guest_services.iter().map(|service| Name {
+                service: service.clone(),
+                socket: process.socket.clone().unwrap_or_default(),
+                unit: unit.name.clone(),
+            }));
+            units.push(unit);
+        }
+        Ok(Services { owner: self.owner.clone(), units, names })
     }
 
     fn read_manifest(&self) -> Result<Vec<u8>, ComponentsError> {
@@ -194,18 +206,18 @@ impl Directory {
     }
 }
 
-/// Writes the units of `all` and what starts them below `run` (`/run`), and the names that the agent finds their sockets by.
-/// How many units that are.
+/// Writes the units of `all` and what starts them below `run` (`/run`), and the names that the agent knows them by. How many units
+/// that are.
 ///
 /// # Errors
 /// [`ComponentsError::Twice`] before anything was written; [`ComponentsError::Write`].
 pub fn install(run: &Path, all: &[Services]) -> Result<usize, ComponentsError> {
-    let mut servers: BTreeMap<&str, (&str, &str)> = BTreeMap::new();
+    let mut servers: BTreeMap<&str, (&str, &Name)> = BTreeMap::new();
     for services in all {
-        for (service, socket) in &services.links {
-            if let Some((first, _)) = servers.insert(service, (services.owner.as_str(), socket.as_str())) {
+        for name in &services.names {
+            if let Some((first, _)) = servers.insert(&name.service, (services.owner.as_str(), name)) {
                 let (first, second) = (first.to_owned(), services.owner.clone());
-                return Err(ComponentsError::Twice { service: service.clone(), first, second });
+                return Err(ComponentsError::Twice { service: name.service.clone(), first, second });
             }
         }
     }
@@ -219,8 +231,9 @@ pub fn install(run: &Path, all: &[Services]) -> Result<usize, ComponentsError> {
         })?;
         make(&wants.join(name), |path| symlink(Path::new("..").join(name), path))?;
     }
-    for (service, (_, socket)) in servers {
-        make(&run.join(format!("guest-services/{service}.socket")), |path| symlink(socket, path))?;
+    for (service, (_, name)) in servers {
+        make(&run.join(format!("guest-services/{service}.socket")), |path| symlink(&name.socket, path))?;
+        make(&units.join(format!("{service}.service")), |path| symlink(&name.unit, path))?;
     }
     Ok(all.iter().map(|services| services.units.len()).sum())
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::Disk;
 use kata_hypervisor::process::{Record, RecordError};
-use kata_image::manifest::{Manifest, ManifestError, Need, capability};
+use kata_image::manifest::{ManifestError, Need, capability};
 use kata_initdata::{DocumentError, ImageError, Initdata, SERIAL, write_image};
 
 use crate::boot::image;
@@ -120,13 +120,12 @@ fn write(document: &Initdata, path: &Path) -> Result<(), ImageError> {
 
 /// Refuses an image whose guests do not read initdata. Of a root that the configuration names nobody knows.
 fn check_image(config: &Config, artefacts: &Artefacts) -> Result<(), InitdataError> {
-    let dir = artefacts.guest_image.as_deref().filter(|_| !image::is_own_root(config, artefacts));
-    let Some(dir) = dir else {
+    let Some(manifest) = image::manifest(config, artefacts)? else {
         tracing::warn!(
             "whether the guest reads its initdata is not known: its root is the configuration's own (hypervisor.qemu.image, \
              hypervisor.qemu.initrd), and has no manifest"
         );
         return Ok(());
     };
-    Ok(Manifest::load(dir)?.require(Need::new(capability::INITDATA, ASKED_BY))?)
+    Ok(manifest.require(Need::new(capability::INITDATA, ASKED_BY))?)
 }

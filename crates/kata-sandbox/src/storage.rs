@@ -39,6 +39,7 @@ use std::path::{Component, Path, PathBuf};
 use kata_config::direct_volume::ClaimError;
 use kata_hypervisor::process::{Record, RecordError};
 use kata_hypervisor::{DriverKind, HypervisorError};
+use kata_image::manifest::ManifestError;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use tokio::sync::watch;
@@ -154,6 +155,9 @@ pub enum StorageError {
     /// A kind of root that this version does not have.
     #[error("the snapshotter asks for a root of kind {0:?}, which is not supported; image_guest_pull is")]
     VirtualVolumeKind(String),
+    /// A guest image that cannot do what the container needs, or that cannot be read.
+    #[error(transparent)]
+    Image(#[from] ManifestError),
     /// A volume of huge pages without a bound.
     #[error(
         "{path} has no bound: the guest sets huge pages aside before they are used, so the container needs a limit of \
@@ -220,9 +224,11 @@ impl StorageError {
             | Self::NoImageName
             | Self::VirtualVolume(_)
             | Self::DirectVolume { .. } => ErrorKind::InvalidArgument,
-            Self::Device(_) | Self::NoShare(_) | Self::NoWay { .. } | Self::VirtualVolumeKind(_) => {
-                ErrorKind::Unimplemented
-            }
+            Self::Device(_)
+            | Self::NoShare(_)
+            | Self::NoWay { .. }
+            | Self::VirtualVolumeKind(_)
+            | Self::Image(ManifestError::Lacks { .. }) => ErrorKind::Unimplemented,
             Self::Busy(_) | Self::ReadOnly(_) | Self::Taken { .. } => ErrorKind::FailedPrecondition,
             Self::Killed => ErrorKind::Unavailable,
             Self::Attach { source, .. } if matches!(**source, HypervisorError::Unsupported { .. }) => {
@@ -230,6 +236,7 @@ impl StorageError {
             }
             Self::Copy { source, .. } => source.kind(),
             Self::Attach { .. }
+            | Self::Image(_)
             | Self::Mkfs { .. }
             | Self::Restless(_)
             | Self::Mount { .. }

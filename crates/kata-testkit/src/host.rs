@@ -207,6 +207,16 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
+/// That a program has failed, and said all of this.
+#[track_caller]
+pub fn refused(output: &Output, words: &[&str]) {
+    let text = stderr(output);
+    assert!(!output.status.success(), "it succeeded: {}{text}", stdout(output));
+    for word in words {
+        assert!(text.contains(word), "no `{word}` in: {text}");
+    }
+}
+
 /// Standard output as text.
 pub fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()

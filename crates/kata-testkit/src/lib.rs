@@ -11,12 +11,16 @@
 use std::path::Path;
 
 pub mod containerd;
+pub mod cosign;
 pub mod cri;
 pub mod driver;
 pub mod fake_agent;
+pub mod guest_services;
 pub mod host;
+pub mod initdata;
 pub mod leaks;
 pub mod netns;
+pub mod registry;
 
 /// The text of all crates, for tests that a table or a page names to be looked for in.
 pub fn code() -> String {

@@ -1,39 +1,25 @@
 //! Images that the guest pulls by itself, in machines of the services image, from a registry on the host's side of the network.
-//!
-//! ```text
-//!   containerd's network namespace                     the pod's      the guest
-//!   docker-registry on 10.88.0.1 (bridge kt0) ── veth ── eth0 ── tap ── eth0 10.88.0.2 ◀── kata-image-pull
-//! ```
-//!
-//! `KATA_TEST_SERVICES` names the directory of a guest image with systemd and `kata-image-pull`.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::fs::File;
-use std::net::TcpStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Output;
 
-use kata_testkit::containerd::{Containerd, IMAGE, Version};
-use kata_testkit::host::{stderr, stdout};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kata_testkit::containerd::{Containerd, Version};
+use kata_testkit::cosign::Key;
+use kata_testkit::host::{refused, stderr, stdout};
+use kata_testkit::registry::{ALIAS, PASSWORD, REGISTRY, Registry, USER};
+use kata_testkit::{guest_services, initdata};
 
-const REGISTRY: &str = "10.88.0.1:5000";
-const NAME: &str = "10.88.0.1:5000/library/busybox:latest";
-/// How the guest's service is to treat the test's registry, for the image's owner to bind to it.
-const PULL: &str = "[registries.\"10.88.0.1:5000\"]\ninsecure = true\n[signatures]\ndefault = \"accept\"\n";
+const IMAGE: &str = "library/busybox:latest";
 
 /// A new world whose pods are of the services image and pull their images; `None` (said and counted) where something is missing.
 fn rig() -> Option<Containerd> {
-    let Some(image) = std::env::var_os("KATA_TEST_SERVICES").map(PathBuf::from) else {
-        kata_testkit::skip("KATA_TEST_SERVICES does not name a guest image with services");
-        return None;
-    };
-    if Command::new("docker-registry").arg("--version").output().is_err() {
-        kata_testkit::skip("docker-registry is not installed");
-        return None;
-    }
+    let image = guest_services::image()?;
     let config = format!(
         "[hypervisor.qemu]\nimage = \"{}\"\ndefault_memory = 1024\nenable_annotations = [\"cc_init_data\"]\n\
-         [runtime]\nexperimental = [\"force_guest_pull\"]\n[agent.kata]\ncreate_container_timeout = 600\n",
+         [runtime]\nexperimental = [\"force_guest_pull\"]\n\
+         [agent.kata]\ncreate_container_timeout = 600\nenable_debug = true\n",
         image.display()
     );
     let containerd = Containerd::configured(Version::V2, "", &["unshare", "--net"])?;
@@ -41,92 +27,60 @@ fn rig() -> Option<Containerd> {
     containerd.has_machines().then_some(containerd)
 }
 
-#[track_caller]
-fn runs(command: &mut Command, words: &str) {
-    let output = command.args(words.split_whitespace()).output().unwrap();
-    assert!(output.status.success(), "{words}: {}", stderr(&output));
+/// A pod whose owner has bound `files` to it, and in it how its service is to treat the test's registry.
+struct Pod<'a> {
+    rig: &'a Containerd,
+    network: String,
+    initdata: String,
 }
 
-/// A network for pods with a registry in it, which has the image; both end with the value.
-struct World {
-    netns: PathBuf,
-    registry: Child,
-}
-
-impl World {
-    fn new(rig: &Containerd) -> Self {
-        let netns = rig.host().scratch("netns");
-        File::create(&netns).unwrap();
-        let path = netns.to_str().unwrap();
-        runs(&mut Command::new("unshare"), &format!("--net={path} true"));
-        for words in [
-            "link set lo up",
-            "link add kt0 type bridge",
-            "addr add 10.88.0.1/24 dev kt0",
-            "link set kt0 up",
-            "link add kt1 type veth peer name eth0",
-            "link set kt1 master kt0 up",
-            &format!("link set eth0 netns {path}"),
-        ] {
-            runs(&mut rig.beside("ip"), words);
-        }
-        for words in ["link set lo up", "addr add 10.88.0.2/24 dev eth0", "link set eth0 up"] {
-            runs(Command::new("nsenter").arg(format!("--net={path}")).arg("ip"), words);
-        }
-        Self { registry: Self::registry(rig), netns }
+impl<'a> Pod<'a> {
+    fn new(rig: &'a Containerd, registry: &Registry, config: &str, files: &[(&str, &str)]) -> Self {
+        let tables = [REGISTRY, ALIAS].map(|name| format!("[registries.\"{name}\"]\ninsecure = true\n"));
+        let text = format!("log_level = \"debug\"\n{config}\n{}", tables.concat());
+        let files = [&[("image-pull.toml", text.as_str())], files].concat();
+        let initdata = initdata::annotation(rig.host(), &files);
+        Self { rig, network: registry.network(), initdata }
     }
 
-    fn registry(rig: &Containerd) -> Child {
-        let (config, data) = (rig.host().scratch("registry.yml"), rig.host().scratch("registry"));
-        let text = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{REGISTRY}\"}}\n",
-            data.display()
-        );
-        std::fs::write(&config, text).unwrap();
-        let mut command = rig.beside("docker-registry");
-        let serving = command.arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
-        let registry = serving.spawn().unwrap();
-        rig.host().wait_for("the registry", || rig.on_its_host(|| TcpStream::connect(REGISTRY).ok()));
-        rig.ok(["images", "tag", IMAGE, NAME]);
-        let push = ["images", "push", "--plain-http", NAME];
-        let mut client = rig.beside(rig.client());
-        let output = client.arg("--address").arg(rig.socket()).args(push).output().unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
-        registry
+    /// The pod's own container, which has no image and pauses.
+    #[track_caller]
+    fn start(&self) {
+        let kind = "io.kubernetes.cri.container-type=sandbox";
+        let options = [&["--annotation", kind, "--annotation", &self.initdata], &self.of_pod()[..]].concat();
+        self.rig.detached(&options, "pod", "echo this is never run");
     }
 
-    /// `ctr run` of a shell script in a container whose image the guest is to pull by `name`.
-    fn sh(&self, rig: &Containerd, name: &str, id: &str, script: &str) -> Output {
-        let network = format!("network:{}", self.netns.display());
-        let image = format!("io.kubernetes.cri.image-name={name}");
-        let initdata = format!("io.katacontainers.config.hypervisor.cc_init_data={}", initdata());
-        let options = ["--with-ns", &network, "--annotation", &image, "--annotation", &initdata];
-        rig.sh(&options, id, script)
+    /// `ctr run` of a shell script in a container of the pod, whose image the guest is to pull by `name`.
+    fn sh(&self, name: &str, id: &str, script: &str) -> Output {
+        let kind = "io.kubernetes.cri.container-type=container";
+        let image = image_name(name);
+        let options = [&["--annotation", kind, "--annotation", &image], &self.of_pod()[..]].concat();
+        self.rig.sh(&options, id, script)
+    }
+
+    fn of_pod(&self) -> [&str; 4] {
+        ["--with-ns", &self.network, "--annotation", "io.kubernetes.cri.sandbox-id=pod"]
     }
 }
 
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = self.registry.kill();
-        let _ = self.registry.wait();
-        let _ = rustix::mount::unmount(&self.netns, rustix::mount::UnmountFlags::DETACH);
-    }
+fn image_name(name: &str) -> String {
+    format!("io.kubernetes.cri.image-name={name}")
 }
 
-/// base64 of gzip of a document with the service's configuration.
-fn initdata() -> String {
-    let document = format!(
-        "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"image-pull.toml\" = '''\n{PULL}'''\n"
-    );
-    let script = format!("gzip -n <<'END' | base64 -w 0\n{document}END\n");
-    stdout(&Command::new("sh").arg("-c").arg(script).output().unwrap())
-}
+/// A rule that has all images pulled.
+const ANYTHING: &str = "[signatures]\ndefault = \"accept\"\n";
 
 #[test]
 fn an_image_that_the_guest_pulls_runs_and_no_byte_of_it_is_shared() {
     let Some(rig) = rig() else { return };
-    let world = World::new(&rig);
-    let output = world.sh(&rig, NAME, "pulled", "grep ' / ' /proc/mounts; echo written > /file; cat /file");
+    let Some(registry) = Registry::open(&rig) else { return };
+    registry.push(&rig, IMAGE);
+    // A container without a pod of Kubernetes's, whose machine it starts itself.
+    let Pod { network, initdata, .. } = Pod::new(&rig, &registry, ANYTHING, &[]);
+    let name = image_name(&format!("{REGISTRY}/{IMAGE}"));
+    let options = ["--with-ns", &network, "--annotation", &initdata, "--annotation", &name];
+    let output = rig.sh(&options, "pulled", "grep ' / ' /proc/mounts; echo written > /file; cat /file");
     let text = stdout(&output);
     assert!(output.status.success(), "{text}{}", stderr(&output));
     assert!(text.contains("overlay") && text.ends_with("written\n"), "{text}");
@@ -136,32 +90,70 @@ fn an_image_that_the_guest_pulls_runs_and_no_byte_of_it_is_shared() {
 }
 
 #[test]
-fn an_image_that_the_registry_does_not_have_is_the_containers_error_in_the_services_words() {
+fn a_container_whose_image_is_not_there_or_has_no_name_says_so_and_the_pod_pauses_on() {
     let Some(rig) = rig() else { return };
-    let world = World::new(&rig);
-    let output = world.sh(&rig, "10.88.0.1:5000/library/absent:1", "absent", "true");
-    let words = stderr(&output);
-    assert!(!output.status.success());
-    assert!(words.contains("image-pull has refused (NOT_FOUND)"), "{words}");
+    let Some(registry) = Registry::open(&rig) else { return };
+    let pod = Pod::new(&rig, &registry, ANYTHING, &[]);
+    pod.start();
+    let absent = pod.sh(&format!("{REGISTRY}/library/absent:1"), "absent", "true");
+    refused(&absent, &["image-pull has refused (NOT_FOUND)", "library/absent:1"]);
+    refused(&pod.sh("", "nameless", "true"), &["io.kubernetes.cri.image-name"]);
+    assert_eq!(rig.status("pod").as_deref(), Some("RUNNING"));
+    rig.remove("pod");
 }
 
 #[test]
-fn an_image_without_a_name_is_refused_before_the_guest_is_asked() {
+fn a_registry_with_a_password_serves_who_has_it_and_no_log_has_it() {
     let Some(rig) = rig() else { return };
-    let output = rig.sh(&[], "nameless", "true");
-    assert!(stderr(&output).contains("io.kubernetes.cri.image-name"), "{}", stderr(&output));
+    let Some(registry) = Registry::with_password(&rig) else { return };
+    registry.push(&rig, IMAGE);
+    let auth = STANDARD.encode(format!("{USER}:{PASSWORD}"));
+    let file = format!(r#"{{"auths": {{"{REGISTRY}": {{"auth": "{auth}"}}}}}}"#);
+    let config = format!("auth_file = \"/run/measured-cfg/auth.json\"\n{ANYTHING}");
+    let pod = Pod::new(&rig, &registry, &config, &[("auth.json", &file)]);
+    pod.start();
+    let known = pod.sh(&format!("{REGISTRY}/{IMAGE}"), "known", "echo out");
+    assert_eq!(stdout(&known), "out\n", "{}", stderr(&known));
+    // By a name that the file has nothing for, it is the same registry.
+    let unknown = pod.sh(&format!("{ALIAS}/{IMAGE}"), "unknown", "true");
+    refused(&unknown, &["image-pull has refused (UNAUTHENTICATED)", ALIAS]);
+    let console = rig.host().output(["console", "pod"]);
+    assert!(console.status.success(), "{}", stderr(&console));
+    let told = [rig.log(), stdout(&console), stderr(&known), stderr(&unknown)].concat();
+    assert!(told.contains("the guest pulls its root"), "there is a log: {told}");
+    for secret in [PASSWORD, &auth] {
+        assert!(!told.contains(secret), "{secret} in: {told}");
+    }
+    rig.remove("pod");
 }
 
 #[test]
-fn a_pods_own_container_pauses_without_an_image() {
+fn where_the_rules_want_a_signature_only_what_the_key_has_signed_runs() {
     let Some(rig) = rig() else { return };
-    let sandbox = [
-        "--annotation",
-        "io.kubernetes.cri.container-type=sandbox",
-        "--annotation",
-        "io.kubernetes.cri.sandbox-id=own",
-    ];
-    rig.detached(&sandbox, "own", "echo this is never run");
-    assert_eq!(rig.status("own").as_deref(), Some("RUNNING"));
-    rig.remove("own");
+    let Some(registry) = Registry::open(&rig) else { return };
+    let (Some(ours), Some(theirs)) =
+        (Key::new(&rig.host().scratch("ours")), Key::new(&rig.host().scratch("theirs")))
+    else {
+        return;
+    };
+    let signed = registry.push(&rig, "team/signed:1");
+    ours.sign(&rig, &registry, "team/signed", &signed);
+    let forged = registry.push(&rig, "team/forged:1");
+    theirs.sign(&rig, &registry, "team/forged", &forged);
+    registry.push(&rig, "team/unsigned:1");
+    registry.push(&rig, "others/image:1");
+    let rules = format!(
+        "[signatures]\ndefault = \"reject\"\n\
+         [[signatures.rule]]\nscope = \"{REGISTRY}/team\"\npolicy = \"cosign\"\nkeys = [\"/run/measured-cfg/team.pub\"]\n"
+    );
+    let pod = Pod::new(&rig, &registry, &rules, &[("team.pub", &ours.public())]);
+    pod.start();
+    let sh = |image: &str, id: &str| pod.sh(&format!("{REGISTRY}/{image}"), id, "echo out");
+    let output = sh("team/signed:1", "signed");
+    assert_eq!(stdout(&output), "out\n", "{}", stderr(&output));
+    let denied = "image-pull has refused (PERMISSION_DENIED)";
+    refused(&sh("team/unsigned:1", "unsigned"), &[denied, "has no signature"]);
+    refused(&sh("team/forged:1", "forged"), &[denied, "by none of the keys"]);
+    refused(&sh("others/image:1", "others"), &[denied]);
+    rig.remove("pod");
 }

@@ -1,22 +1,17 @@
 //! Pods in guests of the services image: systemd on a verified disk, the agent as one of its services.
-//!
-//! `KATA_TEST_SERVICES` is the directory of such an image.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
+use kata_testkit::guest_services::{self, Extension};
 use kata_testkit::host::{Host, stderr, stdout};
 
 /// A world whose pods boot the services image, with that image's directory.
 fn world() -> Option<(Host, PathBuf)> {
-    let Some(image) = std::env::var_os("KATA_TEST_SERVICES") else {
-        kata_testkit::skip("KATA_TEST_SERVICES is not set: no services image was built");
-        return None;
-    };
+    let image = guest_services::image()?;
     let host = Host::new()?;
-    let image = PathBuf::from(image);
     configure(&host, &image, "");
     Some((host, image))
 }
@@ -50,12 +45,8 @@ fn says(output: &Output, words: &[&str]) {
     }
 }
 
-/// An extension with one process, a static busybox that says on the console that it runs: the image and its parameters.
-fn extension(host: &Host) -> (PathBuf, String) {
-    let (tree, file) = (host.scratch("extension"), host.scratch("extension.img"));
-    fs::create_dir_all(tree.join("bin")).unwrap();
-    fs::create_dir_all(tree.join("etc/kata-extensions")).unwrap();
-    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
+/// An extension with one process, a static busybox that says on the console that it runs.
+fn extension(host: &Host) -> Extension {
     let components = r#"
 schema_version = 1
 
@@ -65,20 +56,7 @@ level = 1
 path = "bin/busybox"
 args = ["sh", "-c", "echo '<2>the witness runs' > /dev/kmsg; exec ${extension_root}/bin/busybox sleep 100000"]
 "#;
-    fs::write(tree.join("etc/kata-extensions/components.toml"), components).unwrap();
-    let [tree_text, file_text] = [&tree, &file].map(|path| path.to_str().unwrap());
-    let output =
-        host.output(["image", "extension", "--name", "tools", "--tree", tree_text, "--output", file_text]);
-    assert!(output.status.success(), "{}", stderr(&output));
-    (file, stdout(&output).trim().to_owned())
-}
-
-fn with_extension(host: &Host, image: &Path, file: &Path, verity: &str) {
-    let table = format!(
-        "[[hypervisor.qemu.guest_extension_images]]\nname = \"tools\"\npath = \"{}\"\nverity_params = \"{verity}\"",
-        file.display()
-    );
-    configure(host, image, &table);
+    Extension::new(host, Path::new("/bin/busybox"), components)
 }
 
 #[test]
@@ -121,8 +99,7 @@ fn changed_root_disk_starts_no_pod_and_is_named() {
 #[test]
 fn extension_brings_a_service_that_runs() {
     let Some((host, image)) = world() else { return };
-    let (file, verity) = extension(&host);
-    with_extension(&host, &image, &file, &verity);
+    configure(&host, &image, &extension(&host).table());
     let output = host.output(["run", "-d", "--name", "box", &host.image(), "sleep", "1000"]);
     assert!(output.status.success(), "{}", stderr(&output));
     host.wait_for("the witness", || {
@@ -135,16 +112,16 @@ fn extension_brings_a_service_that_runs() {
 #[test]
 fn extension_that_is_not_the_measured_one_starts_no_pod_and_is_named() {
     let Some((host, image)) = world() else { return };
-    let (file, verity) = extension(&host);
-    let (_, rest) = verity.split_once(',').unwrap();
-    with_extension(&host, &image, &file, &format!("root_hash={},{rest}", "0".repeat(64)));
+    let mut extension = extension(&host);
+    let (_, rest) = extension.verity.split_once(',').unwrap();
+    extension.verity = format!("root_hash={},{rest}", "0".repeat(64));
+    configure(&host, &image, &extension.table());
     says(&host.sh(&[], "true"), &["tools"]);
 }
 
 #[test]
 fn lean_image_that_is_asked_for_an_extension_is_refused_with_the_image_that_can() {
     let Some((host, _)) = world() else { return };
-    let (file, verity) = extension(&host);
-    with_extension(&host, &host.program("guest-image"), &file, &verity);
+    configure(&host, &host.program("guest-image"), &extension(&host).table());
     says(&host.sh(&[], "true"), &["no extensions", "guest_extension_images", "--flavour services"]);
 }

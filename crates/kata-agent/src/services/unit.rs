@@ -30,6 +30,10 @@ pub(super) struct Units {
 /// What `systemctl show` tells of a unit.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct State {
+    /// Its own name: it may have been asked for by another.
+    id: String,
+    /// Number of what systemd has yet to do with it; empty where that is nothing.
+    job: String,
     load: String,
     active: String,
     sub: String,
@@ -41,6 +45,8 @@ impl State {
         let mut state = Self::default();
         for (key, value) in answer.lines().filter_map(|line| line.split_once('=')) {
             let field = match key {
+                "Id" => &mut state.id,
+                "Job" => &mut state.job,
                 "LoadState" => &mut state.load,
                 "ActiveState" => &mut state.active,
                 "SubState" => &mut state.sub,
@@ -63,9 +69,14 @@ impl Units {
         Self { booted, programs, reaper }
     }
 
-    /// Whether the service of this name is on its way up.
+    /// Whether the service of this name is on its way up, or has yet to be started.
     pub(super) async fn is_starting(&self, name: &str) -> bool {
-        self.booted.exists() && self.state(name).await.is_ok_and(|state| state.active == "activating")
+        let starts = |state: State| match state.active.as_str() {
+            "activating" => true,
+            "inactive" => !state.job.is_empty(),
+            _ => false,
+        };
+        self.booted.exists() && self.state(name).await.is_ok_and(starts)
     }
 
     /// What there is to know of the service of this name, and what to do, after a colon.
@@ -82,7 +93,8 @@ impl Units {
         if state.load == "not-found" {
             return format!("the guest image has no unit {unit}; an extension of the image may bring it");
         }
-        let State { active, sub, result, .. } = state;
+        let State { id, active, sub, result, .. } = state;
+        let unit = if id.is_empty() { unit } else { id };
         let said = match self.last_words(&unit).await {
             Ok(line) if !line.is_empty() => format!(", and the last line of its log is: {line}"),
             Ok(_) => ", and its log is empty".to_owned(),
@@ -94,7 +106,7 @@ impl Units {
     async fn state(&self, name: &str) -> io::Result<State> {
         let unit = format!("{name}.service");
         let answer = self
-            .ask("systemctl", &["show", "-p", "LoadState,ActiveState,SubState,Result", "--", &unit])
+            .ask("systemctl", &["show", "-p", "Id,Job,LoadState,ActiveState,SubState,Result", "--", &unit])
             .await?;
         Ok(State::parse(&answer))
     }
@@ -175,6 +187,27 @@ mod tests {
         assert!(units.is_starting("image-pull").await);
         let told = units.tell("image-pull").await;
         assert!(told.contains("is activating") && told.contains("keeps no log"), "{told}");
+    }
+
+    #[tokio::test]
+    async fn a_unit_that_waits_for_its_turn_is_starting_and_one_that_nobody_starts_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(
+            units(dir.path(), "echo ActiveState=inactive; echo Job=7", "").is_starting("image-pull").await
+        );
+        assert!(!units(dir.path(), "echo ActiveState=inactive", "").is_starting("image-pull").await);
+        assert!(
+            !units(dir.path(), "echo ActiveState=failed; echo Job=7", "").is_starting("image-pull").await
+        );
+    }
+
+    #[tokio::test]
+    async fn a_unit_of_another_name_is_told_by_its_own_and_so_is_its_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = "echo Id=extension-x.a.service; echo ActiveState=failed; echo SubState=failed; echo Result=exit-code";
+        let told = units(dir.path(), state, "echo the log of $8").tell("image-pull").await;
+        assert!(told.starts_with("its unit extension-x.a.service is failed"), "{told}");
+        assert!(told.ends_with("the log of extension-x.a.service"), "{told}");
     }
 
     #[tokio::test]

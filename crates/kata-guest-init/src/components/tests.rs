@@ -60,6 +60,9 @@ fn an_extension_becomes_units_that_are_started_and_sockets_that_are_found() {
     assert!(text.contains("/run/kata-extensions/coco/usr/local/bin/confidential-data-hub"), "{text}");
     let link = std::fs::read_link(run.path().join("guest-services/image-pull.socket")).unwrap();
     assert_eq!(link, Path::new("/run/confidential-containers/cdh.sock"));
+    // The agent asks for the state of what serves it by the same name.
+    let link = std::fs::read_link(run.path().join("systemd/system/image-pull.service")).unwrap();
+    assert_eq!(link, Path::new(unit));
 }
 
 #[test]

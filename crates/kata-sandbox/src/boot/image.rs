@@ -168,8 +168,14 @@ impl Guest {
     }
 }
 
+/// What the guest image can do; `None` where the root is files of the configuration's own.
+pub(crate) fn manifest(config: &Config, artefacts: &Artefacts) -> Result<Option<Manifest>, ManifestError> {
+    let dir = artefacts.guest_image.as_deref().filter(|_| !is_own_root(config, artefacts));
+    dir.map(Manifest::load).transpose()
+}
+
 /// Whether the root is files that the configuration names itself, for which no manifest speaks.
-pub(crate) fn is_own_root(config: &Config, artefacts: &Artefacts) -> bool {
+fn is_own_root(config: &Config, artefacts: &Artefacts) -> bool {
     config.hypervisor.qemu.initrd.is_some() || own_image(config, artefacts).is_some()
 }
 

@@ -67,7 +67,7 @@ pub(super) struct Wanted {
 
 /// Chooses the ways of the root and of the volumes.
 pub(super) async fn choose(
-    pod: &Pod,
+    pod: &Arc<Pod>,
     id: &ProcessId,
     root: &SharedRoot,
     guest: &GuestSpec,
@@ -75,11 +75,14 @@ pub(super) async fn choose(
 ) -> Result<Ways, SandboxError> {
     let (mounts, readonly) = (root.mounts.clone(), guest.root_readonly());
     let (volumes, ground) = (guest.volumes.clone(), Ground::new(&pod.config, &guest.spec));
-    let spec = guest.spec.clone();
+    let (pod, spec) = (pod.clone(), guest.spec.clone());
     let forced = pod.config.runtime.experimental.contains(&Feature::ForceGuestPull);
     let choose = move || -> Result<Ways, StorageError> {
         let root = match Pull::asked(&mounts, forced, spec.annotations().as_ref())? {
-            Some(pull) => Rootfs::Pull(pull),
+            Some(pull) => {
+                pull.require(&pod.config, &pod.artefacts)?;
+                Rootfs::Pull(pull)
+            }
             None => Rootfs::classify(&mounts, readonly, rootfs::find)?,
         };
         let ways = volumes.into_iter().map(|volume| {

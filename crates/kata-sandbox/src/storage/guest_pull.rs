@@ -5,23 +5,30 @@
 //! | the snapshotter | a mount of the root has the option `io.katacontainers.volume=BASE64`, JSON with `"volume_type":"image_guest_pull"` |
 //! | the configuration | `runtime.experimental = ["force_guest_pull"]`: whatever mounts the root has are not looked at |
 //!
-//! The name is in an annotation of whoever speaks CRI. The pod's own container needs no image: the agent has a pause.
+//! The name is in an annotation of whoever speaks CRI. The pod's own container needs no image: the agent has a pause. For any other,
+//! the guest image has to have a service that pulls, which its manifest says; with extensions only the guest knows.
 
 use std::collections::{BTreeMap, HashMap};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use kata_api::agent::Storage;
+use kata_config::{Artefacts, Config};
+use kata_image::manifest::{Need, capability};
 use serde::{Deserialize, Serialize};
 
 use super::StorageError;
 use super::rootfs;
+use crate::boot::image;
 use crate::pod::RootfsMount;
 
 /// The mount option of snapshotters that mean the guest.
 const OPTION: &str = "io.katacontainers.volume=";
 /// What the option calls a root that the guest pulls, and what the agent calls the driver.
 const DRIVER: &str = "image_guest_pull";
+/// What asks for it, as users find it.
+const BY_SNAPSHOTTER: &str = "a snapshotter that leaves images to the guest (io.katacontainers.volume)";
+const BY_CONFIGURATION: &str = "runtime.experimental = [\"force_guest_pull\"]";
 /// Where containerd and CRI-O write the image's name.
 pub(super) const IMAGE_NAME: [&str; 2] = ["io.kubernetes.cri.image-name", "io.kubernetes.cri-o.ImageName"];
 /// Where they write whose container it is, and what they call a pod's own.
@@ -34,6 +41,8 @@ const PAUSE: &str = "pause";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Pull {
     image: String,
+    is_pods_own: bool,
+    asked_by: &'static str,
     /// For the service that pulls.
     metadata: BTreeMap<String, String>,
 }
@@ -62,9 +71,9 @@ impl Pull {
     ) -> Result<Option<Self>, StorageError> {
         let options = mounts.iter().flat_map(|mount| &mount.options);
         let volume = options.filter_map(|option| option.strip_prefix(OPTION)).next();
-        let details = match volume {
-            Some(text) => parse(text)?,
-            None if forced => Details::default(),
+        let (details, asked_by) = match volume {
+            Some(text) => (parse(text)?, BY_SNAPSHOTTER),
+            None if forced => (Details::default(), BY_CONFIGURATION),
             None => return Ok(None),
         };
         let annotation = |keys: &[&str]| keys.iter().find_map(|key| annotations?.get(*key)).cloned();
@@ -74,7 +83,19 @@ impl Pull {
         let image = name.filter(|name| !name.is_empty()).ok_or(StorageError::NoImageName)?;
         let mut metadata = details.metadata.unwrap_or_default();
         metadata.extend(kind.map(|kind| (CONTAINER_TYPE[0].to_owned(), kind)));
-        Ok(Some(Self { image, metadata }))
+        Ok(Some(Self { image, is_pods_own, asked_by, metadata }))
+    }
+
+    /// Refuses a guest image that is known to have nothing that pulls. The agent would, too: once the machine has booted, and
+    /// without the image's name.
+    pub(crate) fn require(&self, config: &Config, artefacts: &Artefacts) -> Result<(), StorageError> {
+        if self.is_pods_own || !config.hypervisor.qemu.guest_extension_images.is_empty() {
+            return Ok(());
+        }
+        match image::manifest(config, artefacts)? {
+            Some(manifest) => Ok(manifest.require(Need::new(capability::GUEST_PULL, self.asked_by))?),
+            None => Ok(()),
+        }
     }
 
     /// The image's name.

@@ -1,20 +1,20 @@
-//! Services of a guest that need no authority: for guest images and extensions that tests make, never for others.
+//! Services of a guest that need no authority: for extensions that tests make, never for images that anybody gets.
 //!
-//! | socket | what it does |
+//! | service | what it does |
 //! |---|---|
-//! | `sealed-secrets.socket` | the plaintext of `sealed.fake.TEXT` is TEXT; anything else is `INVALID_ARGUMENT` |
-//! | `secure-mount.socket` | a volume of type `block-device` that asks for LUKS is a tmpfs with a file `OPTIONS`, which has what was asked for |
+//! | sealed secrets | the plaintext of `sealed.fake.TEXT` is TEXT; anything else is `INVALID_ARGUMENT` |
+//! | secure mount | a volume of type `block-device` that asks for LUKS is a tmpfs with a file `files/OPTIONS`, which has what was asked for; of an emptyDir, containers see `files` |
 //!
-//! `fake-guest-services [DIRECTORY]`, by default `/run/guest-services`.
+//! `fake-guest-services SOCKET` serves both on one socket, as programs for real guests do; names lead to it.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's program fails by panicking")]
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use kata_api::guest::{SERVICES_DIR, service};
 use kata_api::guest_services::{
     SecureMountRequest, SecureMountResponse, UnsealSecretRequest, UnsealSecretResponse,
 };
@@ -62,31 +62,23 @@ impl SecureMountService for Fake {
             return refuse(format!("cannot mount at {}: {error}", request.mount_point));
         }
         let text: String = options.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
-        std::fs::write(Path::new(&request.mount_point).join("OPTIONS"), text).unwrap();
+        let files = Path::new(&request.mount_point).join("files");
+        fs::create_dir(&files).unwrap();
+        fs::write(files.join("OPTIONS"), text).unwrap();
         Ok(SecureMountResponse::new())
     }
 }
 
 fn main() {
-    let dir = std::env::args().nth(1).unwrap_or_else(|| SERVICES_DIR.to_owned());
-    std::fs::create_dir_all(&dir).unwrap();
+    let socket = std::env::args().nth(1).unwrap();
+    let socket = Path::new(&socket);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let services = [
-            (service::SEALED_SECRETS, create_sealed_secret_service(Arc::new(Fake))),
-            (service::SECURE_MOUNT, create_secure_mount_service(Arc::new(Fake))),
-        ];
-        let mut servers = Vec::new();
-        for (name, service) in services {
-            let path = Path::new(&dir).join(name).with_extension("socket");
-            let _ = std::fs::remove_file(&path);
-            let server = Server::new().bind(&format!("unix://{}", path.display())).unwrap();
-            let mut server = server.register_service(service);
-            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
-            server.start().await.unwrap();
-            servers.push(server);
-        }
-        println!("ready");
+        let server = Server::new().bind(&format!("unix://{}", socket.display())).unwrap();
+        fs::set_permissions(socket, PermissionsExt::from_mode(0o600)).unwrap();
+        let server = server.register_service(create_sealed_secret_service(Arc::new(Fake)));
+        let mut server = server.register_service(create_secure_mount_service(Arc::new(Fake)));
+        server.start().await.unwrap();
         std::future::pending::<()>().await;
     });
 }
