@@ -33,6 +33,8 @@ use kata_api::agent::{
     UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
+use kata_api::evidence::{GetEvidenceRequest, GetEvidenceResponse};
+use kata_api::evidence_ttrpc::{Evidence, create_evidence};
 use kata_api::files::{RemoveRequest, RemoveResponse};
 use kata_api::files_ttrpc::{Files, create_files};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
@@ -133,7 +135,8 @@ impl FakeAgent {
             .unwrap()
             .register_service(create_agent_service(Arc::new(Service(Arc::downgrade(&agent.0)))))
             .register_service(create_health(Arc::new(Service(Arc::downgrade(&agent.0)))))
-            .register_service(create_files(Arc::new(Service(Arc::downgrade(&agent.0)))));
+            .register_service(create_files(Arc::new(Service(Arc::downgrade(&agent.0)))))
+            .register_service(create_evidence(Arc::new(Service(Arc::downgrade(&agent.0)))));
         server.start().await.unwrap();
         *agent.0.server.lock().unwrap() = Some(server);
         agent
@@ -389,6 +392,20 @@ impl Files for Service {
     async fn remove(&self, _: &TtrpcContext, request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
         self.enter("Remove")?.removed.lock().unwrap().push(request.path);
         Ok(RemoveResponse::new())
+    }
+}
+
+#[async_trait]
+impl Evidence for Service {
+    /// A report with nothing in it but what was to be in it.
+    async fn get_evidence(
+        &self,
+        _: &TtrpcContext,
+        request: GetEvidenceRequest,
+    ) -> ttrpc::Result<GetEvidenceResponse> {
+        self.enter("GetEvidence")?;
+        let (provider, report) = ("sev_\u{1b}guest".to_owned(), request.report_data);
+        Ok(GetEvidenceResponse { provider, report, certificates: b"certs".to_vec(), ..Default::default() })
     }
 }
 
