@@ -110,8 +110,11 @@ fn parse(text: &str) -> Result<Vec<Module>, ModuleError> {
         let (first, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         let set = first.strip_prefix('@');
         let of = Hardware::ALL.into_iter().find(|it| set == Some(it.provider()));
-        let module =
-            |path: &str, parameters: &str| Module { path: path.into(), parameters: parameters.to_owned(), of };
+        let module = |path: &str, parameters: &str| Module {
+            path: path.into(),
+            parameters: parameters.to_owned(),
+            of,
+        };
         let these: Vec<Module> = match set {
             Some(_) => rest.split_whitespace().map(|path| module(path, "")).collect(),
             None => vec![module(first, rest.trim())],
@@ -175,8 +178,11 @@ mod tests {
     fn driver_for_reports_is_loaded_on_its_hardware_alone_and_ends_no_boot() {
         let directory = tempfile::tempdir().unwrap();
         let list = directory.path().join("modules");
-        std::fs::write(&list, "@sev_guest /nowhere/tsm.ko /nowhere/sev-guest.ko\n@tdx_guest /nowhere/tdx.ko\n")
-            .unwrap();
+        std::fs::write(
+            &list,
+            "@sev_guest /nowhere/tsm.ko /nowhere/sev-guest.ko\n@tdx_guest /nowhere/tdx.ko\n",
+        )
+        .unwrap();
         let tried = [None, Some(Hardware::Snp), Some(Hardware::Tdx)].map(|it| load_all(&list, it).unwrap());
         assert_eq!(tried, [0, 2, 1]);
     }

@@ -374,7 +374,7 @@ impl Files for Handlers {
 #[async_trait]
 impl Evidence for Handlers {
     async fn get_evidence(&self, _: &TtrpcContext, req: GetEvidenceRequest) -> Answer<GetEvidenceResponse> {
-        answer("GetEvidence", evidence::get(Path::new("/"), self.0.reports.clone(), req).await)
+        answer("GetEvidence", evidence::get("/".into(), self.0.reports.clone(), req).await)
     }
 }
 

@@ -27,7 +27,8 @@ struct Played {
 fn played(writes: &'static [u64], outblob: Vec<u8>) -> Played {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    for (name, text) in [("provider", "sev_guest\n"), ("generation", "7\n"), ("inblob", ""), ("auxblob", "certs")]
+    for (name, text) in
+        [("provider", "sev_guest\n"), ("generation", "7\n"), ("inblob", ""), ("auxblob", "certs")]
     {
         fs::write(at(name), text).unwrap();
     }
@@ -123,7 +124,8 @@ fn kernel_without_reports_is_named_with_the_driver_that_it_needs() {
         let text = ask(guest(flag).path(), b"nonce").unwrap_err().to_string();
         assert!(words.iter().all(|word| text.contains(word)) && text.contains("/tsm/report"), "{text}");
     }
-    let refused = |source: Errno| EvidenceError::File { what: "making", path: "x".into(), source: source.into() };
+    let refused =
+        |source: Errno| EvidenceError::File { what: "making", path: "x".into(), source: source.into() };
     let text = explained(guest("sev_snp").path(), refused(Errno::NXIO)).to_string();
     assert!(text.contains("nobody has registered for them"), "{text}");
     assert!(matches!(explained(guest("").path(), refused(Errno::NXIO)), EvidenceError::NoHardware));

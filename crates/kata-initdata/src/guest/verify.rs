@@ -123,7 +123,10 @@ fn snp_host_data(places: &Places) -> Result<Vec<u8>, VerifyError> {
         .filter(|provider| *provider == Hardware::Snp.provider())
         .and_then(|provider| Fields::of(provider, &evidence.report));
     let fields = fields.ok_or_else(|| {
-        failed(io::Error::new(io::ErrorKind::InvalidData, format!("{} makes other reports", evidence.provider)))
+        failed(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{} makes other reports", evidence.provider),
+        ))
     })?;
     Ok(fields.host_data.to_vec())
 }
