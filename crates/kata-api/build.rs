@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
-const PROTOS: [&str; 10] = [
+const PROTOS: [&str; 11] = [
     "agent",
     "control",
     "cri",
     "csi",
+    "evidence",
     "files",
     "guest_services",
     "health",

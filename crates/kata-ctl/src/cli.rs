@@ -35,8 +35,8 @@ pub use observe::{
     AnalyzeArgs, AnalyzeCommand, CompareArgs, IptablesCommand, MetricsArgs, MonitorArgs, VolumeCommand,
 };
 pub use policy::{
-    InitdataCommand, InitdataCreateArgs, InitdataShowArgs, MeasureArgs, PolicyCommand, PolicyExplainArgs,
-    PolicyGenerateArgs, PolicyTestArgs,
+    EvidenceArgs, InitdataCommand, InitdataCreateArgs, InitdataShowArgs, MeasureArgs, PolicyCommand,
+    PolicyExplainArgs, PolicyGenerateArgs, PolicyTestArgs,
 };
 
 /// Run containers in virtual machines of their own, and look into them
@@ -109,6 +109,8 @@ pub enum Command {
     Factory(FactoryCommand),
     /// Tell what hardware will report of a confidential machine
     Measure(MeasureArgs),
+    /// Have the hardware of a confidential pod say what runs
+    Evidence(EvidenceArgs),
     /// Print a pod's metrics
     Metrics(MetricsArgs),
     /// Serve the metrics of all pods, and a status page

@@ -97,6 +97,7 @@ fn execute(cli: Cli, began: Instant) -> Outcome {
         Command::Top(args) => on_runtime(command::top::run(&args)),
         Command::Stats(args) => on_runtime(command::stats::run(&args)),
         Command::Events(args) => on_runtime(command::events::run(&args)),
+        Command::Evidence(args) => on_runtime(command::evidence::run(&args)),
         Command::Exec(args) => on_runtime(command::exec::run(&args)),
         Command::Cp(args) => on_runtime(command::cp::run(&args)),
         Command::Kill(args) => on_runtime(command::kill::run(&args)),

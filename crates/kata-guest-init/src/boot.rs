@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use kata_evidence::Hardware;
 use rustix::mount::MountFlags;
 
 use crate::cmdline::{Cmdline, CmdlineError, Name, NameError};
@@ -117,7 +118,10 @@ fn boot() -> Result<Infallible, BootError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| BootError::Read { path: path.into(), source })?;
     let cmdline = Cmdline::parse(&text)?;
-    timeline.step("modules", || modules::load_all(Path::new(modules::LIST)))?;
+    let cpuinfo = |source| BootError::Read { path: "/proc/cpuinfo".into(), source };
+    let hardware = Hardware::of(Path::new("/")).map_err(cpuinfo)?;
+    timeline.step("modules", || modules::load_all(Path::new(modules::LIST), hardware))?;
+    root::mount_configfs()?;
     let images = timeline.step("disks", || disks::wait(Path::new(disks::SYS_BLOCK), &cmdline, PATIENCE))?;
     let mapper = DeviceMapper::open()?;
     timeline

@@ -1,15 +1,19 @@
 //! Kernel modules of the initramfs, loaded before anything else can be found.
 //!
 //! The list has the form of the agent's, dependencies first: an absolute path a line, parameters behind it. Of a set
-//! (`@name path path…`) all is loaded: what this program will need is known from the start.
+//! (`@name path path…`) all is loaded: what this program will need is known from the start. Only a driver for the reports of some
+//! hardware is loaded on that hardware alone, and one that is refused there ends no boot: who wants a report is told.
 
 use std::ffi::{CString, NulError};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use kata_evidence::Hardware;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::system::finit_module;
+
+use crate::fault::{Level, chain, say};
 
 /// Where the initramfs lists its modules.
 pub const LIST: &str = "/etc/kata-guest-init/modules";
@@ -70,20 +74,29 @@ pub enum ModuleError {
 struct Module {
     path: PathBuf,
     parameters: String,
+    /// The hardware whose reports it is for, or whose driver needs it.
+    of: Option<Hardware>,
 }
 
-/// Loads all modules of `list`; without such a file the kernel has built in what it needs.
+/// Loads the modules of `list` that this machine is for, which runs under `hardware`; without such a file the kernel has built in what
+/// it needs.
 ///
 /// # Errors
 /// [`ModuleError`] of the first that fails.
-pub fn load_all(list: &Path) -> Result<usize, ModuleError> {
+pub fn load_all(list: &Path, hardware: Option<Hardware>) -> Result<usize, ModuleError> {
     let text = match std::fs::read_to_string(list) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         Err(source) => return Err(ModuleError::List { path: list.into(), source }),
     };
-    let modules = parse(&text)?;
-    modules.iter().try_for_each(load)?;
+    let mut modules = parse(&text)?;
+    modules.retain(|module| module.of.is_none() || module.of == hardware);
+    for module in &modules {
+        match load(module) {
+            Err(error) if module.of.is_some() => say(Level::Info, &chain(&error)),
+            loaded => loaded?,
+        }
+    }
     Ok(modules.len())
 }
 
@@ -95,9 +108,14 @@ fn parse(text: &str) -> Result<Vec<Module>, ModuleError> {
             continue;
         }
         let (first, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-        let module =
-            |path: &str, parameters: &str| Module { path: path.into(), parameters: parameters.to_owned() };
-        let these: Vec<Module> = match first.strip_prefix('@') {
+        let set = first.strip_prefix('@');
+        let of = Hardware::ALL.into_iter().find(|it| set == Some(it.provider()));
+        let module = |path: &str, parameters: &str| Module {
+            path: path.into(),
+            parameters: parameters.to_owned(),
+            of,
+        };
+        let these: Vec<Module> = match set {
             Some(_) => rest.split_whitespace().map(|path| module(path, "")).collect(),
             None => vec![module(first, rest.trim())],
         };
@@ -110,7 +128,7 @@ fn parse(text: &str) -> Result<Vec<Module>, ModuleError> {
 }
 
 /// Loads one; a module that is there already is fine.
-fn load(Module { path, parameters }: &Module) -> Result<(), ModuleError> {
+fn load(Module { path, parameters, .. }: &Module) -> Result<(), ModuleError> {
     let path = path.clone();
     let words = match CString::new(parameters.as_str()) {
         Ok(words) => words,
@@ -150,9 +168,22 @@ mod tests {
     fn no_list_is_fine_and_a_missing_file_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let list = directory.path().join("modules");
-        assert_eq!(load_all(&list).unwrap(), 0);
+        assert_eq!(load_all(&list, None).unwrap(), 0);
         std::fs::write(&list, "/nowhere/x.ko\n").unwrap();
-        let error = load_all(&list).unwrap_err();
+        let error = load_all(&list, None).unwrap_err();
         assert!(matches!(&error, ModuleError::Open { path, .. } if path == Path::new("/nowhere/x.ko")));
+    }
+
+    #[test]
+    fn driver_for_reports_is_loaded_on_its_hardware_alone_and_ends_no_boot() {
+        let directory = tempfile::tempdir().unwrap();
+        let list = directory.path().join("modules");
+        std::fs::write(
+            &list,
+            "@sev_guest /nowhere/tsm.ko /nowhere/sev-guest.ko\n@tdx_guest /nowhere/tdx.ko\n",
+        )
+        .unwrap();
+        let tried = [None, Some(Hardware::Snp), Some(Hardware::Tdx)].map(|it| load_all(&list, it).unwrap());
+        assert_eq!(tried, [0, 2, 1]);
     }
 }

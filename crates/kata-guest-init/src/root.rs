@@ -55,6 +55,19 @@ pub fn mount_kernel() -> Result<(), RootError> {
     std::fs::create_dir_all(STATE).map_err(failed("making", STATE))
 }
 
+/// Mounts where reports of the hardware are asked for; a kernel that has no such place makes none.
+///
+/// # Errors
+/// It is there, and cannot be mounted on.
+pub fn mount_configfs() -> Result<(), RootError> {
+    let point = "/sys/kernel/config";
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    match mount("configfs", point, "configfs", flags, c"") {
+        Ok(()) | Err(Errno::BUSY | Errno::NOENT | Errno::NODEV) => Ok(()),
+        Err(error) => Err(failed("mounting", point)(error)),
+    }
+}
+
 /// Points the standard descriptors at the console that is there now.
 pub fn reopen_console() {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;

@@ -45,7 +45,11 @@ pub struct Request {
 pub fn shapes() -> &'static BTreeMap<String, Shape> {
     static SHAPES: OnceLock<BTreeMap<String, Shape>> = OnceLock::new();
     SHAPES.get_or_init(|| {
-        let files = [kata_api::agent::file_descriptor(), kata_api::files::file_descriptor()];
+        let files = [
+            kata_api::agent::file_descriptor(),
+            kata_api::files::file_descriptor(),
+            kata_api::evidence::file_descriptor(),
+        ];
         let services = files.iter().flat_map(|file| file.services().map(|it| (file.proto().package(), it)));
         services
             .flat_map(|(package, service)| {

@@ -17,6 +17,8 @@ use kata_api::agent::{
 };
 use kata_api::agent_ttrpc::AgentServiceClient;
 use kata_api::csi::VolumeStatsResponse;
+use kata_api::evidence::{GetEvidenceRequest, GetEvidenceResponse};
+use kata_api::evidence_ttrpc::EvidenceClient;
 use kata_api::files::RemoveRequest;
 use kata_api::files_ttrpc::FilesClient;
 use kata_api::health::CheckRequest;
@@ -141,6 +143,7 @@ pub(crate) struct Agent {
     service: AgentServiceClient,
     health: HealthClient,
     files: FilesClient,
+    evidence: EvidenceClient,
     lost: watch::Receiver<bool>,
     ours: bool,
 }
@@ -159,7 +162,8 @@ impl Agent {
         Self {
             service: AgentServiceClient::new(client.clone()),
             health: HealthClient::new(client.clone()),
-            files: FilesClient::new(client),
+            files: FilesClient::new(client.clone()),
+            evidence: EvidenceClient::new(client),
             lost,
             ours: false,
         }
@@ -424,6 +428,14 @@ impl Agent {
         let request =
             ResizeVolumeRequest { volume_guest_path: path.to_owned(), size: bytes, ..Default::default() };
         done("ResizeVolume", PROMPT, self.service.resize_volume(within(PROMPT), &request)).await
+    }
+
+    /// Has the machine's hardware report, with this in the report. Agents other than ours have no such call.
+    pub(crate) async fn evidence(&self, report_data: Vec<u8>) -> Result<GetEvidenceResponse, AgentError> {
+        let request = GetEvidenceRequest { report_data, ..Default::default() };
+        let answer = self.evidence.get_evidence(within(PROMPT), &request);
+        let found = bounded("GetEvidence", PROMPT, answer).await?;
+        Ok(GetEvidenceResponse { provider: guest_text(&found.provider), ..found })
     }
 
     /// Gives the agent the policy that it checks requests by.

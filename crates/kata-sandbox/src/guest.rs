@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kata_api::csi::VolumeStatsResponse;
+use kata_api::evidence::GetEvidenceResponse;
 
 use crate::agent_client::{Agent, AgentError};
 use crate::error::SandboxError;
@@ -61,6 +62,14 @@ impl Guest {
     /// The agent's.
     pub async fn resize_volume(&self, path: &str, bytes: u64) -> Result<(), SandboxError> {
         told("resize the volume", self.0.resize_volume(&in_guest(path), bytes).await)
+    }
+
+    /// What the machine's hardware says of it, with `report_data` in what it signs. Nobody here verifies it.
+    ///
+    /// # Errors
+    /// `Unimplemented` where there is no hardware that reports, or the guest's kernel does not speak to it.
+    pub async fn evidence(&self, report_data: Vec<u8>) -> Result<GetEvidenceResponse, SandboxError> {
+        told("have the hardware report", self.0.evidence(report_data).await)
     }
 
     /// Gives the agent the policy that it checks requests by.

@@ -284,6 +284,20 @@ async fn out_of_memory_is_told() {
 }
 
 #[tokio::test]
+async fn evidence_is_for_who_asks_and_a_refusal_is_the_guests_own() {
+    let Some(rig) = Rig::new().await else { return };
+    let pod = rig.pod().await;
+    let found = pod.guest().unwrap().evidence(b"nonce".to_vec()).await.unwrap();
+    assert_eq!((found.report.as_slice(), found.certificates.as_slice()), (&b"nonce"[..], &b"certs"[..]));
+    assert_eq!(found.provider, "sev_guest", "without what a terminal would obey");
+    rig.agent.refuse("GetEvidence", Code::UNIMPLEMENTED, "the guest has no hardware that reports");
+    let error = pod.guest().unwrap().evidence(Vec::new()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unimplemented);
+    assert!(error.chain().ends_with("the guest has no hardware that reports"), "{}", error.chain());
+    pod.shutdown().await.unwrap();
+}
+
+#[tokio::test]
 async fn names_that_are_paths_are_refused() {
     let Some(rig) = Rig::new().await else { return };
     let pod = rig.pod().await;

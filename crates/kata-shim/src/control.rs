@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kata_api::control::{
-    self, DestroyRequest, DestroyResponse, EventsRequest, EventsResponse, InspectRequest, ProcessesRequest,
-    ProcessesResponse,
+    self, DestroyRequest, DestroyResponse, EventsRequest, EventsResponse, EvidenceRequest, EvidenceResponse,
+    InspectRequest, ProcessesRequest, ProcessesResponse,
 };
 use kata_api::control_ttrpc::Control;
 use kata_sandbox::{ContainerView, GuestProcess, Inspection, Stage};
@@ -60,6 +60,18 @@ impl Control for ControlService {
 
     async fn events(&self, _: &TtrpcContext, req: EventsRequest) -> ttrpc::Result<EventsResponse> {
         Ok(self.slot.chronicle().since(req.from, Duration::from_millis(req.wait_ms.into())).await)
+    }
+
+    async fn evidence(&self, _: &TtrpcContext, req: EvidenceRequest) -> ttrpc::Result<EvidenceResponse> {
+        let sandbox = self.slot.get().ok_or_else(fault::no_container)?;
+        let found = async { sandbox.guest()?.evidence(req.report_data).await };
+        let found = found.await.map_err(|error| fault::from_sandbox("evidence", &error))?;
+        Ok(EvidenceResponse {
+            provider: found.provider,
+            report: found.report,
+            certificates: found.certificates,
+            ..EvidenceResponse::default()
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use containerd_shim_protos::api::{
     StateRequest, StateResponse, Status, WaitRequest,
 };
 use containerd_shim_protos::shim_async::TaskClient;
-use kata_api::control::{DestroyRequest, InspectRequest};
+use kata_api::control::{DestroyRequest, EvidenceRequest, InspectRequest};
 use kata_api::control_ttrpc::ControlClient;
 use kata_config::{Artefacts, Config};
 use kata_hypervisor::fake::FakeVm;
@@ -342,6 +342,20 @@ async fn refusals_carry_the_code_of_their_kind() {
     create.bundle = "relative".into();
     assert_eq!(code(task.create(bound(), &create).await).0, Code::INVALID_ARGUMENT);
     live.control().await.destroy(bound(), &DestroyRequest::new()).await.unwrap();
+}
+
+#[tokio::test]
+async fn evidence_from_an_agent_that_gives_none_is_refused_by_name() {
+    if !able() {
+        return;
+    }
+    let live = Live::new(Setting::default()).await;
+    let task = live.task().await;
+    live.run_container(&task).await;
+    let control = live.control().await;
+    let (code, text) = code(control.evidence(bound(), &EvidenceRequest::new()).await);
+    assert!(code == Code::UNIMPLEMENTED && text.contains("does not support GetEvidence"), "{code:?} {text}");
+    control.destroy(bound(), &DestroyRequest::new()).await.unwrap();
 }
 
 #[tokio::test]

@@ -17,6 +17,8 @@
 //!
 //! Anything else is not found, which is told at the creation, as a real agent does.
 
+mod beside;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -33,10 +35,9 @@ use kata_api::agent::{
     UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
-use kata_api::files::{RemoveRequest, RemoveResponse};
-use kata_api::files_ttrpc::{Files, create_files};
-use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse};
-use kata_api::health_ttrpc::{Health, create_health};
+use kata_api::evidence_ttrpc::create_evidence;
+use kata_api::files_ttrpc::create_files;
+use kata_api::health_ttrpc::create_health;
 use kata_api::types::{ARPNeighbor, Interface, Route};
 use kata_api::{Announcement, BootStage, ports};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
@@ -133,7 +134,8 @@ impl FakeAgent {
             .unwrap()
             .register_service(create_agent_service(Arc::new(Service(Arc::downgrade(&agent.0)))))
             .register_service(create_health(Arc::new(Service(Arc::downgrade(&agent.0)))))
-            .register_service(create_files(Arc::new(Service(Arc::downgrade(&agent.0)))));
+            .register_service(create_files(Arc::new(Service(Arc::downgrade(&agent.0)))))
+            .register_service(create_evidence(Arc::new(Service(Arc::downgrade(&agent.0)))));
         server.start().await.unwrap();
         *agent.0.server.lock().unwrap() = Some(server);
         agent
@@ -381,30 +383,6 @@ impl Service {
         let state = self.0.upgrade().ok_or(Error::LocalClosed)?;
         state.enter(call)?;
         Ok(state)
-    }
-}
-
-#[async_trait]
-impl Files for Service {
-    async fn remove(&self, _: &TtrpcContext, request: RemoveRequest) -> ttrpc::Result<RemoveResponse> {
-        self.enter("Remove")?.removed.lock().unwrap().push(request.path);
-        Ok(RemoveResponse::new())
-    }
-}
-
-#[async_trait]
-impl Health for Service {
-    async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<HealthCheckResponse> {
-        let hangs = self.enter("Check")?.script.lock().unwrap().hang_check;
-        if hangs {
-            std::future::pending::<()>().await;
-        }
-        Ok(HealthCheckResponse::new())
-    }
-
-    async fn version(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<VersionCheckResponse> {
-        self.enter("Version")?;
-        Ok(VersionCheckResponse { agent_version: "0.0.0-fake".to_owned(), ..Default::default() })
     }
 }
 

@@ -87,6 +87,7 @@ fn what_asks_for_an_unknown_pod_exits_with_3() {
         &["logs"],
         &["events"],
         &["console"],
+        &["evidence"],
         &["kill"],
     ] {
         let output = host.output(verb.iter().chain(&["nobody"]));
@@ -96,6 +97,18 @@ fn what_asks_for_an_unknown_pod_exits_with_3() {
     assert_eq!(host.output(["cp", "nobody:/x", "/tmp/x"]).status.code(), Some(3));
     assert_eq!(host.output(["inspect"]).status.code(), Some(2));
     assert_eq!(host.output(["--color", "never", "exec", "--no-such-option"]).status.code(), Some(125));
+}
+
+#[test]
+fn evidence_of_an_ordinary_pod_is_refused_for_want_of_hardware() {
+    let Some(host) = Host::new() else { return };
+    detached(&host, &[], "plain", "exec sleep 1000");
+    let output = host.output(["evidence", "plain", "--json"]);
+    assert_eq!((output.status.code(), stdout(&output).as_str()), (Some(1), ""));
+    assert!(stderr(&output).contains("the guest has no hardware that reports"), "{}", stderr(&output));
+    let output = host.output(["evidence", "plain", "--nonce", &"00".repeat(65)]);
+    assert!(stderr(&output).contains("a report has room for 64"), "{}", stderr(&output));
+    remove(&host, "plain");
 }
 
 #[test]

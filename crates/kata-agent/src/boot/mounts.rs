@@ -37,9 +37,11 @@ const fn entry(kind: &'static str, point: &'static str, flags: MountFlags, data:
     Entry { kind, point, flags, data, optional: false }
 }
 
-const ENTRIES: [Entry; 9] = [
+const ENTRIES: [Entry; 10] = [
     entry("proc", "/proc", SAFE, c""),
     entry("sysfs", "/sys", SAFE, c""),
+    // Reports of the hardware are asked for in it. The kernel makes the place where it has the filesystem.
+    Entry { optional: true, ..entry("configfs", "/sys/kernel/config", SAFE, c"") },
     entry("devtmpfs", "/dev", MountFlags::NOSUID, c"mode=0755"),
     entry("devpts", "/dev/pts", NOEXEC, c"mode=0620,gid=5,ptmxmode=0666"),
     entry("tmpfs", "/dev/shm", NODEV, c"mode=1777"),
@@ -54,7 +56,11 @@ pub(super) fn mount_all() -> Result<(), MountError> {
     for entry in &ENTRIES {
         let Entry { kind, point, flags, data, optional } = entry;
         let failed = |source| MountError { kind, point, source };
-        std::fs::create_dir_all(point).map_err(failed)?;
+        match std::fs::create_dir_all(point) {
+            // Where nobody but the kernel makes directories.
+            Err(error) if *optional && error.kind() == io::ErrorKind::PermissionDenied => continue,
+            made => made.map_err(failed)?,
+        }
         match mount(*kind, *point, *kind, *flags, *data) {
             Ok(()) | Err(Errno::BUSY) => {}
             Err(Errno::NODEV) if *optional => {}

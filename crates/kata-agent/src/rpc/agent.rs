@@ -196,6 +196,8 @@ pub struct Agent {
     pub services: Services,
     /// Whose turn it is to change copied files: in the order of the calls, and not two at once, also where a caller no longer waits.
     pub copies: Arc<tokio::sync::Mutex<()>>,
+    /// Whose turn it is to have the hardware report.
+    pub reports: Arc<tokio::sync::Mutex<()>>,
     /// Mounts of the pod's share.
     pub shared: Arc<Held>,
     /// Devices for containers.
@@ -238,6 +240,7 @@ impl Agent {
             ),
             services,
             copies: Arc::default(),
+            reports: Arc::default(),
             shared: Arc::default(),
             devices,
             modules,

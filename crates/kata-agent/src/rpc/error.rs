@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use kata_evidence::EvidenceError;
 use ttrpc::Code;
 
 use super::spec::SpecError;
@@ -60,6 +61,9 @@ pub enum RpcError {
     /// A secret for the container.
     #[error(transparent)]
     Sealed(#[from] SealedError),
+    /// A report of the hardware.
+    #[error(transparent)]
+    Evidence(#[from] EvidenceError),
     /// A device for the container.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -127,6 +131,7 @@ impl RpcError {
             Self::Engine(error) => of_fault(error.fault()),
             Self::Storage(error) => of_storage(error),
             Self::Sealed(error) => of_sealed(error),
+            Self::Evidence(error) => of_evidence(error),
             Self::Device(error) => of_device(error),
             Self::Aside(error) => of_aside(error),
             Self::Module(ModuleError::Unknown { .. }) => Code::NOT_FOUND,
@@ -198,6 +203,15 @@ fn of_sealed(error: &SealedError) -> Code {
         SealedError::NotText(_) => Code::FAILED_PRECONDITION,
         SealedError::Aside(error) => of_aside(error),
         SealedError::Tree(TreeError::System { .. }) => Code::INTERNAL,
+    }
+}
+
+fn of_evidence(error: &EvidenceError) -> Code {
+    match error {
+        EvidenceError::TooLong(_) => Code::INVALID_ARGUMENT,
+        EvidenceError::NoHardware | EvidenceError::NoReports { .. } => Code::UNIMPLEMENTED,
+        EvidenceError::Disturbed => Code::ABORTED,
+        EvidenceError::TooLarge(_) | EvidenceError::File { .. } => Code::INTERNAL,
     }
 }
 

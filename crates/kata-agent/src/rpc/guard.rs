@@ -3,7 +3,7 @@
 //! ```text
 //!   /run/measured-cfg/policy.rego ── final ─────────────┐
 //!   /etc/kata-agent/policy.rego ──── until it is set ───┤
-//!   SetPolicy, where nothing forbids it, once ──────────┴─▶ Guard ──▶ each method of AgentService and Files
+//!   SetPolicy, where nothing forbids it, once ──────────┴─▶ Guard ──▶ each method but those of Health
 //! ```
 //!
 //! A file that is there and cannot be used denies everything: nobody is let in for a mistake in the rules. Ways around the

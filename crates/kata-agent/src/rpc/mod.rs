@@ -3,6 +3,7 @@
 pub mod agent;
 mod container;
 mod error;
+mod evidence;
 mod files;
 #[cfg(feature = "policy")]
 pub mod guard;
@@ -30,6 +31,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kata_api::agent as wire;
 use kata_api::agent_ttrpc::{AgentService, create_agent_service};
+use kata_api::evidence::{GetEvidenceRequest, GetEvidenceResponse};
+use kata_api::evidence_ttrpc::{Evidence, create_evidence};
 use kata_api::files::{RemoveRequest, RemoveResponse};
 use kata_api::files_ttrpc::{Files, create_files};
 use kata_api::health::{CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response};
@@ -48,7 +51,7 @@ const PROTOCOL_VERSION: &str = "0.0.1";
 
 /// Methods that are served. The generated code has an answer of its own for the others, which says NOT_FOUND; without
 /// an entry the server itself says UNIMPLEMENTED, and that is what a caller can act upon.
-const SERVED: [&str; 35] = [
+const SERVED: [&str; 36] = [
     "CreateContainer",
     "StartContainer",
     "RemoveContainer",
@@ -80,6 +83,7 @@ const SERVED: [&str; 35] = [
     "SetGuestDateTime",
     "CopyFile",
     "Remove",
+    "GetEvidence",
     "GetOOMEvent",
     "UpdateEphemeralMounts",
     "Check",
@@ -92,6 +96,7 @@ pub fn services(agent: &Arc<Agent>) -> HashMap<String, Service> {
     let mut services = create_agent_service(Arc::new(Handlers(agent.clone())));
     services.extend(create_health(Arc::new(Handlers(agent.clone()))));
     services.extend(create_files(Arc::new(Handlers(agent.clone()))));
+    services.extend(create_evidence(Arc::new(Handlers(agent.clone()))));
     for service in services.values_mut() {
         service.methods.retain(|name, _| SERVED.contains(&name.as_str()));
     }
@@ -363,6 +368,13 @@ impl Files for Handlers {
         });
         let removed = removed.await;
         answer("Remove", removed.map_err(RpcError::from).flatten().map(|()| RemoveResponse::new()))
+    }
+}
+
+#[async_trait]
+impl Evidence for Handlers {
+    async fn get_evidence(&self, _: &TtrpcContext, req: GetEvidenceRequest) -> Answer<GetEvidenceResponse> {
+        answer("GetEvidence", evidence::get("/".into(), self.0.reports.clone(), req).await)
     }
 }
 

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
 use kata_api::agent_ttrpc::AgentServiceClient;
+use kata_api::evidence_ttrpc::EvidenceClient;
 use kata_api::health_ttrpc::HealthClient;
 use kata_api::oci;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
@@ -110,6 +111,7 @@ pub(super) struct Guest {
     agent: Arc<Agent>,
     pub(super) client: AgentServiceClient,
     pub(super) health: HealthClient,
+    pub(super) evidence: EvidenceClient,
     _server: Server,
     _dir: tempfile::TempDir,
 }
@@ -135,7 +137,8 @@ impl Guest {
         server.start().await.unwrap();
         let client = Client::connect(&address).await.unwrap();
         let health = HealthClient::new(client.clone());
-        Self { agent, client: AgentServiceClient::new(client), health, _server: server, _dir: dir }
+        let evidence = EvidenceClient::new(client.clone());
+        Self { agent, client: AgentServiceClient::new(client), health, evidence, _server: server, _dir: dir }
     }
 
     /// A stream connection from a port of the host.
@@ -413,4 +416,12 @@ async fn destroying_the_sandbox_removes_its_containers_and_ends_the_agents_work(
     assert_eq!(code(guest.wait("c1", "").await).0, Code::NOT_FOUND);
     let done = guest.agent.done.notified();
     tokio::time::timeout(std::time::Duration::from_secs(5), done).await.expect("the agent goes on");
+}
+
+#[tokio::test]
+async fn evidence_has_room_for_64_bytes() {
+    let guest = Guest::boot().await;
+    let request = GetEvidenceRequest { report_data: vec![0; 65], ..Default::default() };
+    let (code, text) = code(guest.evidence.get_evidence(context(), &request).await);
+    assert!(code == Code::INVALID_ARGUMENT && text.contains("room for 64"), "{code:?} {text}");
 }

@@ -14,14 +14,14 @@ const GROUPS: [(&str, &[&str]); 4] = [
         "Host",
         &[
             "check", "env", "image", "volume", "factory", "iptables", "policy", "initdata", "measure",
-            "metrics", "monitor",
+            "evidence", "metrics", "monitor",
         ],
     ),
     ("Configuration and support", &["config", "deprecations", "version", "bundle", "completion", "man"]),
 ];
 
 /// Everything above and below the verbs.
-const TEMPLATE: &str = "{about}\n\nUsage: {usage}{after-help}";
+const TEMPLATE: &str = "{about}\nUsage: {usage}{after-help}";
 
 /// The command line, with its first page.
 pub fn command() -> Command {

@@ -159,3 +159,26 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }
+
+/// `evidence`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Shows what the report says; nothing of it is verified here. Whoever verifies it gives the nonce, and takes the report \
+        from --output\nor --json. Certificates that came with it are written to FILE.certs."
+)]
+pub struct EvidenceArgs {
+    /// Name of the pod
+    pub pod: String,
+    /// What is to be in the report, at most 64 bytes in hexadecimal [default: made up]
+    #[arg(long, value_name = "HEX", conflicts_with = "nonce_file")]
+    pub nonce: Option<String>,
+    /// The same as the bytes of a file; - is the standard input
+    #[arg(long, value_name = "FILE")]
+    pub nonce_file: Option<PathBuf>,
+    /// Print JSON, with the whole report
+    #[arg(long, conflicts_with = "output")]
+    pub json: bool,
+    /// Write the report to this file, as the hardware signed it
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}

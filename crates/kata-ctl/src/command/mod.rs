@@ -8,6 +8,7 @@ pub mod cp;
 pub mod deprecations;
 pub mod env;
 pub mod events;
+pub mod evidence;
 pub mod exec;
 pub mod factory;
 pub mod guest;

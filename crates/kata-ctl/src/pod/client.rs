@@ -14,7 +14,8 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_protos::ttrpc;
 use kata_api::control::{
-    self, DestroyRequest, EventsRequest, EventsResponse, InspectRequest, Pod, ProcessesRequest,
+    self, DestroyRequest, EventsRequest, EventsResponse, EvidenceRequest, EvidenceResponse, InspectRequest,
+    Pod, ProcessesRequest,
 };
 use kata_api::control_ttrpc::ControlClient;
 use ttrpc::asynchronous::transport::Socket;
@@ -234,6 +235,15 @@ impl Client {
         let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
         let request = EventsRequest { from, wait_ms, ..EventsRequest::default() };
         self.control.events(with_duration(wait + SLACK), &request).await.map_err(CallError::from_ttrpc)
+    }
+
+    /// What the machine's hardware says of it, with this in what it signs.
+    ///
+    /// # Errors
+    /// What the pod says: there may be no such hardware.
+    pub async fn evidence(&self, report_data: Vec<u8>) -> Result<EvidenceResponse, CallError> {
+        let request = EvidenceRequest { report_data, ..EvidenceRequest::default() };
+        self.control.evidence(with_duration(GUEST), &request).await.map_err(CallError::from_ttrpc)
     }
 
     /// Everything that the owner knows about the pod.

@@ -74,8 +74,12 @@ pub const ON_DISK: Selection = Selection {
     ],
     // systemd complains at each boot where it has to look for it.
     boot_where_there: &["autofs4"],
-    on_demand: &["ext4", "virtio_net", "loop", "virtio_balloon", "virtio_mem"],
+    on_demand: &["ext4", "virtio_net", "loop", "virtio_balloon", "virtio_mem", "sev_guest", "tdx_guest"],
 };
+
+/// Of those that are loaded when first needed: what speaks to hardware that reports on its machine. The boot layer loads it where
+/// there is that hardware, for the initdata is compared with a report before the agent is there.
+pub const FOR_REPORTS: [&str; 2] = ["sev_guest", "tdx_guest"];
 
 /// Why the modules of an image cannot be gathered.
 #[derive(Debug, thiserror::Error)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::modules::{ON_DISK, Plan};
+use super::modules::{FOR_REPORTS, ON_DISK, Plan};
 use super::packages::Archive;
 use super::program::Program;
 use super::root::{self, PACKAGES, Root};
@@ -89,7 +89,8 @@ impl Gathered<'_> {
     ) -> Result<Manifest, BuildError> {
         let plan = kernel.plan(ON_DISK)?;
         // The rest is for the agent, which has it in the root.
-        let early = Plan { on_demand: Vec::new(), ..plan.clone() };
+        let mut early = plan.clone();
+        early.on_demand.retain(|(name, _)| FOR_REPORTS.contains(&name.as_str()));
         let init = initramfs::Init { program: self.guest_init.bytes(), list: MODULES_LIST };
         let mut manifest = describe(agent, kernel, &init, &early, dir, progress)?;
         progress("unpacking the packages of the root");

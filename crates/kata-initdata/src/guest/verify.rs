@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use kata_evidence::{Fields, Hardware, REPORTS};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -19,8 +20,6 @@ use crate::Initdata;
 
 /// How long a program may take.
 const BOUND: Duration = Duration::from_secs(30);
-/// `HOST_DATA` in the report of SEV-SNP (AMD 56860, "ATTESTATION_REPORT Structure").
-const SNP_HOST_DATA: std::ops::Range<usize> = 0xc0..0xe0;
 /// Bytes of `MRCONFIGID` of TDX.
 const MRCONFIGID: usize = 48;
 
@@ -92,19 +91,18 @@ pub(super) fn all(places: &Places, initdata: &Initdata) -> Result<Vec<String>, V
 }
 
 fn hardware(places: &Places, initdata: &Initdata) -> Result<&'static str, VerifyError> {
-    let path = places.at("proc/cpuinfo");
-    let cpu = std::fs::read_to_string(&path).map_err(|source| VerifyError::Unknown { path, source })?;
-    let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let has = |wanted| flags.split_whitespace().any(|flag| flag == wanted);
-    if has("sev_snp") {
-        let found = snp_host_data(&places.at("sys/kernel/config/tsm/report"))?;
-        return compare(initdata, "SEV-SNP's host data", &found).map(|()| "snp");
+    let unknown = |source| VerifyError::Unknown { path: places.at("proc/cpuinfo"), source };
+    match Hardware::of(&places.root).map_err(unknown)? {
+        Some(Hardware::Snp) => {
+            compare(initdata, "SEV-SNP's host data", &snp_host_data(places)?).map(|()| "snp")
+        }
+        Some(Hardware::Tdx) => {
+            let found =
+                tdx_mrconfigid(&places.at("sys/devices/virtual/misc/tdx_guest/measurements/mrconfigid"))?;
+            compare(initdata, "TDX's mrconfigid", &found).map(|()| "tdx")
+        }
+        None => Ok("none"),
     }
-    if has("tdx_guest") {
-        let found = tdx_mrconfigid(&places.at("sys/devices/virtual/misc/tdx_guest/measurements/mrconfigid"))?;
-        return compare(initdata, "TDX's mrconfigid", &found).map(|()| "tdx");
-    }
-    Ok("none")
 }
 
 pub(super) fn compare(initdata: &Initdata, field: &'static str, found: &[u8]) -> Result<(), VerifyError> {
@@ -116,27 +114,21 @@ pub(super) fn compare(initdata: &Initdata, field: &'static str, found: &[u8]) ->
     Err(VerifyError::Different { algorithm, digest: hex(&digest), field, found: hex(found) })
 }
 
-/// Has the kernel ask the processor for a report (`Documentation/ABI/testing/configfs-tsm-report`).
-fn snp_host_data(reports: &Path) -> Result<Vec<u8>, VerifyError> {
-    const WHAT: &str = "SEV-SNP's host data";
-    let dir = reports.join("kata-initdata");
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| VerifyError::Hardware { what: WHAT, path, source }
-    };
-    std::fs::create_dir(&dir).map_err(failed(&dir))?;
-    let report = || {
-        let challenge = dir.join("inblob");
-        std::fs::write(&challenge, [0; 64]).map_err(failed(&challenge))?;
-        let answer = dir.join("outblob");
-        let report = std::fs::read(&answer).map_err(failed(&answer))?;
-        let field = report.get(SNP_HOST_DATA).map(<[u8]>::to_vec);
-        field.ok_or_else(|| failed(&answer)(io::ErrorKind::UnexpectedEof.into()))
-    };
-    let report = report();
-    // A directory of configfs that stays is of no harm.
-    let _ = std::fs::remove_dir(&dir);
-    report
+fn snp_host_data(places: &Places) -> Result<Vec<u8>, VerifyError> {
+    let failed =
+        |source| VerifyError::Hardware { what: "SEV-SNP's host data", path: places.at(REPORTS), source };
+    let evidence = kata_evidence::ask(&places.root, &[]).map_err(|error| failed(io::Error::other(error)))?;
+    // A report of another kind has something else there.
+    let fields = Some(evidence.provider.as_str())
+        .filter(|provider| *provider == Hardware::Snp.provider())
+        .and_then(|provider| Fields::of(provider, &evidence.report));
+    let fields = fields.ok_or_else(|| {
+        failed(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{} makes other reports", evidence.provider),
+        ))
+    })?;
+    Ok(fields.host_data.to_vec())
 }
 
 /// The kernel's own reading of it, since 6.16 (`Documentation/ABI/testing/sysfs-devices-virtual-misc-tdx_guest`).

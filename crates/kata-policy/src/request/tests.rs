@@ -18,6 +18,7 @@ fn every_method_of_the_agent_has_a_shape_and_health_has_none() {
     assert_eq!(names["grpc.AgentService/CreateContainer"], "CreateContainerRequest");
     assert_eq!(names["grpc.AgentService/ReadStderr"], "ReadStreamRequest");
     assert_eq!(names["grpc.AgentService/GetGuestDetails"], "GuestDetailsRequest");
+    assert_eq!(names["kata.guest.v1.Evidence/GetEvidence"], "GetEvidenceRequest");
     assert!(names.keys().any(|name| name.ends_with("/Remove")) && names.len() > 35, "{names:?}");
     assert!(!names.keys().any(|name| name.contains("Health")), "{names:?}");
     assert!(matches!(Request::of("grpc.Health/Check", &[]), Err(RequestError::Method(_))));

@@ -143,3 +143,20 @@ async fn lenient_policy_denies_nothing() {
     let guest = Files::new().measured(&text).guest().await;
     guest.create("c1", "sleep 61").await.unwrap();
 }
+
+#[tokio::test]
+async fn evidence_needs_its_rule_which_may_ask_for_a_form_of_the_nonce() {
+    /// With so many bytes the request is refused once it is let through, whatever machine this is.
+    async fn ask(guest: &Guest, begin: &[u8]) -> (Code, String) {
+        let report_data = begin.iter().copied().chain([0; 64]).collect();
+        let request = kata_api::evidence::GetEvidenceRequest { report_data, ..Default::default() };
+        code(guest.evidence.get_evidence(context(), &request).await)
+    }
+    let guest = Files::new().measured(ALLOWS).guest().await;
+    let (denied, text) = ask(&guest, b"evidence").await;
+    assert!(denied == Code::PERMISSION_DENIED && text.contains("agent_policy.GetEvidenceRequest"), "{text}");
+    let rule = "GetEvidenceRequest if array.slice(input.report_data, 0, 8) == [101, 118, 105, 100, 101, 110, 99, 101]";
+    let guest = Files::new().measured(&format!("{ALLOWS}{rule}\n")).guest().await;
+    assert_eq!(ask(&guest, b"evidence").await.0, Code::INVALID_ARGUMENT);
+    assert_eq!(ask(&guest, b"evidencf").await.0, Code::PERMISSION_DENIED);
+}

@@ -101,6 +101,20 @@ fn root_on_a_disk_has_what_leads_to_it_loaded_at_boot() {
 }
 
 #[test]
+fn driver_for_reports_is_a_set_by_the_name_of_who_makes_them() {
+    let tree = tree();
+    for name in ["virtio_blk", "dm_verity", "overlay"] {
+        put(tree.path(), &format!("kernel/disk/{name}.ko"), &module(&["depends="]));
+    }
+    put(tree.path(), "kernel/virt/sev-guest.ko", &module(&["depends=tsm"]));
+    put(tree.path(), "kernel/virt/tsm.ko", &module(&["depends="]));
+    let plan = Tree::open(tree.path(), RELEASE).unwrap().plan(ON_DISK).unwrap();
+    let (_, set) = plan.on_demand.iter().find(|(name, _)| FOR_REPORTS.contains(&name.as_str())).unwrap();
+    assert_eq!(names(set), ["tsm", "sev_guest"]);
+    assert!(!names(&plan.boot).contains(&"tsm"), "on other hardware it is refused");
+}
+
+#[test]
 fn kernel_that_guests_cannot_be_reached_in_is_refused() {
     let tree = tree();
     fs::remove_file(tree.path().join("kernel/fs/virtiofs.ko")).unwrap();
