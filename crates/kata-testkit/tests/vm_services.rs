@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::time::Instant;
 
 use kata_testkit::guest_services::{self, Extension};
 use kata_testkit::host::{Host, stderr, stdout};
@@ -124,4 +125,21 @@ fn lean_image_that_is_asked_for_an_extension_is_refused_with_the_image_that_can(
     let Some((host, _)) = world() else { return };
     configure(&host, &host.program("guest-image"), &extension(&host).table());
     says(&host.sh(&[], "true"), &["no extensions", "guest_extension_images", "--flavour services"]);
+}
+
+#[test]
+fn services_image_starts_within_four_times_what_the_lean_one_takes() {
+    let Some((host, image)) = world() else { return };
+    let lean = host.program("guest-image");
+    // Beside each other, so that what else the machine does counts for both.
+    let took = |image: &Path| {
+        configure(&host, image, "");
+        let begin = Instant::now();
+        let output = host.sh(&[], "true");
+        assert!(output.status.success(), "{}", stderr(&output));
+        begin.elapsed()
+    };
+    let mut ratios = [(); 3].map(|()| took(&image).as_secs_f64() / took(&lean).as_secs_f64());
+    ratios.sort_by(f64::total_cmp);
+    assert!(ratios[1] < 4.0, "{ratios:?}");
 }
