@@ -68,7 +68,7 @@ fn a_policy_of_initdata_lets_the_container_run_and_no_command_in_it() {
 
 #[test]
 fn a_policy_of_initdata_that_is_none_denies_everything_and_says_why() {
-    let Some(host) = world("package agent_policy\n\nthis is no rule\n") else { return };
+    let Some(host) = world("package agent_policy\n\nCreateSandboxRequest := {\n") else { return };
     let output = host.sh(&[], "echo out");
     refused(&output, &["the policy denies", "/run/measured-cfg/policy.rego", "is not valid Rego"]);
     assert_eq!(stdout(&output), "");
