@@ -50,6 +50,14 @@ pub fn tree() -> PathBuf {
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(tree());
+    // What cargo told this program of itself: build scripts that look at it would run again, and much with them, whenever somebody
+    // calls cargo by hand in between.
+    let own = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+    for (name, _) in std::env::vars_os() {
+        if own.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            command.env_remove(name);
+        }
+    }
     command
 }
 
