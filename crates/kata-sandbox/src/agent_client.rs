@@ -88,20 +88,21 @@ impl AgentError {
     fn new(call: &'static str, error: RpcError) -> Self {
         match error {
             RpcError::RpcStatus(status) => {
-                let message = match status.code() {
-                    // For what they do not serve at all, servers say nothing but the method's name: `/service/method …`
-                    // or `method method`.
-                    Code::UNIMPLEMENTED
-                        if status.message.starts_with('/') || status.message.ends_with(" method") =>
-                    {
-                        format!(
-                            "this guest's agent does not support {call} ({})",
-                            guest_text(&status.message)
-                        )
+                let said = guest_text(&status.message);
+                // For what they do not serve at all, servers say nothing but the method's name: `/service/method …` or
+                // `method method`; or, of another library, that there is no such service.
+                let absent = match status.code() {
+                    Code::UNIMPLEMENTED => {
+                        status.message.starts_with('/') || status.message.ends_with(" method")
                     }
-                    _ => guest_text(&status.message),
+                    Code::INVALID_ARGUMENT => status.message.ends_with(" service does not exist"),
+                    _ => false,
                 };
-                Self::Refused { code: status.code(), message }
+                if absent {
+                    let message = format!("this guest's agent does not support {call} ({said})");
+                    return Self::Refused { code: Code::UNIMPLEMENTED, message };
+                }
+                Self::Refused { code: status.code(), message: said }
             }
             other => Self::Lost { call, reason: other.to_string() },
         }
