@@ -46,17 +46,17 @@ struct Guest {
 }
 
 /// Runs `test` in a guest without a policy, then in one with.
-fn with_guests<F: Future<Output = ()>>(test: impl Fn(Arc<Guest>) -> F) {
+fn with_guests<F: Future<Output = ()>>(test: impl Fn(Guest) -> F) {
     if rustix::process::geteuid().is_root() {
         leave_the_machine();
     }
     let test = &test;
-    with_world(|world| async move { test(Arc::new(Guest::boot(&world).await)).await });
+    with_world(|world| async move { test(Guest::boot(&world).await).await });
     #[cfg(feature = "policy")]
     with_world(|world| async move {
         let guest = Guest::boot(&world).await;
         guest.set_policy().await;
-        test(Arc::new(guest)).await;
+        test(guest).await;
     });
 }
 
