@@ -41,6 +41,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("kata-testkit", &["kata-api", "kata-hypervisor"]),
+    // see docs/adr/0014
     ("fake-guest-services", &["kata-api"]),
     ("lab-init", &[]),
     ("xtask", &["kata-config", "lab-init"]),
