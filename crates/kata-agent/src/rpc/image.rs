@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use kata_api::agent::{Device, Storage};
 use oci_spec::runtime::{Process, Spec, User};
+use serde::Deserialize;
 
 use super::error::RpcError;
 use crate::aside;
@@ -18,6 +19,35 @@ const CONFIG_MAX: u64 = 1 << 20;
 const TRUSTED_STORE: &str = "/dev/trusted_store";
 /// Where services keep images.
 const IMAGES: &str = "/run/kata-containers/image";
+
+/// What of an image's `config.json` is of use. To understand all of it would make the agent by half larger.
+#[derive(Deserialize)]
+struct Description {
+    process: Option<Described>,
+}
+
+#[derive(Deserialize)]
+#[serde(default)]
+struct Described {
+    args: Option<Vec<String>>,
+    env: Option<Vec<String>>,
+    cwd: PathBuf,
+    user: DescribedUser,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct DescribedUser {
+    uid: u32,
+    gid: u32,
+    additional_gids: Option<Vec<u32>>,
+}
+
+impl Default for Described {
+    fn default() -> Self {
+        Self { args: None, env: None, cwd: "/".into(), user: DescribedUser::default() }
+    }
+}
 
 /// Fits `spec` to its root: a pod's own container gets the agent's pause, and one without arguments the process of its image.
 ///
@@ -32,13 +62,13 @@ pub async fn adapt(spec: &mut Spec, image: &Image) -> Result<(), RpcError> {
     let Some(asked) = spec.process().clone().filter(is_left_to_the_image) else { return Ok(()) };
     let path = image.config();
     let own = aside::run(format!("reading {}", path.display()), move || read(&path)).await??;
-    let own = own.process().clone().ok_or_else(|| {
+    let own = own.process.ok_or_else(|| {
         RpcError::Invalid(format!(
             "the container leaves its process to the image {}, which has none or one of an unknown user",
             image.reference
         ))
     })?;
-    spec.set_process(Some(merge(asked, &own)));
+    spec.set_process(Some(merge(asked, own)));
     Ok(())
 }
 
@@ -47,30 +77,30 @@ fn is_left_to_the_image(process: &Process) -> bool {
     process.args().iter().flatten().all(String::is_empty)
 }
 
-fn merge(mut asked: Process, own: &Process) -> Process {
-    asked.set_args(own.args().clone());
+fn merge(mut asked: Process, own: Described) -> Process {
+    asked.set_args(own.args);
     let name = |variable: &String| variable.split('=').next().unwrap_or_default().to_owned();
     let mut env = asked.env().clone().unwrap_or_default();
     let given: Vec<String> = env.iter().map(name).collect();
-    env.extend(own.env().iter().flatten().filter(|variable| !given.contains(&name(variable))).cloned());
+    env.extend(own.env.into_iter().flatten().filter(|variable| !given.contains(&name(variable))));
     asked.set_env(Some(env));
     if asked.cwd() == Path::new("/") {
-        asked.set_cwd(own.cwd().clone());
+        asked.set_cwd(own.cwd);
     }
     let user = asked.user();
     if user.uid() == 0 && user.gid() == 0 && user.additional_gids().iter().flatten().next().is_none() {
         let mut of_image = User::default();
         of_image
-            .set_uid(own.user().uid())
-            .set_gid(own.user().gid())
-            .set_additional_gids(own.user().additional_gids().clone())
+            .set_uid(own.user.uid)
+            .set_gid(own.user.gid)
+            .set_additional_gids(own.user.additional_gids)
             .set_umask(user.umask());
         asked.set_user(of_image);
     }
     asked
 }
 
-fn read(path: &PathBuf) -> Result<Spec, RpcError> {
+fn read(path: &PathBuf) -> Result<Description, RpcError> {
     let file = File::open(path).map_err(RpcError::file("opening", path))?;
     let mut text = Vec::new();
     file.take(CONFIG_MAX).read_to_end(&mut text).map_err(RpcError::file("reading", path))?;
