@@ -7,7 +7,7 @@ use std::process::Command;
 use serde::Deserialize;
 
 use super::Bench;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 use crate::shell::{self, ChoreError, at, tree};
 
@@ -94,18 +94,12 @@ impl Comparison {
                 .remove(*kind)
                 .ok_or_else(|| ChoreError::Found(format!("{} measured no {kind:?}", self.example)))?;
             let beside = |ours: &[f64]| ours.iter().zip(&runc).map(|(ours, runc)| ours / runc).collect();
-            let row = |what: String, unit, samples| Row {
-                what,
-                unit,
-                samples: Samples::new(samples),
-                budget: None,
-            };
-            rows.push(row(format!("{on}{what} {}", self.ratio), "", beside(&kata)));
-            rows.push(row(format!("{on}{what}"), self.unit, kata));
+            rows.push(row(format!("{on}{what} {}", self.ratio), "", beside(&kata), None));
+            rows.push(row(format!("{on}{what}"), self.unit, kata, None));
             if !without.is_empty() {
                 let what = format!("{on}{what}, without vhost-net");
-                rows.push(row(format!("{what} {}", self.ratio), "", beside(&without)));
-                rows.push(row(what, self.unit, without));
+                rows.push(row(format!("{what} {}", self.ratio), "", beside(&without), None));
+                rows.push(row(what, self.unit, without, None));
             }
         }
         Ok(rows)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use super::table::{Row, Samples};
+use super::table::{Row, Samples, row};
 use super::{Accelerator, Bench, timed};
 use crate::Chores;
 use crate::products::{self, Products};
@@ -50,10 +50,6 @@ pub fn measure(bench: &Bench) -> Chores<(Vec<Row>, f64)> {
         rows.retain(|row| !row.what.contains("the pod's kernel parameters"));
     }
     Ok((rows, bare_boot))
-}
-
-fn row(what: &str, unit: &'static str, samples: Vec<f64>, budget: Option<f64>) -> Row {
-    Row { what: what.to_owned(), unit, samples: Samples::new(samples), budget }
 }
 
 /// Seconds until the first byte of output of a pod that is started with these options.

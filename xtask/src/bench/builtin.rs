@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::Bench;
 use super::boot::{BareBoot, first_byte};
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 use crate::shell::{self, ChoreError, at};
 
@@ -31,12 +31,6 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
             pod_ratios.push(start / own);
         }
     }
-    let row = |what: &str, unit, samples, budget| Row {
-        what: what.to_owned(),
-        unit,
-        samples: Samples::new(samples),
-        budget,
-    };
     Ok(vec![
         row("built-in VMM: bare boot ÷ QEMU microvm's", "", ratios, Some(0.8)),
         row("built-in VMM: bare boot to an init that resets", "ms", ours, None),

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::Bench;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 
 /// Milliseconds, printed by the example `containerd-start` of kata-testkit.
@@ -33,15 +33,11 @@ pub fn measure(bench: &Bench, bare_boot: f64, parallel: &[usize]) -> Chores<Vec<
     ];
     for (pods, time) in parallel.iter().zip(figures.parallel) {
         rows.push(row(
-            &format!("`ctr run --rm` of {pods} at once, until the last has ended"),
+            format!("`ctr run --rm` of {pods} at once, until the last has ended"),
             "ms",
             vec![time],
             None,
         ));
     }
     Ok(rows)
-}
-
-fn row(what: &str, unit: &'static str, samples: Vec<f64>, budget: Option<f64>) -> Row {
-    Row { what: what.to_owned(), unit, samples: Samples::new(samples), budget }
 }

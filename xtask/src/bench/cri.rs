@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use super::Bench;
 use super::plot;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 
 /// Milliseconds, printed by the example `cri-start` of kata-testkit.
@@ -26,22 +26,17 @@ pub fn measure(bench: &Bench, pods: &[usize]) -> Chores<(Vec<Row>, String)> {
     let numbers: Vec<String> = [&[bench.runs], pods].concat().iter().map(ToString::to_string).collect();
     let figures: Figures =
         bench.example("cri-start", &numbers.iter().map(String::as_str).collect::<Vec<_>>())?;
-    let row = |what: &str, unit, samples| Row {
-        what: what.to_owned(),
-        unit,
-        samples: Samples::new(samples),
-        budget: None,
-    };
     let mut rows = vec![
-        row("pod and container under the CRI with CNI, until it is started", "ms", figures.kata),
-        row("the same with runc", "ms", figures.runc),
+        row("pod and container under the CRI with CNI, until it is started", "ms", figures.kata, None),
+        row("the same with runc", "ms", figures.runc, None),
     ];
     let (mut kata, mut runc) = (Vec::new(), Vec::new());
     for (count, pair) in pods.iter().zip(figures.parallel) {
         rows.push(row(
-            &format!("{count} such pods at once, until the last is started"),
+            format!("{count} such pods at once, until the last is started"),
             "ms",
             vec![pair.kata],
+            None,
         ));
         kata.push((*count, pair.kata / 1e3));
         runc.push((*count, pair.runc / 1e3));

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use serde::Deserialize;
 
 use super::Bench;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 use crate::shell;
 
@@ -27,22 +27,16 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
     let found = bench.example("exec-latency", &["/run/kata", POD, &bench.runs.to_string()]);
     shell::run(bench.ctl(&["rm", "-f", POD]).stdout(Stdio::null()))?;
     let found: Latency = found?;
-    let row = |what: &str, unit, value, budget| Row {
-        what: what.to_owned(),
-        unit,
-        samples: Samples::new(vec![value]),
-        budget,
-    };
     let path = 2.0 * found.round_trip + found.fork_exec;
     Ok(vec![
         row(
             "exec at the agent to first byte ÷ (2 vsock round trips + fork and exec in the guest)",
             "",
-            found.exec / path,
+            vec![found.exec / path],
             Some(3.0),
         ),
-        row("exec at the agent to first byte", "ms", found.exec / 1e3, None),
-        row("vsock round trip", "ms", found.round_trip / 1e3, None),
-        row("fork and exec in the guest, by a shell", "ms", found.fork_exec / 1e3, None),
+        row("exec at the agent to first byte", "ms", vec![found.exec / 1e3], None),
+        row("vsock round trip", "ms", vec![found.round_trip / 1e3], None),
+        row("fork and exec in the guest, by a shell", "ms", vec![found.fork_exec / 1e3], None),
     ])
 }

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use super::Bench;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 use crate::shell::{self, ChoreError};
 
@@ -40,27 +40,29 @@ fn with_pod(bench: &Bench) -> Chores<Vec<Row>> {
         let pids = processes(program)?;
         let proportional = mib(&pids, "smaps_rollup", "Pss:");
         whole += proportional;
-        rows.push(row(&format!("resident memory: {name}"), mib(&pids, "status", "VmRSS:"), *budget));
-        rows.push(row(&format!("proportional memory: {name}"), proportional, None));
+        rows.push(row(
+            format!("resident memory: {name}"),
+            "MiB",
+            vec![mib(&pids, "status", "VmRSS:")],
+            *budget,
+        ));
+        rows.push(row(format!("proportional memory: {name}"), "MiB", vec![proportional], None));
     }
-    rows.push(row("proportional memory of a pod (PSS, 128 MiB machine, idle)", whole, None));
+    rows.push(row("proportional memory of a pod (PSS, 128 MiB machine, idle)", "MiB", vec![whole], None));
     let meminfo = shell::output(&mut bench.ctl(&["exec", POD, "cat", "/proc/meminfo"]))?;
     let field = |name: &str| meminfo.lines().find_map(|line| line.strip_prefix(name)).and_then(kib);
     match (field("MemTotal:"), field("MemAvailable:")) {
         (Some(total), Some(available)) => {
             rows.push(row(
                 "guest memory used at idle (128 MiB machine)",
-                (total - available) / 1024.0,
+                "MiB",
+                vec![(total - available) / 1024.0],
                 Some(26.0),
             ));
         }
         _ => return Err(ChoreError::Found("the guest's /proc/meminfo is not as expected".to_owned())),
     }
     Ok(rows)
-}
-
-fn row(what: &str, mib: f64, budget: Option<f64>) -> Row {
-    Row { what: what.to_owned(), unit: "MiB", samples: Samples::new(vec![mib]), budget }
 }
 
 fn kib(text: &str) -> Option<f64> {

@@ -2,7 +2,7 @@
 
 use super::Bench;
 use super::boot::first_byte;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 
 /// Rows of a pod's start in either guest, one after the other.
@@ -18,12 +18,6 @@ pub fn measure(bench: &Bench) -> Chores<Vec<Row>> {
             starts.push(start * 1e3);
         }
     }
-    let row = |what: &str, unit, samples, budget| Row {
-        what: what.to_owned(),
-        unit,
-        samples: Samples::new(samples),
-        budget,
-    };
     Ok(vec![
         row(
             "services image: `kata-ctl run` to first byte ÷ the same on the lean image",

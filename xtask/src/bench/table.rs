@@ -45,6 +45,11 @@ pub struct Row {
     pub budget: Option<f64>,
 }
 
+/// A line of these samples.
+pub fn row(what: impl Into<String>, unit: &'static str, samples: Vec<f64>, budget: Option<f64>) -> Row {
+    Row { what: what.into(), unit, samples: Samples::new(samples), budget }
+}
+
 impl Row {
     fn render(&self) -> String {
         let digits = if self.unit.is_empty() { 2 } else { 1 };
@@ -115,12 +120,7 @@ mod tests {
 
     #[test]
     fn missed_budget_is_said() {
-        let row = |value| Row {
-            what: "x".to_owned(),
-            unit: "",
-            samples: Samples::new(vec![value]),
-            budget: Some(1.3),
-        };
+        let row = |value| row("x", "", vec![value], Some(1.3));
         assert!(row(1.4).render().contains("missed") && row(1.2).render().contains("kept"));
     }
 }

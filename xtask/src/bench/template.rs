@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::Bench;
 use super::boot::first_byte;
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use crate::Chores;
 use crate::shell::{self, ChoreError, at};
 
@@ -52,12 +52,6 @@ fn starts(bench: &Bench, copied: &[&str]) -> Chores<Vec<Row>> {
             starts.push(start * 1e3);
         }
     }
-    let row = |what: &str, unit, samples, budget| Row {
-        what: what.to_owned(),
-        unit,
-        samples: Samples::new(samples),
-        budget,
-    };
     Ok(vec![
         row(
             "template: the machine's start until its agent serves ÷ the same without",
@@ -110,8 +104,8 @@ fn memory_of_a_second(bench: &Bench, copied: &[&str]) -> Chores<Row> {
     for name in &names {
         shell::run(bench.ctl(&["rm", "-f", name]).stdout(Stdio::null()))?;
     }
-    let what = "memory of a second pod from one template, with a share (PSS, 256 MiB machine)".to_owned();
-    Ok(Row { what, unit: "MiB", samples: Samples::new(vec![taken?]), budget: None })
+    let what = "memory of a second pod from one template, with a share (PSS, 256 MiB machine)";
+    Ok(row(what, "MiB", vec![taken?], None))
 }
 
 /// MiB of all processes of all pods, pages that several of them have counted once.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::table::{Row, Samples};
+use super::table::{Row, row};
 use super::{Bench, boot, timed};
 use crate::Chores;
 use crate::shell::{self, at, tree};
@@ -52,17 +52,11 @@ fn with_pod(bench: &Bench, file: &Path) -> Chores<Vec<Row>> {
             .as_secs_f64(),
         );
     }
-    let row = |what: &str, unit, samples| Row {
-        what: what.to_owned(),
-        unit,
-        samples: Samples::new(samples),
-        budget: None,
-    };
     let seconds = "s";
     Ok(vec![
-        row("`kata-ctl exec true`", "ms", exec),
-        row(&format!("{MIB} MiB through stdin, cat and stdout"), seconds, stream),
-        row(&format!("{MIB} MiB read over virtio-fs, exec included"), seconds, shared),
-        row(&format!("{MIB} MiB read on the host"), seconds, host),
+        row("`kata-ctl exec true`", "ms", exec, None),
+        row(format!("{MIB} MiB through stdin, cat and stdout"), seconds, stream, None),
+        row(format!("{MIB} MiB read over virtio-fs, exec included"), seconds, shared, None),
+        row(format!("{MIB} MiB read on the host"), seconds, host, None),
     ])
 }
