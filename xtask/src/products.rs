@@ -62,8 +62,8 @@ impl Products {
 /// features would be another build of nearly every dependency.
 pub const TESTED_FEATURES: [&str; 2] = ["--features", "kata-agent/policy,kata-initdata/guest"];
 
-/// Builds the host's binaries, the agent and the guest image with a kernel from `kernel`. Pulling images from registries is
-/// left out.
+/// Builds the host's binaries, the agent and the guest image with a kernel from `kernel`. Pulling images from registries and asking
+/// policies are left out.
 pub fn build(profile: Profile, kernel: &str) -> Chores<Products> {
     say(&format!("building the host's binaries ({})", profile.name()));
     let mut host = cargo();

@@ -36,8 +36,10 @@ pub use observe::{
 };
 pub use policy::{
     EvidenceArgs, InitdataCommand, InitdataCreateArgs, InitdataShowArgs, MeasureArgs, PolicyCommand,
-    PolicyExplainArgs, PolicyGenerateArgs, PolicyTestArgs,
+    PolicyGenerateArgs,
 };
+#[cfg(feature = "policy")]
+pub use policy::{PolicyExplainArgs, PolicyTestArgs};
 
 /// Run containers in virtual machines of their own, and look into them
 #[derive(Debug, Parser)]

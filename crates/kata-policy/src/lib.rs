@@ -9,8 +9,10 @@
 //! Names and JSON are those that policies of upstream's agent are written for, so those policies work here: messages are objects
 //! with the protocol's field names, an absent message is `null`, enumerations are numbers, bytes are arrays of numbers.
 
+#[cfg(feature = "engine")]
 mod policy;
 mod request;
 
+#[cfg(feature = "engine")]
 pub use policy::{Denied, Policy, PolicyError};
 pub use request::{Request, RequestError, Shape, shapes};

@@ -7,6 +7,7 @@
 //!                                    requests as JSON ─▶ kata-policy: the engine that the agent has
 //! ```
 
+#[cfg(feature = "policy")]
 mod answer;
 mod container;
 mod manifest;
@@ -44,12 +45,22 @@ enum GenerateError {
     Files,
 }
 
+/// Why no policy can be asked.
+#[cfg(not(feature = "policy"))]
+#[derive(Debug, thiserror::Error)]
+#[error("this program was built without the engine of policies; build kata-ctl with its feature `policy`")]
+struct NoEngine;
+
 /// Does what is asked.
 pub async fn run(command: &PolicyCommand) -> Outcome {
     match command {
         PolicyCommand::Generate(args) => generate(args).await,
+        #[cfg(feature = "policy")]
         PolicyCommand::Test(args) => answer::test(args),
+        #[cfg(feature = "policy")]
         PolicyCommand::Explain(args) => answer::explain(args),
+        #[cfg(not(feature = "policy"))]
+        PolicyCommand::Test(_) | PolicyCommand::Explain(_) => Err(NoEngine.into()),
         PolicyCommand::Set(args) => set_policy(&args.name, &args.file).await,
     }
 }
@@ -103,4 +114,5 @@ fn named(file: &Path) -> String {
 }
 
 #[cfg(test)]
+#[cfg(feature = "policy")]
 mod tests;
