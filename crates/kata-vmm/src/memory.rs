@@ -16,8 +16,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
+use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
@@ -46,6 +48,8 @@ pub const IO_APIC: u32 = 0xfec0_0000;
 /// A local APIC's registers, which are KVM's.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
+/// Bytes of a page.
+const PAGE: u64 = 4096;
 /// Least memory that a guest boots with, in bytes.
 const LEAST: u64 = 64 << 20;
 /// Most that is given out, in bytes: a sum of addresses never gets near the end of a `u64`.
@@ -153,7 +157,7 @@ fn check(size: u64, growth: u64) -> Result<u64, MemoryError> {
 }
 
 fn in_memory(size: u64, hugepages: bool) -> Result<File, MemoryError> {
-    let host = |step| move |e: rustix::io::Errno| MemoryError::Host { size, step, source: e.into() };
+    let host = |step| move |e: Errno| MemoryError::Host { size, step, source: e.into() };
     let flags = if hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
     let file = memfd_create("guest-ram", flags).map_err(host("a file in memory"))?;
     ftruncate(&file, size).map_err(host("its size; are enough huge pages set aside?"))?;
@@ -201,6 +205,44 @@ pub fn is_ram(region: &GuestRegionMmap) -> bool {
 /// All bytes of RAM that are there from the start.
 pub fn size(memory: &GuestMemoryMmap) -> u64 {
     memory.iter().filter(|region| is_ram(region)).map(GuestMemoryRegion::len).sum()
+}
+
+/// Parts of a file that are no holes, in whole pages; the whole range where the file system does not tell.
+pub fn filled(file: &File, range: Range<u64>) -> Vec<Range<u64>> {
+    let (mut found, mut at) = (Vec::new(), range.start);
+    while at < range.end {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) if start < range.end => start.max(at) / PAGE * PAGE,
+            // Nothing is there any more.
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(_) => at,
+        };
+        let hole = seek(file, SeekFrom::Hole(start)).unwrap_or(range.end);
+        let end = hole.next_multiple_of(PAGE).clamp(start + PAGE, range.end.max(start + PAGE));
+        found.push(start..end.min(range.end));
+        at = end;
+    }
+    found
+}
+
+/// Parts of a region that the host has given memory for, by their distance from its begin; `None` where the region is not shared, so
+/// that its file does not tell.
+pub fn given(region: &GuestRegionMmap) -> Option<Vec<Range<u64>>> {
+    let file = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0)?;
+    let start = file.start();
+    let ranges = filled(file.file(), start..start + region.len());
+    Some(ranges.into_iter().map(|range| range.start - start..range.end - start).collect())
+}
+
+/// Addresses of shared RAM that the host has given memory for.
+pub fn resident(memory: &GuestMemoryMmap) -> Vec<Range<u64>> {
+    let mut all = Vec::new();
+    for region in memory.iter().filter(|region| is_ram(region)) {
+        let base = region.start_addr().0;
+        let ranges = given(region).unwrap_or_default();
+        all.extend(ranges.into_iter().map(|range| base + range.start..base + range.end));
+    }
+    all
 }
 
 /// First address and length of what can come later.
@@ -297,6 +339,27 @@ mod tests {
         assert_eq!((super::size(&first), length), (size, 2 << 20));
         first.write_slice(b"more", GuestAddress(base)).unwrap();
         assert_eq!(read(&second, base), [0; 4]);
+    }
+
+    #[test]
+    fn what_was_written_is_resident_and_nothing_else() {
+        let memory = allocate(5 << 30, 1 << 30, Backing::default()).unwrap();
+        let memory = memory.memory();
+        assert_eq!(resident(&memory), []);
+        let (later, _) = growth(&memory).unwrap();
+        for at in [0x1fff, 0x5000, HIGH_BEGIN + 0x10_0000, later] {
+            memory.write_slice(b"four", GuestAddress(at)).unwrap();
+        }
+        let high = HIGH_BEGIN + 0x10_0000;
+        assert_eq!(resident(&memory), [0x1000..0x3000, 0x5000..0x6000, high..high + 0x1000]);
+    }
+
+    #[test]
+    fn of_a_file_that_is_mapped_privately_nothing_is_resident() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LEAST).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"low", 0x1000).unwrap();
+        assert_eq!(resident(&mapped(&file, LEAST, 0).unwrap().memory()), []);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
@@ -20,7 +21,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs}
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{CpuState, KvmError, cpuid, refused};
+use super::{CpuState, KvmError, cpuid, prefault, refused};
 use crate::boot::{Entry, GDT, PAGE_TABLES, START_INFO, ZERO_PAGE};
 use crate::bus::Bus;
 
@@ -167,6 +168,11 @@ impl Cpu {
         };
         self.cpu.set_sregs(&special).map_err(refused("set a CPU's registers"))?;
         self.cpu.set_regs(&general).map_err(refused("set a CPU's registers"))
+    }
+
+    /// Maps these addresses for the guest, of whichever CPU, where the host's KVM can do so before it runs.
+    pub fn prefault(&self, ranges: &[Range<u64>]) {
+        prefault::prefault(&self.cpu, ranges);
     }
 
     /// Puts it where another of its number stood.

@@ -4,13 +4,14 @@
 //!   /dev/kvm ──▶ Hypervisor ── memory slots, APICs
 //!                   ├──▶ Router   irqfd, ioeventfd, the table of interrupts     (crate::events::Events)
 //!                   ├──▶ Lending  pages and groups of devices of the host
-//!                   └──▶ Cpu      registers at boot, the loop of exits, one thread each
+//!                   └──▶ Cpu      registers at boot, memory mapped ahead, the loop of exits, one thread each
 //! ```
 
 mod cpu;
 mod cpuid;
 #[cfg(feature = "vfio")]
 mod lending;
+mod prefault;
 mod router;
 mod state;
 

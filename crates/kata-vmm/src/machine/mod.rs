@@ -286,6 +286,10 @@ impl Machine {
             ending,
         };
         origin.put(&machine, &ready, &generation)?;
+        // Of memory that is there as a whole it would be all, and huge pages take few exits.
+        if let Some(first) = ready.first().filter(|_| backing == Backing::default()) {
+            first.prefault(&memory::resident(&machine.memory.memory()));
+        }
         machine.start(ready)?;
         Ok(machine)
     }

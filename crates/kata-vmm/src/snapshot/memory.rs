@@ -14,16 +14,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
 };
 
 use super::{SnapshotError, damaged, digits, failed, is_empty};
-use crate::memory::is_ram;
+use crate::memory::{filled, given, is_ram};
 use crate::virtio::Memory;
 
 /// Bytes of a page.
@@ -69,7 +67,9 @@ pub fn write(memory: &GuestMemoryMmap, file: &File) -> Result<Content, SnapshotE
     let (mut summary, mut base) = (Summary::default(), 0);
     let mut buffer = vec![0; PIECE];
     for region in memory.iter().filter(|region| is_ram(region)) {
-        for (offset, length) in touched(region).into_iter().flat_map(pieces) {
+        // What was never touched is zero.
+        let touched = given(region).unwrap_or_else(|| std::iter::once(0..region.len()).collect());
+        for (offset, length) in touched.into_iter().flat_map(pieces) {
             let piece = buffer.get_mut(..length).unwrap_or_default();
             let address = GuestAddress(region.start_addr().0 + offset);
             memory.read_slice(piece, address).map_err(|e| fault(std::io::Error::other(e)))?;
@@ -84,38 +84,6 @@ pub fn write(memory: &GuestMemoryMmap, file: &File) -> Result<Content, SnapshotE
     }
     file.set_len(base).and_then(|()| file.sync_all()).map_err(&fault)?;
     Ok(summary.content(base))
-}
-
-/// Ranges of a region that may be other than zero. Of a file that others share only what it has was ever touched.
-fn touched(region: &GuestRegionMmap) -> Vec<Range<u64>> {
-    let shared = region.flags() & libc::MAP_SHARED != 0;
-    match region.file_offset().filter(|_| shared) {
-        Some(file) => {
-            let start = file.start();
-            let ranges = filled(file.file(), start..start + region.len());
-            ranges.into_iter().map(|range| range.start - start..range.end - start).collect()
-        }
-        None => std::iter::once(0..region.len()).collect(),
-    }
-}
-
-/// The parts of a range that are no holes, in whole pages; all of it where the file system does not tell.
-fn filled(file: &File, range: Range<u64>) -> Vec<Range<u64>> {
-    let page = PAGE as u64;
-    let (mut found, mut at) = (Vec::new(), range.start);
-    while at < range.end {
-        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(start) if start < range.end => start.max(at) / page * page,
-            // Nothing is there any more.
-            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
-            Err(_) => at,
-        };
-        let hole = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap_or(range.end);
-        let end = hole.next_multiple_of(page).clamp(start + page, range.end.max(start + page));
-        found.push(start..end.min(range.end));
-        at = end;
-    }
-    found
 }
 
 /// Cuts a range: offset and length of each piece.
