@@ -197,6 +197,20 @@ fn populate(region: &GuestRegionMmap) -> rustix::io::Result<()> {
     unsafe { madvise(region.as_ptr().cast(), bytes, Advice::LinuxPopulateWrite) }
 }
 
+/// Takes whole pages for the guest from the host, unless it has them already. A host that cannot does so when the guest touches them.
+pub fn take(memory: &GuestMemoryMmap, ranges: &[Range<u64>]) {
+    for range in ranges {
+        let bytes = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(0);
+        let Ok(part) = memory.get_slice(GuestAddress(range.start), bytes) else { continue };
+        // SAFETY: the range is part of a mapping, which `memory` keeps alive; populating changes nothing that is in it.
+        let taken =
+            unsafe { madvise(part.ptr_guard_mut().as_ptr().cast(), bytes, Advice::LinuxPopulateWrite) };
+        if let Err(error) = taken {
+            tracing::debug!(%error, "memory comes page by page, as the guest touches it");
+        }
+    }
+}
+
 /// Whether it is RAM from the start.
 pub fn is_ram(region: &GuestRegionMmap) -> bool {
     matches!(region.start_addr().0, 0 | HIGH_BEGIN)

@@ -170,10 +170,16 @@ fn nic_spec(Nic { id, mac, mtu, queues, vhost }: Nic, descriptors: &mut Descript
     NicSpec { id, mac, mtu, queues: add(queues), vhost: add(vhost) }
 }
 
-/// The spec's parameters, and how the machine is reset: there is no keyboard controller, and looking for one takes a kernel more
-/// than a second. The last of several `reboot=` counts. Memory that comes is brought to use by the kernel itself: it takes only 1 GiB
-/// at once as long as somebody else has to.
+/// The spec's parameters, and what the machine needs:
+///
+/// - how it is reset: there is no keyboard controller, and looking for one takes a kernel more than a second. The last of several
+///   `reboot=` counts;
+/// - no look at PCI before its time, for devices whose faults have to be known early and for AMD's bridges: 107 registers of which
+///   none is there, each of them two exits;
+/// - lock prefixes stay where they are: taking them out, for a machine of one CPU, takes a kernel a tenth of its boot;
+/// - memory that comes is brought to use by the kernel itself: it takes only 1 GiB at once as long as somebody else has to.
 fn command_line(params: &[String], grows: bool) -> String {
+    let own = ["reboot=t", "pci=noearly", "noreplace-smp"];
     let memory = grows.then_some("memhp_default_state=online");
-    params.iter().map(String::as_str).chain(["reboot=t"]).chain(memory).collect::<Vec<_>>().join(" ")
+    params.iter().map(String::as_str).chain(own).chain(memory).collect::<Vec<_>>().join(" ")
 }

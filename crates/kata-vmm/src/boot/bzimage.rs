@@ -8,7 +8,8 @@ use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryMmap};
 
 use super::{
-    ACPI, BootError, COMMAND_LINE, Entry, HIGH_MEMORY, PAGE_TABLES, ZERO_PAGE, load_initrd, put, stretches,
+    ACPI, BootError, COMMAND_LINE, Entry, HIGH_MEMORY, Loaded, PAGE_TABLES, ZERO_PAGE, load_initrd, put,
+    stretches,
 };
 use crate::memory;
 
@@ -30,7 +31,7 @@ pub fn load(
     kernel: &mut File,
     initrd: Option<&mut File>,
     line_length: usize,
-) -> Result<Entry, BootError> {
+) -> Result<Loaded, BootError> {
     let failed = |source| BootError::Load { memory: memory::size(memory), source };
     let start = GuestAddress(HIGH_MEMORY);
     let loaded = BzImage::load(memory, Some(start), kernel, Some(start)).map_err(failed)?;
@@ -60,7 +61,12 @@ pub fn load(
     page.e820_entries = u8::try_from(map.len()).unwrap_or(0);
     put(memory, page.as_slice(), ZERO_PAGE, "the zero page")?;
     page_tables(memory)?;
-    Ok(Entry::Linux64 { address: HIGH_MEMORY + ENTRY })
+    // What it clears is behind what it unpacks itself to, later.
+    Ok(Loaded {
+        entry: Entry::Linux64 { address: HIGH_MEMORY + ENTRY },
+        kernel_end: loaded.kernel_end,
+        initrd,
+    })
 }
 
 /// One to one for the first GiB, in pages of 2 MiB: the kernel makes its own as soon as it runs.

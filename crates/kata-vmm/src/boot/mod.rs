@@ -19,6 +19,7 @@ mod pvh;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{self, KernelLoader};
@@ -52,6 +53,10 @@ const BASE_END: u64 = 0x9_fc00;
 /// Where memory proper begins.
 const HIGH_MEMORY: u64 = 0x10_0000;
 const PAGE: u64 = 4096;
+/// Bytes of tables that Linux makes beside the descriptors of pages, at least.
+const FIRST_TABLES: u64 = 2 << 20;
+/// Most that is taken from the host for a guest that would write to it by itself, piece by piece, in bytes.
+const MOST_TABLES: u64 = 64 << 20;
 
 /// Null, unused, code, data, task state: flat, for 32 bits.
 const DESCRIPTORS: [u64; 5] = [0, 0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
@@ -157,8 +162,43 @@ pub struct Guest<'a> {
     pub command_line: &'a str,
 }
 
-/// Puts everything into memory but the ACPI tables, and says how to begin.
-pub fn load(memory: &GuestMemoryMmap, guest: Guest<'_>) -> Result<Entry, BootError> {
+/// What was put into memory.
+#[derive(Debug)]
+pub struct Loaded {
+    /// How the first CPU begins.
+    pub entry: Entry,
+    /// First address behind the kernel, with what it clears by itself.
+    kernel_end: u64,
+    initrd: Initrd,
+}
+
+impl Loaded {
+    /// Addresses that have nothing yet and that Linux writes to before it does anything for a program, however much memory there is:
+    /// what it clears behind its own data, and at the end of all memory, below the initrd, one descriptor of 64 bytes a page and its
+    /// first tables.
+    pub fn written_first(&self, memory: &GuestMemoryMmap) -> Vec<Range<u64>> {
+        let filled = memory::resident(memory);
+        let data_end = filled.iter().map(|range| range.end).filter(|end| *end <= self.kernel_end).max();
+        let cleared = data_end.map(|end| end..self.kernel_end / PAGE * PAGE);
+
+        let ranges = memory::ranges(memory::size(memory));
+        let last = ranges.last().map(|(base, length)| *base..base + length);
+        let tables = last.map(|last| {
+            let end = match self.initrd {
+                Some((base, _)) if last.contains(&base) => base,
+                _ => last.end,
+            };
+            let size = (memory::size(memory) / 64 + FIRST_TABLES).min(MOST_TABLES) / PAGE * PAGE;
+            end.saturating_sub(size)
+                .max(last.start)
+                .max(self.kernel_end.saturating_add(PAGE - 1) / PAGE * PAGE)..end
+        });
+        cleared.into_iter().chain(tables).filter(|range| !range.is_empty()).collect()
+    }
+}
+
+/// Puts everything into memory but the ACPI tables.
+pub fn load(memory: &GuestMemoryMmap, guest: Guest<'_>) -> Result<Loaded, BootError> {
     let line = command_line(guest.command_line)?;
     put(memory, &line, COMMAND_LINE, "the command line")?;
     for (address, descriptor) in (GDT..).step_by(8).zip(DESCRIPTORS) {
@@ -174,7 +214,8 @@ pub fn load(memory: &GuestMemoryMmap, guest: Guest<'_>) -> Result<Entry, BootErr
             };
             let initrd = load_initrd(memory, guest.initrd, loaded.kernel_end)?;
             pvh::tell(memory, initrd)?;
-            Ok(Entry::Pvh { address: address.0 })
+            let entry = Entry::Pvh { address: address.0 };
+            Ok(Loaded { entry, kernel_end: loaded.kernel_end, initrd })
         }
         Format::BzImage => bzimage::load(memory, guest.kernel, guest.initrd, line.len()),
     }

@@ -17,6 +17,11 @@ fn file(bytes: &[u8]) -> File {
 
 /// An ELF kernel of one segment at 1 MiB with this code, and a PVH note for its first byte if wanted.
 fn elf(code: &[u8], note: bool) -> Vec<u8> {
+    elf_that_clears(code, note, 0)
+}
+
+/// The same with bytes behind the code that it clears by itself.
+fn elf_that_clears(code: &[u8], note: bool, cleared: u64) -> Vec<u8> {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
     bytes.resize(16, 0);
     let half = |value: u16| value.to_le_bytes().to_vec();
@@ -28,8 +33,17 @@ fn elf(code: &[u8], note: bool) -> Vec<u8> {
     bytes.resize(64, 0);
     let (at, length) = (64 + 2 * 56, u64::try_from(code.len()).unwrap());
     bytes.extend(
-        [word(1), word(5), long(at + 20), long(MIB), long(MIB), long(length), long(length), long(4096)]
-            .concat(),
+        [
+            word(1),
+            word(5),
+            long(at + 20),
+            long(MIB),
+            long(MIB),
+            long(length),
+            long(length + cleared),
+            long(4096),
+        ]
+        .concat(),
     );
     let kind = if note { 4 } else { 0 };
     bytes.extend([word(kind), word(4), long(at), long(0), long(0), long(20), long(20), long(4)].concat());
@@ -38,12 +52,12 @@ fn elf(code: &[u8], note: bool) -> Vec<u8> {
     bytes
 }
 
-fn boot(kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> (GuestMemoryMmap, Result<Entry, BootError>) {
+fn boot(kernel: &[u8], initrd: Option<&[u8]>, line: &str) -> (GuestMemoryMmap, Result<Loaded, BootError>) {
     let memory = GuestMemoryMmap::clone(&allocate(64 * MIB, 0, Backing::default()).unwrap().memory());
     let mut kernel = file(kernel);
     let mut initrd = initrd.map(file);
-    let entry = load(&memory, Guest { kernel: &mut kernel, initrd: initrd.as_mut(), command_line: line });
-    (memory, entry)
+    let loaded = load(&memory, Guest { kernel: &mut kernel, initrd: initrd.as_mut(), command_line: line });
+    (memory, loaded)
 }
 
 fn long(memory: &GuestMemoryMmap, address: u64) -> u64 {
@@ -55,9 +69,36 @@ fn word(memory: &GuestMemoryMmap, address: u64) -> u32 {
 }
 
 #[test]
+fn linux_writes_first_to_what_it_clears_and_below_the_initrd() {
+    let kernel = elf_that_clears(b"code", true, 5 * PAGE);
+    let (memory, loaded) = boot(&kernel, Some(b"initial disk"), "");
+    let initrd = 64 * MIB - PAGE;
+    let descriptors = MIB;
+    let wanted = [MIB + PAGE..MIB + 5 * PAGE, initrd - FIRST_TABLES - descriptors..initrd];
+    let ranges = loaded.unwrap().written_first(&memory);
+    assert_eq!(ranges, wanted);
+    memory::take(&memory, &ranges);
+    let taken = memory::resident(&memory);
+    assert!(
+        wanted
+            .iter()
+            .all(|range| taken.iter().any(|taken| taken.start <= range.start && taken.end >= range.end)),
+        "{taken:x?}"
+    );
+}
+
+#[test]
+fn kernel_that_says_that_it_clears_more_than_there_is_takes_nothing() {
+    let (memory, loaded) = boot(&elf_that_clears(b"code", true, 1 << 60), None, "");
+    let before = memory::resident(&memory);
+    memory::take(&memory, &loaded.unwrap().written_first(&memory));
+    assert_eq!(memory::resident(&memory), before);
+}
+
+#[test]
 fn elf_kernel_finds_its_initrd_command_line_and_memory() {
     let (memory, entry) = boot(&elf(b"code", true), Some(b"initial disk"), "quiet panic=1");
-    assert_eq!(entry.unwrap(), Entry::Pvh { address: MIB });
+    assert_eq!(entry.unwrap().entry, Entry::Pvh { address: MIB });
     assert_eq!(&memory.read_obj::<[u8; 4]>(GuestAddress(MIB)).unwrap(), b"code");
     assert_eq!((word(&memory, START_INFO), word(&memory, START_INFO + 4)), (0x336e_c578, 1));
     assert_eq!(
@@ -132,7 +173,7 @@ fn bz_image(version: u16, flags: u16, code: &[u8]) -> Vec<u8> {
 #[test]
 fn bz_image_finds_its_initrd_command_line_and_memory() {
     let (memory, entry) = boot(&bz_image(0x20f, 1, b"packed"), Some(b"initial disk"), "quiet");
-    assert_eq!(entry.unwrap(), Entry::Linux64 { address: MIB + 0x200 });
+    assert_eq!(entry.unwrap().entry, Entry::Linux64 { address: MIB + 0x200 });
     assert_eq!(&memory.read_obj::<[u8; 6]>(GuestAddress(MIB)).unwrap(), b"packed");
     assert_eq!(
         &memory.read_obj::<[u8; 6]>(GuestAddress(word(&memory, ZERO_PAGE + 0x228).into())).unwrap(),

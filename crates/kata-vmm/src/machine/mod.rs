@@ -285,10 +285,12 @@ impl Machine {
             event,
             ending,
         };
-        origin.put(&machine, &ready, &generation)?;
+        let written_first = origin.put(&machine, &ready, &generation)?;
         // Of memory that is there as a whole it would be all, and huge pages take few exits.
         if let Some(first) = ready.first().filter(|_| backing == Backing::default()) {
-            first.prefault(&memory::resident(&machine.memory.memory()));
+            let memory = machine.memory.memory();
+            memory::take(&memory, &written_first);
+            first.prefault(&memory::resident(&memory));
         }
         machine.start(ready)?;
         Ok(machine)

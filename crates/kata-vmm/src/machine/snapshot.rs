@@ -1,6 +1,7 @@
 //! Where a machine begins, and how it is written to where another can begin.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -97,13 +98,14 @@ impl Origin {
         Ok(Arc::new(port.map_err(host("use its console"))?))
     }
 
-    /// Puts a machine of which all parts are there, with these CPUs, to where it begins.
+    /// Puts a machine of which all parts are there, with these CPUs, to where it begins; answers which addresses without anything in
+    /// them its guest will write to first.
     pub(super) fn put(
         self,
         machine: &Machine,
         cpus: &[Cpu],
         generation: &Generation,
-    ) -> Result<(), MachineError> {
+    ) -> Result<Vec<Range<u64>>, MachineError> {
         let memory = machine.memory.memory();
         let identified = |result: Result<(), GuestMemoryError>| {
             let action = "give its guest an identifier";
@@ -113,7 +115,7 @@ impl Origin {
             Origin::Kernel { mut kernel, mut initrd, command_line } => {
                 let guest =
                     boot::Guest { kernel: &mut kernel, initrd: initrd.as_mut(), command_line: &command_line };
-                let entry = boot::load(&memory, guest)?;
+                let loaded = boot::load(&memory, guest)?;
                 let facts = acpi::Facts {
                     cpus: machine.shape.cpus,
                     most_cpus: machine.shape.max_cpus,
@@ -123,7 +125,8 @@ impl Origin {
                 };
                 acpi::write(&memory, &facts)?;
                 identified(Generation::identify(&memory))?;
-                cpus.first().map_or(Ok(()), |first| Ok(first.enter(entry)?))
+                cpus.first().map_or(Ok(()), |first| first.enter(loaded.entry))?;
+                Ok(loaded.written_first(&memory))
             }
             Origin::Snapshot(state, _) => {
                 // APICs first: what the bus raises reaches them.
@@ -131,7 +134,8 @@ impl Origin {
                 machine.bus.0.restore(&state.bus)?;
                 machine.present.restore(state.told);
                 identified(generation.renew(&memory))?;
-                machine.tell("tell the guest that it is another")
+                machine.tell("tell the guest that it is another")?;
+                Ok(Vec::new())
             }
         }
     }
