@@ -131,6 +131,7 @@ const OWN_THREAD: &[Checked] = &[
 const MACHINE: &[c_long] = &[
     libc::SYS_memfd_create,
     libc::SYS_ftruncate,
+    libc::SYS_sendfile,
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
     libc::SYS_dup,

@@ -11,9 +11,11 @@
 //! The checksum is of each page that is not zero, with its place before it, so it says nothing about where holes are.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use rustix::fs::{SeekFrom, seek, sendfile};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use vm_memory::{
@@ -72,7 +74,7 @@ pub fn write(memory: &GuestMemoryMmap, file: &File) -> Result<Content, SnapshotE
         for (offset, length) in touched.into_iter().flat_map(pieces) {
             let piece = buffer.get_mut(..length).unwrap_or_default();
             let address = GuestAddress(region.start_addr().0 + offset);
-            memory.read_slice(piece, address).map_err(|e| fault(std::io::Error::other(e)))?;
+            memory.read_slice(piece, address).map_err(|e| fault(io::Error::other(e)))?;
             for run in runs(piece) {
                 let at = base + offset + run.start as u64;
                 let bytes = piece.get(run).unwrap_or_default();
@@ -140,16 +142,31 @@ pub fn load(file: &File, memory: &Memory) -> Result<(), SnapshotError> {
     for region in memory.iter().filter(|region| is_ram(region)) {
         let base = region.start_addr().0;
         let own = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0);
-        each(file, offset..offset + region.len(), |at, bytes| {
-            let within = at - offset;
-            // Without the fault of each page that writing to a mapping takes. Files of huge pages cannot be written to.
-            if own.is_some_and(|own| own.file().write_all_at(bytes, own.start() + within).is_ok()) {
-                return Ok(());
+        for part in filled(file, offset..offset + region.len()) {
+            let to = part.start - offset;
+            // Files of huge pages cannot be written to.
+            if own.is_some_and(|own| send(file, &part, own.file(), own.start() + to).is_ok()) {
+                continue;
             }
-            let copied = memory.write_slice(bytes, GuestAddress(base + within));
-            copied.map_err(|e| failed("memory", "copied")(std::io::Error::other(e)))
-        })?;
+            each(file, part, |at, bytes| {
+                let copied = memory.write_slice(bytes, GuestAddress(base + (at - offset)));
+                copied.map_err(|e| failed("memory", "copied")(io::Error::other(e)))
+            })?;
+        }
         offset += region.len();
+    }
+    Ok(())
+}
+
+/// Copies a part of a file to another place in another file, all within the kernel: once, and without a fault for each page of a mapping.
+fn send(from: &File, part: &Range<u64>, to: &File, at: u64) -> io::Result<()> {
+    seek(to, SeekFrom::Start(at))?;
+    let mut next = part.start;
+    while next < part.end {
+        let left = usize::try_from(part.end - next).unwrap_or(usize::MAX);
+        if sendfile(to, from, Some(&mut next), left)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
     }
     Ok(())
 }
