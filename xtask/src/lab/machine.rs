@@ -23,8 +23,9 @@ use crate::shell::{ChoreError, at, tree};
 const MACHINE: &str = "q35,memory-backend=ram,vmport=off,smbus=off,sata=off,usb=off,i8042=off";
 /// Without EPYC's model the guest looks for Intel's virtualisation.
 const PROCESSOR: &str = "EPYC,+svm,+npt";
-/// The lab guards nothing, and mitigations cost an emulated processor a tenth of its time. A panic ends the machine.
-const PARAMETERS: &str = "console=ttyS0 mitigations=off no_timer_check panic=-1 reboot=t";
+/// The lab guards nothing: mitigations cost an emulated processor a tenth of its time, and a program that is at another address each
+/// time is translated anew each time. A panic ends the machine.
+const PARAMETERS: &str = "console=ttyS0 mitigations=off norandmaps no_timer_check panic=-1 reboot=t";
 /// In front of the drive alone: virtio devices go by it. Interrupts are remapped, without which VFIO lends nothing.
 const IOMMU: &str = "intel-iommu,intremap=on,caching-mode=on";
 /// Bytes of the drive.
