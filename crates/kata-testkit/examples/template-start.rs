@@ -10,27 +10,11 @@
     reason = "a measurement fails by panicking"
 )]
 
-use std::process::Command;
-
 use kata_testkit::containerd::{Containerd, Version};
 use kata_testkit::host::{stderr, stdout};
 use serde_json::{Value, json};
 
 const POD: &str = "template-start";
-
-/// A containerd that gives roots as files of ext4, too.
-fn with_disks() -> Containerd {
-    let mut rig = Containerd::new(Version::V1).expect("the variables of the tests are set");
-    let scratch = rig.host().scratch("scratch.ext4");
-    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&scratch).arg("64M").status();
-    assert!(made.unwrap().success());
-    rig.configure(&format!(
-        "[plugins.'io.containerd.snapshotter.v1.blockfile']\nscratch_file = {scratch:?}\nfs_type = \"ext4\"\n"
-    ));
-    rig.stop();
-    rig.start();
-    rig
-}
 
 /// Milliseconds of one start.
 fn start(rig: &Containerd, options: &[&str], copied: bool) -> f64 {
@@ -78,7 +62,7 @@ fn measure(rig: &Containerd, count: usize, share: &str, options: &[&str]) -> Val
 
 fn main() {
     let count = std::env::args().nth(1).and_then(|word| word.parse().ok()).expect("the number of runs");
-    let rig = with_disks();
+    let rig = Containerd::with_blockfiles(Version::V1).expect("the variables of the tests are set");
     let shared = measure(&rig, count, "virtio-fs", &[]);
     let alone = measure(&rig, count, "none", &["--snapshotter", "blockfile"]);
     println!("{}", json!({ "shared": shared, "alone": alone }));

@@ -9,23 +9,9 @@ use kata_testkit::host::{stderr, stdout};
 /// The line of the root in the container's `/proc/mounts`, with the whole of what it says before its options.
 const ROOT: &str = "awk '$2 == \"/\" { print $1, $3 }' /proc/mounts";
 
-/// A containerd with a blockfile snapshotter of ext4 files.
-fn with_blockfiles() -> Option<Containerd> {
-    let mut rig = Containerd::new(Version::V2)?;
-    let scratch = rig.host().scratch("scratch.ext4");
-    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&scratch).arg("64M").status();
-    assert!(made.unwrap().success());
-    rig.configure(&format!(
-        "[plugins.'io.containerd.snapshotter.v1.blockfile']\nscratch_file = {scratch:?}\nfs_type = \"ext4\"\n"
-    ));
-    rig.stop();
-    rig.start();
-    Some(rig)
-}
-
 #[test]
 fn blockfile_is_a_disk_of_the_machine_and_keeps_what_is_written() {
-    let Some(rig) = with_blockfiles() else { return };
+    let Some(rig) = Containerd::with_blockfiles(Version::V2) else { return };
     if !rig.has_machines() {
         return;
     }

@@ -244,18 +244,10 @@ fn volumes_on_disks_are_file_systems_of_the_guest() {
 
 #[test]
 fn pod_without_a_share_has_its_volumes_all_the_same() {
-    let Some(mut rig) = Containerd::new(Version::V2) else { return };
+    let Some(rig) = Containerd::with_blockfiles(Version::V2) else { return };
     if !rig.has_machines() {
         return;
     }
-    let scratch = rig.host().scratch("scratch.ext4");
-    let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&scratch).arg("64M").status();
-    assert!(made.unwrap().success());
-    rig.configure(&format!(
-        "[plugins.'io.containerd.snapshotter.v1.blockfile']\nscratch_file = {scratch:?}\nfs_type = \"ext4\"\n"
-    ));
-    rig.stop();
-    rig.start();
     rig.host().configure("[hypervisor.qemu]\nshared_fs = \"none\"\n");
     let config = volume(&rig, "kubernetes.io~projected", "token");
     publish(&config, "..1", "one");

@@ -25,7 +25,7 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MmapRegion, VolatileSlice,
 };
 
 use crate::pci::{HighWindow, Window, Windows};
@@ -49,7 +49,7 @@ pub const IO_APIC: u32 = 0xfec0_0000;
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 
 /// Bytes of a page.
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 /// Least memory that a guest boots with, in bytes.
 const LEAST: u64 = 64 << 20;
 /// Most that is given out, in bytes: a sum of addresses never gets near the end of a `u64`.
@@ -122,7 +122,9 @@ pub fn allocate(size: u64, growth: u64, backing: Backing) -> Result<Memory, Memo
         let region = map(&file, offset, base, length, libc::MAP_SHARED)?;
         if backing.prealloc && is_ram(&region) {
             let step = "all of it at once; is so much free?";
-            populate(&region).map_err(|e| MemoryError::Host { size, step, source: e.into() })?;
+            let fault = |source| MemoryError::Host { size, step, source };
+            let all = region.as_volatile_slice().map_err(|e| fault(io::Error::other(e)))?;
+            populate(&all).map_err(|e| fault(e.into()))?;
         }
         regions.push(region);
         offset += length;
@@ -191,24 +193,20 @@ fn whole_of(regions: Vec<GuestRegionMmap>) -> Result<Memory, MemoryError> {
     Ok(Memory::new(GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)?))
 }
 
-fn populate(region: &GuestRegionMmap) -> rustix::io::Result<()> {
-    let bytes = usize::try_from(region.len()).unwrap_or(0);
-    // SAFETY: the range is one whole mapping, which `region` keeps alive; populating changes nothing that is in it.
-    unsafe { madvise(region.as_ptr().cast(), bytes, Advice::LinuxPopulateWrite) }
-}
-
 /// Takes whole pages for the guest from the host, unless it has them already. A host that cannot does so when the guest touches them.
 pub fn take(memory: &GuestMemoryMmap, ranges: &[Range<u64>]) {
     for range in ranges {
         let bytes = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(0);
         let Ok(part) = memory.get_slice(GuestAddress(range.start), bytes) else { continue };
-        // SAFETY: the range is part of a mapping, which `memory` keeps alive; populating changes nothing that is in it.
-        let taken =
-            unsafe { madvise(part.ptr_guard_mut().as_ptr().cast(), bytes, Advice::LinuxPopulateWrite) };
-        if let Err(error) = taken {
+        if let Err(error) = populate(&part) {
             tracing::debug!(%error, "memory comes page by page, as the guest touches it");
         }
     }
+}
+
+fn populate(part: &VolatileSlice<'_>) -> rustix::io::Result<()> {
+    // SAFETY: the range is mapped as long as `part` is borrowed; populating changes nothing that is in it.
+    unsafe { madvise(part.ptr_guard_mut().as_ptr().cast(), part.len(), Advice::LinuxPopulateWrite) }
 }
 
 /// Whether it is RAM from the start.
@@ -239,10 +237,15 @@ pub fn filled(file: &File, range: Range<u64>) -> Vec<Range<u64>> {
     found
 }
 
+/// The file that a region is, and others can map, too; `None` of one that is mapped privately.
+pub fn shared_file(region: &GuestRegionMmap) -> Option<&FileOffset> {
+    region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0)
+}
+
 /// Parts of a region that the host has given memory for, by their distance from its begin; `None` where the region is not shared, so
 /// that its file does not tell.
 pub fn given(region: &GuestRegionMmap) -> Option<Vec<Range<u64>>> {
-    let file = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0)?;
+    let file = shared_file(region)?;
     let start = file.start();
     let ranges = filled(file.file(), start..start + region.len());
     Some(ranges.into_iter().map(|range| range.start - start..range.end - start).collect())

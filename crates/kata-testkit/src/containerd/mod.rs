@@ -63,6 +63,20 @@ impl Containerd {
         Self::set_up(version, |_| None, config, within)
     }
 
+    /// The same that gives roots as files of ext4, too, by its snapshotter `blockfile`.
+    pub fn with_blockfiles(version: Version) -> Option<Self> {
+        let mut rig = Self::new(version)?;
+        let scratch = rig.host().scratch("scratch.ext4");
+        let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&scratch).arg("64M").status();
+        assert!(made.unwrap().success());
+        rig.configure(&format!(
+            "[plugins.'io.containerd.snapshotter.v1.blockfile']\nscratch_file = {scratch:?}\nfs_type = \"ext4\"\n"
+        ));
+        rig.stop();
+        rig.start();
+        Some(rig)
+    }
+
     /// The same with the CRI, which the text that `cri` makes for this world configures.
     pub(crate) fn with_cri(
         version: Version,

@@ -26,7 +26,7 @@ use linux_loader::loader::{self, KernelLoader};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
-use crate::memory::{self, low_end};
+use crate::memory::{self, PAGE, low_end};
 
 /// Address of the descriptor table.
 pub const GDT: u64 = 0x500;
@@ -52,7 +52,6 @@ pub const GENERATION: u64 = 0xf_f000;
 const BASE_END: u64 = 0x9_fc00;
 /// Where memory proper begins.
 const HIGH_MEMORY: u64 = 0x10_0000;
-const PAGE: u64 = 4096;
 /// Bytes of tables that Linux makes beside the descriptors of pages, at least.
 const FIRST_TABLES: u64 = 2 << 20;
 /// Most that is taken from the host for a guest that would write to it by itself, piece by piece, in bytes.
@@ -181,17 +180,13 @@ impl Loaded {
         let data_end = filled.iter().map(|range| range.end).filter(|end| *end <= self.kernel_end).max();
         let cleared = data_end.map(|end| end..self.kernel_end / PAGE * PAGE);
 
-        let ranges = memory::ranges(memory::size(memory));
-        let last = ranges.last().map(|(base, length)| *base..base + length);
-        let tables = last.map(|last| {
-            let end = match self.initrd {
-                Some((base, _)) if last.contains(&base) => base,
-                _ => last.end,
-            };
+        let tables = memory::ranges(memory::size(memory)).last().map(|(base, length)| {
+            let last = *base..base + length;
+            let end =
+                self.initrd.map(|(base, _)| base).filter(|base| last.contains(base)).unwrap_or(last.end);
             let size = (memory::size(memory) / 64 + FIRST_TABLES).min(MOST_TABLES) / PAGE * PAGE;
-            end.saturating_sub(size)
-                .max(last.start)
-                .max(self.kernel_end.saturating_add(PAGE - 1) / PAGE * PAGE)..end
+            let kernel_end = self.kernel_end.saturating_add(PAGE - 1) / PAGE * PAGE;
+            end.saturating_sub(size).max(last.start).max(kernel_end)..end
         });
         cleared.into_iter().chain(tables).filter(|range| !range.is_empty()).collect()
     }

@@ -23,7 +23,7 @@ use vm_memory::{
 };
 
 use super::{SnapshotError, damaged, digits, failed, is_empty};
-use crate::memory::{filled, given, is_ram};
+use crate::memory::{filled, given, is_ram, shared_file};
 use crate::virtio::Memory;
 
 /// Bytes of a page.
@@ -141,7 +141,7 @@ pub fn load(file: &File, memory: &Memory) -> Result<(), SnapshotError> {
     let mut offset = 0;
     for region in memory.iter().filter(|region| is_ram(region)) {
         let base = region.start_addr().0;
-        let own = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0);
+        let own = shared_file(region);
         for part in filled(file, offset..offset + region.len()) {
             let to = part.start - offset;
             // Files of huge pages cannot be written to.
