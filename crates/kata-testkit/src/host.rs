@@ -189,10 +189,9 @@ impl Drop for Host {
     }
 }
 
-/// Waits until `probe` finds something; fails the test when `patience` is over. In the lab, where machines are emulated within an
-/// emulated one, everybody has more of it.
+/// Waits until `probe` finds something; fails the test when `patience` is over.
 pub fn wait_for<T>(what: &str, patience: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
-    let patience = if std::env::var_os("KATA_TEST_LAB").is_some() { patience * 12 } else { patience };
+    let patience = patience * slowness();
     let begin = Instant::now();
     loop {
         if let Some(found) = probe() {
@@ -200,6 +199,18 @@ pub fn wait_for<T>(what: &str, patience: Duration, mut probe: impl FnMut() -> Op
         }
         assert!(begin.elapsed() < patience, "waited {patience:?} for {what}");
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// How many times longer than usual everything may take: in the lab machines are emulated within an emulated one, and a guest
+/// with systemd takes seconds to boot before its container is there.
+fn slowness() -> u32 {
+    if std::env::var_os("KATA_TEST_LAB").is_some() {
+        12
+    } else if guest_under_test().is_some() {
+        4
+    } else {
+        1
     }
 }
 
