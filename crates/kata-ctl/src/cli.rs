@@ -35,8 +35,8 @@ pub use observe::{
     AnalyzeArgs, AnalyzeCommand, CompareArgs, IptablesCommand, MetricsArgs, MonitorArgs, VolumeCommand,
 };
 pub use policy::{
-    EvidenceArgs, InitdataCommand, InitdataCreateArgs, InitdataShowArgs, MeasureArgs, PolicyCommand,
-    PolicyGenerateArgs,
+    EvidenceArgs, InitdataCommand, InitdataCreateArgs, InitdataShowArgs, MeasureArgs, Measurer,
+    PolicyCommand, PolicyGenerateArgs,
 };
 #[cfg(feature = "policy")]
 pub use policy::{PolicyExplainArgs, PolicyTestArgs};

@@ -21,6 +21,8 @@ const NAME_MAX: usize = 255;
 const KEYS_MAX: usize = 256;
 /// The version that is understood.
 const VERSION: &str = "0.1.0";
+/// The key that holds the agent's policy.
+pub const POLICY: &str = "policy.rego";
 /// The file that holds the whole document, beside those of the keys.
 pub(crate) const WHOLE: &str = "initdata.toml";
 

@@ -14,5 +14,5 @@ mod document;
 pub mod guest;
 mod image;
 
-pub use document::{Algorithm, DocumentError, Initdata};
+pub use document::{Algorithm, DocumentError, Initdata, POLICY};
 pub use image::{ImageError, SERIAL, read_image, write_image};

@@ -17,7 +17,7 @@ use kata_config::{Artefacts, Config};
 use kata_hypervisor::Disk;
 use kata_hypervisor::process::{Record, RecordError};
 use kata_image::manifest::{ManifestError, Need, capability};
-use kata_initdata::{DocumentError, ImageError, Initdata, SERIAL, write_image};
+use kata_initdata::{DocumentError, ImageError, Initdata, POLICY, SERIAL, write_image};
 
 use crate::boot::image;
 use crate::error::ErrorKind;
@@ -25,6 +25,9 @@ use crate::error::ErrorKind;
 /// What asks for it, as users write it.
 const ASKED_BY: &str =
     "hypervisor.qemu.initdata (annotation io.katacontainers.config.hypervisor.cc_init_data)";
+/// What asks for a policy.
+const POLICY_ASKED_BY: &str =
+    "policy.rego in hypervisor.qemu.initdata (annotation io.katacontainers.config.hypervisor.cc_init_data)";
 /// Name of the disk's file in the pod's directory.
 const FILE: &str = "initdata.img";
 
@@ -84,7 +87,7 @@ impl PodInitdata {
             return Ok(None);
         }
         let document = Initdata::from_annotation(text)?;
-        check_image(config, artefacts)?;
+        check_image(config, artefacts, &document)?;
         let path = run_dir.join(FILE);
         record.file(&path)?;
         write(&document, &path).map_err(|source| InitdataError::Disk { path: path.clone(), source })?;
@@ -118,8 +121,8 @@ fn write(document: &Initdata, path: &Path) -> Result<(), ImageError> {
     write_image(document, OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?)
 }
 
-/// Refuses an image whose guests do not read initdata. Of a root that the configuration names nobody knows.
-fn check_image(config: &Config, artefacts: &Artefacts) -> Result<(), InitdataError> {
+/// Refuses an image whose guests do not read initdata, or not what is in it. Of a root that the configuration names nobody knows.
+fn check_image(config: &Config, artefacts: &Artefacts, document: &Initdata) -> Result<(), InitdataError> {
     let Some(manifest) = image::manifest(config, artefacts)? else {
         tracing::warn!(
             "whether the guest reads its initdata is not known: its root is the configuration's own (hypervisor.qemu.image, \
@@ -127,5 +130,10 @@ fn check_image(config: &Config, artefacts: &Artefacts) -> Result<(), InitdataErr
         );
         return Ok(());
     };
-    Ok(manifest.require(Need::new(capability::INITDATA, ASKED_BY))?)
+    manifest.require(Need::new(capability::INITDATA, ASKED_BY))?;
+    if document.data().contains_key(POLICY) {
+        // An agent without a policy would serve everything that this one forbids.
+        manifest.require(Need::new(capability::POLICY, POLICY_ASKED_BY))?;
+    }
+    Ok(())
 }

@@ -32,7 +32,7 @@ fn packed(text: &[u8]) -> String {
 /// A pod with this value of the annotation, on an image whose guests read it.
 async fn rig(value: &str) -> Option<Rig> {
     let mut rig = Rig::new().await?;
-    rig.capabilities = vec!["initdata"];
+    rig.capabilities = vec!["initdata", "policy"];
     rig.config.hypervisor.qemu.initdata = value.to_owned();
     Some(rig)
 }
@@ -103,6 +103,17 @@ async fn image_whose_guests_do_not_read_initdata_is_refused_by_the_name_of_what_
     // One that the configuration names is looked at as well.
     rig.config.hypervisor.qemu.image = Some(rig.dir.path().join("image"));
     assert_eq!(refusal(&rig).await.0, ErrorKind::Unimplemented);
+}
+
+#[tokio::test]
+async fn policy_is_refused_where_the_agent_would_not_ask_it_and_other_files_are_not() {
+    let Some(mut rig) = rig(&packed(TEXT.as_bytes())).await else { return };
+    rig.capabilities = vec!["initdata"];
+    let (kind, text) = refusal(&rig).await;
+    assert_eq!(kind, ErrorKind::Unimplemented);
+    assert!(text.contains("no policy") && text.contains("policy.rego in hypervisor.qemu.initdata"), "{text}");
+    rig.config.hypervisor.qemu.initdata = packed(TEXT.replace("policy.rego", "aa.toml").as_bytes());
+    soon(rig.pod().await.shutdown()).await.unwrap();
 }
 
 #[tokio::test]

@@ -95,9 +95,11 @@ fn report_of_snp_binds_the_initdata_and_has_the_launch_digest_that_measure_compu
 }
 
 #[test]
-fn report_of_tdx_binds_the_initdata() {
+fn report_of_tdx_binds_the_initdata_and_has_the_mrtd_that_measure_computes() {
     let Some(rig) = rig(&TDX) else { return };
     let (bound, reported) = bound_and_reported(&rig);
     assert_eq!(reported["provider"], "tdx_guest");
     assert_eq!(reported["host_data"], bound["tdx_mrconfigid"], "MRCONFIGID");
+    let measured = json(&rig.host().output(["measure", "--json"]));
+    assert_eq!(reported["measurement"], measured["mrtd"], "MRTD");
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 /// `policy`
 #[derive(Debug, Subcommand)]
@@ -124,17 +124,30 @@ pub struct InitdataShowArgs {
     pub source: PathBuf,
 }
 
+/// What measures a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Measurer {
+    /// AMD's SEV-SNP.
+    Snp,
+    /// Intel's TDX.
+    Tdx,
+}
+
 /// `measure`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "The launch digest of SEV-SNP, for a verifier to compare with. What is not given is the configuration's, as pods \
-        get it.\nFor TDX there is none yet, which is told."
+    after_help = "The launch digest of SEV-SNP or MRTD of TDX, for a verifier to compare with. What is not given is the \
+        configuration's, as pods get it.\nMRTD is of the firmware alone. What that boots it measures itself, into RTMRs, and its event \
+        log says how."
 )]
 pub struct MeasureArgs {
     /// Print JSON, with what was measured
     #[arg(long)]
     pub json: bool,
-    /// Firmware: OVMF that is built for SEV-SNP
+    /// What measures: snp or tdx [default: the configuration's, else snp]
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
+    pub tee: Option<Measurer>,
+    /// Firmware: OVMF that is built for it
     #[arg(long, value_name = "FILE")]
     pub firmware: Option<PathBuf>,
     /// Guest kernel, a bzImage

@@ -4,29 +4,27 @@ use std::path::{Path, PathBuf};
 
 use kata_image::manifest::hex;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::Outcome;
 use super::check::ask_owner;
-use crate::cli::MeasureArgs;
-use crate::measure::{Firmware, Hashes, MODELS, Machine, Model, is_bz_image, launch_digest};
+use crate::cli::{MeasureArgs, Measurer};
+use crate::failure::Failure;
+use crate::measure::{Firmware, Hashes, MODELS, Machine, Model, is_bz_image, launch_digest, mrtd};
 use crate::output;
 
 /// Why it cannot be told.
 #[derive(Debug, thiserror::Error)]
 enum MeasureVerbError {
-    #[error(
-        "the configuration asks for TDX, and its measurements (MRTD, RTMRs) are not computed by this version; compute them with the \
-         tools that come with the firmware"
-    )]
-    Tdx,
     #[error("there is no firmware: give --firmware, or set hypervisor.qemu.firmware")]
     NoFirmware,
     #[error("pods get all processors of their host (hypervisor.qemu.default_vcpus): give --vcpus")]
     NoNumber,
     #[error("there is no processor {name:?} with SEV-SNP; there are {all}")]
     Cpu { name: String, all: String },
+    #[error("MRTD of TDX is of the firmware alone: {0} is not in it")]
+    NotInMrtd(&'static str),
     #[error("cannot read {}", .path.display())]
     Read {
         path: PathBuf,
@@ -49,7 +47,13 @@ struct Configured {
     cpu: Option<String>,
 }
 
-/// What is measured.
+impl Configured {
+    fn measurer(&self) -> Measurer {
+        if self.tee.as_deref() == Some("TDX") { Measurer::Tdx } else { Measurer::Snp }
+    }
+}
+
+/// What SEV-SNP measures.
 #[derive(Debug)]
 struct Wanted {
     firmware: PathBuf,
@@ -62,47 +66,66 @@ struct Wanted {
 
 /// Tells the launch digest.
 pub fn run(args: &MeasureArgs) -> Outcome {
-    let wanted = wanted(args)?;
+    let configured = configured(args)?;
+    let (field, mut told) = match args.tee.unwrap_or_else(|| configured.measurer()) {
+        Measurer::Snp => ("launch_digest", of_snp(&wanted(args, configured)?)?),
+        Measurer::Tdx => ("mrtd", of_tdx(&firmware_alone(args, configured)?)?),
+    };
+    if args.json {
+        output::document(&told)?;
+    } else {
+        let digest = told[field].take();
+        output::print(&format!("{}\n", digest.as_str().unwrap_or_default()))?;
+    }
+    Ok(0)
+}
+
+/// With all of it given, the configuration is not asked.
+fn configured(args: &MeasureArgs) -> Result<Configured, Failure> {
+    let rest = args.tee == Some(Measurer::Tdx) || args.kernel.is_some() && args.append.is_some();
+    match args.firmware.is_some() && rest {
+        true => Ok(Configured { vcpus: Some(1), ..Configured::default() }),
+        false => Ok(serde_json::from_value(ask_owner(&["measured"], args.config.as_deref(), &args.set)?)?),
+    }
+}
+
+fn of_snp(wanted: &Wanted) -> Result<Value, Failure> {
     let kernel = read(&wanted.kernel)?;
     if !is_bz_image(&kernel) {
-        return Err(MeasureVerbError::Kernel(wanted.kernel).into());
+        return Err(MeasureVerbError::Kernel(wanted.kernel.clone()).into());
     }
     let initrd = wanted.initrd.as_deref().map(read).transpose()?.unwrap_or_default();
+    let firmware = read(&wanted.firmware)?;
+    let about_firmware = file(&wanted.firmware, &firmware);
     let machine = Machine {
-        firmware: Firmware::load(&wanted.firmware)?,
+        firmware: Firmware::parse(firmware)?,
         hashes: Hashes::of(&kernel, &initrd, &wanted.command_line),
         vcpus: wanted.vcpus,
         signature: wanted.cpu.signature(),
     };
-    let digest = hex(&launch_digest(&machine)?);
-    if !args.json {
-        output::print(&format!("{digest}\n"))?;
-        return Ok(0);
-    }
-    let file = |path: &Path, bytes: &[u8]| json!({ "path": path, "sha256": hex(&Sha256::digest(bytes)) });
-    output::document(&json!({
+    Ok(json!({
         "tee": "SEV-SNP",
-        "launch_digest": digest,
-        "firmware": file(&wanted.firmware, &read(&wanted.firmware)?),
+        "launch_digest": hex(&launch_digest(&machine)?),
+        "firmware": about_firmware,
         "kernel": file(&wanted.kernel, &kernel),
         "initrd": wanted.initrd.as_deref().map(|path| file(path, &initrd)),
         "command_line": wanted.command_line,
         "vcpus": wanted.vcpus,
         "cpu": wanted.cpu.name,
-    }))?;
-    Ok(0)
+    }))
 }
 
-/// What is given, else what the configuration has. With all of it given, the configuration is not asked.
-fn wanted(args: &MeasureArgs) -> Result<Wanted, crate::failure::Failure> {
-    let given = args.firmware.is_some() && args.kernel.is_some() && args.append.is_some();
-    let configured: Configured = match given {
-        true => Configured { vcpus: Some(1), ..Configured::default() },
-        false => serde_json::from_value(ask_owner(&["measured"], args.config.as_deref(), &args.set)?)?,
-    };
-    if configured.tee.as_deref() == Some("TDX") {
-        return Err(MeasureVerbError::Tdx.into());
-    }
+fn of_tdx(firmware: &Path) -> Result<Value, Failure> {
+    let bytes = read(firmware)?;
+    Ok(json!({ "tee": "TDX", "mrtd": hex(&mrtd(&bytes)?), "firmware": file(firmware, &bytes) }))
+}
+
+fn file(path: &Path, bytes: &[u8]) -> Value {
+    json!({ "path": path, "sha256": hex(&Sha256::digest(bytes)) })
+}
+
+/// What is given, else what the configuration has.
+fn wanted(args: &MeasureArgs, configured: Configured) -> Result<Wanted, MeasureVerbError> {
     // Whoever names another kernel has to name its initrd as well, if it has one.
     let initrd = if args.kernel.is_some() { None } else { configured.initrd };
     let name = args.cpu.clone().or(configured.cpu);
@@ -123,6 +146,21 @@ fn wanted(args: &MeasureArgs) -> Result<Wanted, crate::failure::Failure> {
     })
 }
 
+/// The firmware, if nothing else is asked for that a verifier would take to be vouched for.
+fn firmware_alone(args: &MeasureArgs, configured: Configured) -> Result<PathBuf, MeasureVerbError> {
+    let given = [
+        ("--kernel", args.kernel.is_some()),
+        ("--initrd", args.initrd.is_some()),
+        ("--append", args.append.is_some()),
+        ("--vcpus", args.vcpus.is_some()),
+        ("--cpu", args.cpu.is_some()),
+    ];
+    match given.into_iter().find(|(_, given)| *given) {
+        Some((flag, _)) => Err(MeasureVerbError::NotInMrtd(flag)),
+        None => args.firmware.clone().or(configured.firmware).ok_or(MeasureVerbError::NoFirmware),
+    }
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, MeasureVerbError> {
     std::fs::read(path).map_err(|source| MeasureVerbError::Read { path: path.to_owned(), source })
 }
@@ -135,6 +173,7 @@ mod tests {
     fn args() -> MeasureArgs {
         MeasureArgs {
             json: false,
+            tee: None,
             firmware: Some("/none/firmware".into()),
             kernel: Some("/none/kernel".into()),
             initrd: None,
@@ -146,21 +185,22 @@ mod tests {
         }
     }
 
+    fn found(args: &MeasureArgs) -> Result<Wanted, MeasureVerbError> {
+        wanted(args, configured(args).map_err(|_| "the configuration was asked").unwrap())
+    }
+
     #[test]
     fn what_is_given_is_measured_without_a_configuration() {
-        let found = wanted(&MeasureArgs { vcpus: Some(4), initrd: Some("/i".into()), ..args() }).unwrap();
-        assert_eq!((found.vcpus, found.cpu.name, found.command_line.as_str()), (4, "EPYC-v4", "quiet"));
-        assert_eq!(found.initrd, Some("/i".into()));
-        assert_eq!(wanted(&args()).unwrap().vcpus, 1);
+        let four = found(&MeasureArgs { vcpus: Some(4), initrd: Some("/i".into()), ..args() }).unwrap();
+        assert_eq!((four.vcpus, four.cpu.name, four.command_line.as_str()), (4, "EPYC-v4", "quiet"));
+        assert_eq!(four.initrd, Some("/i".into()));
+        assert_eq!(found(&args()).unwrap().vcpus, 1);
     }
 
     #[test]
     fn processor_without_snp_and_kernel_that_is_no_bz_image_are_refused_by_name() {
-        let error = wanted(&MeasureArgs { cpu: Some("host".to_owned()), ..args() }).unwrap_err();
-        assert!(
-            chain(&*error.error.unwrap())
-                .starts_with("there is no processor \"host\" with SEV-SNP; there are EPYC-v4,")
-        );
+        let error = found(&MeasureArgs { cpu: Some("host".to_owned()), ..args() }).unwrap_err();
+        assert!(chain(&error).starts_with("there is no processor \"host\" with SEV-SNP; there are EPYC-v4,"));
         let dir = tempfile::tempdir().unwrap();
         let kernel = dir.path().join("vmlinux");
         std::fs::write(&kernel, "\x7fELF").unwrap();
@@ -169,5 +209,19 @@ mod tests {
             chain(&*error.error.unwrap())
                 .ends_with("vmlinux is no bzImage, and firmware boots and measures nothing else")
         );
+    }
+
+    #[test]
+    fn of_tdx_the_firmware_is_measured_alone() {
+        let tdx = || MeasureArgs { tee: Some(Measurer::Tdx), kernel: None, append: None, ..args() };
+        let firmware = |args: &MeasureArgs| firmware_alone(args, Configured::default());
+        assert_eq!(firmware(&tdx()).unwrap(), Path::new("/none/firmware"));
+        assert!(configured(&tdx()).is_ok(), "the configuration is not asked");
+        let error = firmware(&MeasureArgs { append: Some("quiet".to_owned()), ..tdx() }).unwrap_err();
+        assert_eq!(error.to_string(), "MRTD of TDX is of the firmware alone: --append is not in it");
+        let error = firmware(&MeasureArgs { firmware: None, ..tdx() }).unwrap_err();
+        assert!(error.to_string().starts_with("there is no firmware"));
+        let of_configuration = Configured { tee: Some("TDX".to_owned()), ..Configured::default() };
+        assert_eq!(of_configuration.measurer(), Measurer::Tdx);
     }
 }

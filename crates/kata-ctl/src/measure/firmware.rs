@@ -5,9 +5,6 @@
 //!         └ SEV metadata: how far before the end ─▶ "ASEV", size, version, count, then (address, size, kind) each
 //! ```
 
-use std::io;
-use std::path::{Path, PathBuf};
-
 use super::PAGE;
 
 /// Where firmware ends.
@@ -22,7 +19,7 @@ const TAIL: usize = 18;
 const SECTION: usize = 12;
 const HEAD: usize = 16;
 /// Most sections that are believed.
-const SECTIONS: usize = 256;
+pub(super) const SECTIONS: usize = 256;
 
 const TABLE: [u8; 16] = guid(0x96b5_82de_1fb2_45f7_baea_a366_c55a_082d);
 /// Where QEMU puts the hashes of what is booted.
@@ -41,15 +38,6 @@ pub(super) const fn guid(number: u128) -> [u8; 16] {
 /// Firmware that cannot be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum FirmwareError {
-    /// It cannot be read.
-    #[error("cannot read {}", .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// It is not mapped in whole pages below 4 GiB.
     #[error("{size} bytes are no firmware: it has whole pages, at most {LARGEST} bytes")]
     Size {
@@ -59,9 +47,14 @@ pub enum FirmwareError {
     /// It is something else than OVMF.
     #[error("it has no table of OVMF's")]
     NoTable,
-    /// It does not know SEV-SNP.
-    #[error("its table has no SEV metadata: it is not built for SEV-SNP")]
-    NoMetadata,
+    /// It does not know what the machine's memory is kept with.
+    #[error("its table has no {what} metadata: it is not built for {tee}")]
+    NoMetadata {
+        /// `SEV`, `TDX`.
+        what: &'static str,
+        /// `SEV-SNP`, `TDX`.
+        tee: &'static str,
+    },
     /// The table does not hold together.
     #[error("its table is damaged: {0}")]
     Damaged(&'static str),
@@ -91,7 +84,15 @@ pub(super) struct Section {
     pub(super) kind: Kind,
 }
 
-/// OVMF, taken apart.
+/// The table of an image that can be firmware.
+pub(super) fn checked(bytes: &[u8]) -> Result<Table<'_>, FirmwareError> {
+    if bytes.is_empty() || !bytes.len().is_multiple_of(PAGE) || bytes.len() > LARGEST {
+        return Err(FirmwareError::Size { size: bytes.len() });
+    }
+    Table::of(bytes).ok_or(FirmwareError::NoTable)
+}
+
+/// OVMF, taken apart as far as SEV-SNP goes.
 #[derive(Debug)]
 pub struct Firmware {
     bytes: Vec<u8>,
@@ -101,30 +102,17 @@ pub struct Firmware {
 }
 
 impl Firmware {
-    /// Reads a file.
-    ///
-    /// # Errors
-    /// [`FirmwareError`].
-    pub fn load(path: &Path) -> Result<Self, FirmwareError> {
-        let bytes =
-            std::fs::read(path).map_err(|source| FirmwareError::Read { path: path.to_owned(), source })?;
-        Self::parse(bytes)
-    }
-
     /// Takes firmware apart.
     ///
     /// # Errors
     /// [`FirmwareError`].
     pub fn parse(bytes: Vec<u8>) -> Result<Self, FirmwareError> {
-        if bytes.is_empty() || !bytes.len().is_multiple_of(PAGE) || bytes.len() > LARGEST {
-            return Err(FirmwareError::Size { size: bytes.len() });
-        }
-        let table = Table::of(&bytes).ok_or(FirmwareError::NoTable)?;
+        let table = checked(&bytes)?;
         let number = |guid| table.entry(guid).map(|entry| entry.and_then(|entry| u32_at(entry, 0)));
         let (hashes, reset) =
             (number(HASHES)?.filter(|place| *place != 0), number(RESET)?.filter(|start| *start != 0));
-        let back = number(METADATA)?.ok_or(FirmwareError::NoMetadata)?;
-        let sections = sections(&bytes, back as usize)?;
+        let back = number(METADATA)?.ok_or(FirmwareError::NoMetadata { what: "SEV", tee: "SEV-SNP" })?;
+        let sections = sections(&bytes, back)?;
         Ok(Self { hashes, reset, sections, bytes })
     }
 
@@ -153,7 +141,7 @@ impl Firmware {
 }
 
 /// The entries, without the table's own.
-struct Table<'a>(&'a [u8]);
+pub(super) struct Table<'a>(&'a [u8]);
 
 impl<'a> Table<'a> {
     fn of(firmware: &'a [u8]) -> Option<Self> {
@@ -166,7 +154,8 @@ impl<'a> Table<'a> {
         rest.get(start..).map(Self)
     }
 
-    fn entry(&self, wanted: [u8; 16]) -> Result<Option<&'a [u8]>, FirmwareError> {
+    /// What the entry with this GUID holds.
+    pub(super) fn entry(&self, wanted: [u8; 16]) -> Result<Option<&'a [u8]>, FirmwareError> {
         let damaged =
             FirmwareError::Damaged("an entry is longer than what is left of it, or shorter than its own end");
         let mut left = self.0;
@@ -193,11 +182,9 @@ fn last(bytes: &[u8]) -> Option<(&[u8], usize, [u8; 16])> {
 }
 
 /// The metadata that begins so many bytes before the end.
-fn sections(firmware: &[u8], back: usize) -> Result<Vec<Section>, FirmwareError> {
+fn sections(firmware: &[u8], back: u32) -> Result<Vec<Section>, FirmwareError> {
     let damaged = FirmwareError::Damaged;
-    let start =
-        firmware.len().checked_sub(back).ok_or_else(|| damaged("its metadata is before its beginning"))?;
-    let metadata = firmware.get(start..).unwrap_or_default();
+    let metadata = from_end(firmware, back)?;
     let number = |at| u32_at(metadata, at).ok_or_else(|| damaged("its metadata ends too early"));
     if metadata.get(..4) != Some(b"ASEV") || number(8)? != 1 {
         return Err(damaged("its metadata is not of the one version that is known"));
@@ -221,6 +208,14 @@ fn sections(firmware: &[u8], back: usize) -> Result<Vec<Section>, FirmwareError>
     (0..count).map(section).collect()
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+/// What begins so many bytes before the end.
+pub(super) fn from_end(firmware: &[u8], back: u32) -> Result<&[u8], FirmwareError> {
+    let start = firmware.len().checked_sub(back as usize);
+    start
+        .and_then(|start| firmware.get(start..))
+        .ok_or(FirmwareError::Damaged("its metadata is before its beginning"))
+}
+
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }

@@ -1,23 +1,26 @@
-//! What hardware will say of a machine that was started as it should be: the launch digest of SEV-SNP.
+//! What hardware will say of a machine that was started as it should be: the launch digest of SEV-SNP, MRTD of TDX.
 //!
 //! ```text
-//!   firmware, page by page ─▶ sections that the firmware names ─▶ first state of each processor ─▶ 48 bytes
-//!                             (zeroes, secrets, CPUID, hashes of kernel, initrd and command line)
+//!   SEV-SNP: firmware, page by page ─▶ sections that the firmware names ─▶ first state of each processor ─▶ 48 bytes
+//!                                      (zeroes, secrets, CPUID, hashes of kernel, initrd and command line)
+//!   TDX:     sections that the firmware names, page by page ─▶ 48 bytes
 //! ```
 //!
-//! Each page is chained to the digest so far as the hardware does it (SEV Secure Nested Paging Firmware ABI, 8.17.2, PAGE_INFO), in
+//! For SEV-SNP each page is chained to the digest so far as the hardware does it (SEV Secure Nested Paging Firmware ABI, 8.17.2, PAGE_INFO), in
 //! the order in which QEMU hands the pages over. What the host may choose freely is in none of them: the host data, which the
 //! report has beside the digest, and the ID block, which has to fit it.
 
 mod firmware;
 mod hashes;
 mod processor;
+mod tdx;
 
 use sha2::{Digest as _, Sha384};
 
 pub use firmware::{Firmware, FirmwareError};
 pub use hashes::{Hashes, is_bz_image};
 pub use processor::{MODELS, Model};
+pub use tdx::mrtd;
 
 use firmware::Kind;
 

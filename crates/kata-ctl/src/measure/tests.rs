@@ -8,6 +8,8 @@ const TABLE: u128 = 0x96b5_82de_1fb2_45f7_baea_a366_c55a_082d;
 const HASHES: u128 = 0x7255_371f_3a3b_4b04_927b_1da6_efa8_d454;
 const RESET: u128 = 0x00f7_71de_1a7e_4fcb_890e_68c7_7e2f_b44e;
 const METADATA: u128 = 0xdc88_6566_984a_4798_a75e_5585_a7bf_67cc;
+/// Where metadata begins, before the end.
+pub(super) const BACK: u32 = 0x800;
 /// Sections as OVMF's AmdSev build has them, in kind.
 const SECTIONS: [(u32, u32, u32); 5] = [
     (0x80_0000, 0x9000, 1),
@@ -17,26 +19,28 @@ const SECTIONS: [(u32, u32, u32); 5] = [
     (0x80_f000, 0x1000, 0x10),
 ];
 
-/// An image with OVMF's tables and otherwise noise.
-fn image(pages: usize, sections: &[(u32, u32, u32)]) -> Vec<u8> {
+/// An image with a table of these entries, metadata that begins `BACK` bytes before the end, and otherwise noise.
+pub(super) fn image_of(pages: usize, entries: &[(u32, u128)], metadata: &[u8]) -> Vec<u8> {
     let mut image: Vec<u8> = (0..pages * PAGE).map(|at| u8::try_from(at * 7 % 251).unwrap()).collect();
-    let mut metadata = b"ASEV".to_vec();
-    let count = u32::try_from(sections.len()).unwrap();
-    let words = [16 + 12 * count, 1, count];
-    metadata.extend(words.into_iter().flat_map(u32::to_le_bytes));
-    metadata.extend(sections.iter().flat_map(|(a, b, c)| [*a, *b, *c]).flat_map(u32::to_le_bytes));
     let entry =
-        |number: u32, of: u128| [&number.to_le_bytes()[..], &22_u16.to_le_bytes(), &guid(of)].concat();
-    let back = 0x800_u32;
-    let entries = [entry(0x80_f400, HASHES), entry(0x80_b004, RESET), entry(back, METADATA)].concat();
+        |(number, of): &(u32, u128)| [&number.to_le_bytes()[..], &22_u16.to_le_bytes(), &guid(*of)].concat();
+    let entries: Vec<u8> = entries.iter().flat_map(entry).collect();
     let length = u16::try_from(entries.len() + 18).unwrap();
-    let tail = [&length.to_le_bytes()[..], &guid(TABLE)].concat();
-    let table = [entries, tail].concat();
+    let table = [&entries[..], &length.to_le_bytes(), &guid(TABLE)].concat();
     let (end, size) = (image.len() - 32, image.len());
     image[end - table.len()..end].copy_from_slice(&table);
-    let start = size - back as usize;
-    image[start..start + metadata.len()].copy_from_slice(&metadata);
+    let start = size - BACK as usize;
+    image[start..start + metadata.len()].copy_from_slice(metadata);
     image
+}
+
+/// An image with OVMF's tables for SEV-SNP.
+fn image(pages: usize, sections: &[(u32, u32, u32)]) -> Vec<u8> {
+    let count = u32::try_from(sections.len()).unwrap();
+    let mut metadata = b"ASEV".to_vec();
+    metadata.extend([16 + 12 * count, 1, count].into_iter().flat_map(u32::to_le_bytes));
+    metadata.extend(sections.iter().flat_map(|(a, b, c)| [*a, *b, *c]).flat_map(u32::to_le_bytes));
+    image_of(pages, &[(0x80_f400, HASHES), (0x80_b004, RESET), (BACK, METADATA)], &metadata)
 }
 
 fn machine(vcpus: u32, cpu: &str) -> Machine {

@@ -5,10 +5,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::Initdata;
-use crate::document::WHOLE;
+use crate::document::{POLICY, WHOLE};
 
-/// The key that holds the agent's policy.
-const POLICY: &str = "policy.rego";
 /// Longest reason that a policy carries, in characters.
 const REASON_MAX: usize = 2000;
 
