@@ -213,9 +213,13 @@ async fn death_of_the_agent_is_the_death_of_the_pod() {
 #[tokio::test]
 async fn death_of_the_daemon_is_the_death_of_the_pod() {
     let Some(rig) = Rig::new().await else { return };
-    let rig = rig.daemon("sleep 0.4; echo 'disk on fire' >&2; exit 1");
+    let fire = rig.dir.path().join("fire");
+    let script =
+        format!("until [ -e {} ]; do sleep 0.02; done; echo 'disk on fire' >&2; exit 1", fire.display());
+    let rig = rig.daemon(&script);
     let pod = rig.pod().await;
     pod.create_container(rig.container("c", &["sleep"], Stdio::default())).await.unwrap();
+    std::fs::write(fire, "").unwrap();
     assert_eq!(soon(pod.wait(&init())).await.unwrap().code, 255);
     let fault = pod.inspect().await.fault.unwrap();
     assert_eq!(fault, "the virtio-fs daemon exited with code 1; its output ends with:\n  | disk on fire");

@@ -136,9 +136,9 @@ impl Host {
         stdout(&output).replace("^@", "")
     }
 
-    /// What of any pod of this world is still there, after leaving it `patience` to go.
-    pub fn leftovers(&self, patience: Duration) -> Vec<String> {
-        let begin = Instant::now();
+    /// What of any pod of this world is still there, after leaving it some time to go.
+    pub fn leftovers(&self) -> Vec<String> {
+        let (begin, patience) = (Instant::now(), patience(Duration::from_secs(5)));
         loop {
             let found = self.remains();
             if found.is_empty() || begin.elapsed() > patience {
@@ -153,7 +153,7 @@ impl Host {
         leaks::find(self.dir.path(), &self.run_dir(), &self.state_dir(), &self.ids)
     }
 
-    /// Waits until `probe` finds something; fails the test after ten seconds.
+    /// Waits until `probe` finds something; fails the test after ten seconds of [`patience`].
     pub fn wait_for<T>(&self, what: &str, probe: impl FnMut() -> Option<T>) -> T {
         wait_for(what, Duration::from_secs(10), probe)
     }
@@ -183,16 +183,15 @@ impl Drop for Host {
             leaks::clear(self.dir.path(), &self.ids);
             return;
         }
-        let left = self.leftovers(Duration::from_secs(5));
+        let left = self.leftovers();
         leaks::clear(self.dir.path(), &self.ids);
         assert!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
     }
 }
 
-/// Waits until `probe` finds something; fails the test when `patience` is over.
-pub fn wait_for<T>(what: &str, patience: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
-    let patience = patience * slowness();
-    let begin = Instant::now();
+/// Waits until `probe` finds something; fails the test when the [`patience`] for what `usually` takes no longer is over.
+pub fn wait_for<T>(what: &str, usually: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
+    let (begin, patience) = (Instant::now(), patience(usually));
     loop {
         if let Some(found) = probe() {
             return found;
@@ -202,16 +201,17 @@ pub fn wait_for<T>(what: &str, patience: Duration, mut probe: impl FnMut() -> Op
     }
 }
 
-/// How many times longer than usual everything may take: in the lab machines are emulated within an emulated one, and a guest
-/// with systemd takes seconds to boot before its container is there.
-fn slowness() -> u32 {
-    if std::env::var_os("KATA_TEST_LAB").is_some() {
+/// How long a test gives to what takes at most as long as `usual` on a quiet machine. A busy one has more of it, more yet has a
+/// guest with systemd, which takes seconds to boot, and most has the lab, where machines are emulated within an emulated one.
+pub fn patience(usual: Duration) -> Duration {
+    let slowness = if std::env::var_os("KATA_TEST_LAB").is_some() {
         12
     } else if guest_under_test().is_some() {
-        4
+        6
     } else {
-        1
-    }
+        3
+    };
+    usual * slowness
 }
 
 fn read(path: &Path) -> String {

@@ -26,12 +26,7 @@ fn pod<'a>(cri: &'a Cri, name: &str) -> PodPlan<'a> {
 }
 
 fn nothing_remains(cri: &Cri) {
-    let rig = cri.containerd();
-    let begin = Instant::now();
-    while !rig.remains().is_empty() {
-        assert!(begin.elapsed() < Duration::from_secs(5), "left: {:?}", rig.remains());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    assert_eq!(cri.host().leftovers(), Vec::<String>::new());
 }
 
 /// The containers that the owner has.

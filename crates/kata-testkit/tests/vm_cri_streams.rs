@@ -1,8 +1,6 @@
 //! `kubectl exec`, `attach`, `cp` and `port-forward`: streams of the CRI, against both containerds.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::time::Duration;
-
 use kata_testkit::cri::Cri;
 use kata_testkit::with_each_cri;
 
@@ -33,8 +31,9 @@ fn processes_have_streams_terminals_and_sizes(cri: &mut Cri) {
     shell.send("until stty size 2>/dev/null | grep 33; do sleep 0.1; done; echo mark$((1+1))\n");
     let said = shell.wait_for(STDOUT, "mark2");
     assert!(said.contains("33 111"), "{said}");
-    shell.send("sleep 1000\n");
-    std::thread::sleep(Duration::from_millis(300));
+    // When it says so, the shell no longer reads keys as such, and the terminal makes a signal of this one.
+    shell.send("echo go$((1+1)); sleep 1000\n");
+    shell.wait_for(STDOUT, "go2");
     shell.send("\u{3}");
     shell.send("exit 4\n");
     assert_eq!(shell.wait()["details"]["causes"][0]["message"], "4");

@@ -81,7 +81,7 @@ fn builtin_monitor_runs_a_pod_in_its_jail_and_its_death_is_told() {
     }
     assert!(killed.unwrap().success());
     assert!(stderr(&output).contains("VMM was killed by signal 9"), "{}", stderr(&output));
-    assert_eq!(host.leftovers(Duration::from_secs(10)), Vec::<String>::new());
+    assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
 #[test]

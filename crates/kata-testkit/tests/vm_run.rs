@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use kata_testkit::driver::Driver;
-use kata_testkit::host::{Host, stderr, stdout};
+use kata_testkit::host::{Host, patience, stderr, stdout};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Bytes without a pattern that a lossy path might keep by luck, the same each time.
@@ -258,8 +258,8 @@ fn interrupt_ends_a_process_that_has_no_handler_and_leaves_nothing() {
     let begin = Instant::now();
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(begin.elapsed() < Duration::from_secs(5));
-    assert_eq!(host.leftovers(Duration::from_secs(3)), Vec::<String>::new());
+    assert!(begin.elapsed() < patience(Duration::from_secs(5)));
+    assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
 #[test]
@@ -277,7 +277,7 @@ fn third_interrupt_ends_a_process_that_ignores_it() {
         std::thread::sleep(Duration::from_millis(300));
     }
     assert_eq!(child.wait().unwrap().code(), Some(137));
-    assert_eq!(host.leftovers(Duration::from_secs(3)), Vec::<String>::new());
+    assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
 #[test]
@@ -288,7 +288,7 @@ fn interrupt_while_the_machine_boots_leaves_nothing() {
     host.wait_for("the machine", || (!host.pids_of(Driver::under_test().program()).is_empty()).then_some(()));
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert!(!child.wait().unwrap().success());
-    assert_eq!(host.leftovers(Duration::from_secs(5)), Vec::<String>::new());
+    assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
 #[test]

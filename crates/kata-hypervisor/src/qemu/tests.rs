@@ -160,7 +160,7 @@ const RESET: &[u8] = &[0x6a, 0x00, 0x6a, 0x00, 0x0f, 0x01, 0x1c, 0x24, 0xcc];
 async fn console_says(vm: &QemuVm, text: &str) {
     let since = Instant::now();
     while !vm.console_tail().contains(text) {
-        assert!(since.elapsed() < Duration::from_secs(20), "console: {:?}", vm.console_tail());
+        assert!(since.elapsed() < Duration::from_secs(60), "console: {:?}", vm.console_tail());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

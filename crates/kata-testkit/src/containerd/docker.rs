@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use super::{CLIENT_PATIENCE, Containerd, Version, send};
+use super::{Containerd, Version, client_within_patience, send};
 use crate::host::{stderr, stdout, wait_for};
 use crate::leaks;
 use rustix::process::Signal;
@@ -78,10 +78,9 @@ impl Docker {
         &self.containerd
     }
 
-    /// Runs the client to its end, which comes within a minute.
+    /// Runs the client to its end, which comes within minutes.
     pub fn output<I: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Output {
-        let mut command = Command::new("timeout");
-        command.args(["--foreground", "--signal", "KILL", CLIENT_PATIENCE]);
+        let mut command = client_within_patience();
         command.args(self.client().split(' ')).args(args).stdin(Stdio::null()).output().unwrap()
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::Containerd;
+use crate::host::patience;
 
 /// How long an event that is certain to come may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -68,7 +69,7 @@ impl Events {
             if events.until(Duration::from_millis(50), subscribed).is_some() {
                 break;
             }
-            assert!(began.elapsed() < PATIENCE, "`ctr events` shows nothing");
+            assert!(began.elapsed() < patience(PATIENCE), "`ctr events` shows nothing");
         }
         events
     }
@@ -90,9 +91,10 @@ impl Events {
         self.wait_within(PATIENCE, topic, |event| event.text("container_id") == container)
     }
 
-    /// Waits for the first event of `topic` that `matches`.
+    /// Waits for the first event of `topic` that `matches`, with [`patience`].
     #[track_caller]
-    pub fn wait_within(&self, patience: Duration, topic: &str, matches: impl Fn(&Event) -> bool) -> Event {
+    pub fn wait_within(&self, usually: Duration, topic: &str, matches: impl Fn(&Event) -> bool) -> Event {
+        let patience = patience(usually);
         let probe =
             |seen: &[Event]| seen.iter().find(|event| event.topic == topic && matches(event)).cloned();
         self.until(patience, probe)

@@ -24,7 +24,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::host::{Host, stderr, stdout, wait_for};
+use crate::host::{Host, patience, stderr, stdout, wait_for};
 use crate::leaks;
 pub use docker::Docker;
 pub use events::{Event, Events};
@@ -36,8 +36,8 @@ const RUNTIME: &str = "io.containerd.kata.v2";
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 /// Where containerd keeps what it hands to shims, below its state directory.
 const BUNDLES: &str = "io.containerd.runtime.v2.task";
-/// A client that is not back by then never will be.
-const CLIENT_PATIENCE: &str = "60";
+/// A client that is not back by then, with [`patience`], never will be.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A containerd and its world. When it is dropped, no task may be left in it, and nothing of any pod on the host.
 pub struct Containerd {
@@ -275,8 +275,7 @@ impl Containerd {
 
     /// Runs `ctr` to its end, which comes within a minute.
     pub fn output<I: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Output {
-        let mut command = Command::new("timeout");
-        command.args(["--foreground", "--signal", "KILL", CLIENT_PATIENCE]);
+        let mut command = client_within_patience();
         command.arg(self.client()).arg("--address").arg(self.socket()).args(args);
         command.stdin(Stdio::null()).output().unwrap()
     }
@@ -394,6 +393,13 @@ impl Drop for Containerd {
 #[track_caller]
 pub fn send(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), signal).unwrap();
+}
+
+/// A command that lacks the client's own words, and ends it when it never will be back.
+fn client_within_patience() -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--foreground", "--signal", "KILL", &patience(CLIENT_PATIENCE).as_secs().to_string()]);
+    command
 }
 
 fn read(path: &Path) -> String {
