@@ -67,15 +67,13 @@ struct Wanted {
 /// Tells the launch digest.
 pub fn run(args: &MeasureArgs) -> Outcome {
     let configured = configured(args)?;
-    let (field, mut told) = match args.tee.unwrap_or_else(|| configured.measurer()) {
-        Measurer::Snp => ("launch_digest", of_snp(&wanted(args, configured)?)?),
-        Measurer::Tdx => ("mrtd", of_tdx(&firmware_alone(args, configured)?)?),
+    let (digest, about) = match args.tee.unwrap_or_else(|| configured.measurer()) {
+        Measurer::Snp => of_snp(&wanted(args, configured)?)?,
+        Measurer::Tdx => of_tdx(&firmware_alone(args, configured)?)?,
     };
-    if args.json {
-        output::document(&told)?;
-    } else {
-        let digest = told[field].take();
-        output::print(&format!("{}\n", digest.as_str().unwrap_or_default()))?;
+    match args.json {
+        true => output::document(&about)?,
+        false => output::print(&format!("{digest}\n"))?,
     }
     Ok(0)
 }
@@ -89,7 +87,8 @@ fn configured(args: &MeasureArgs) -> Result<Configured, Failure> {
     }
 }
 
-fn of_snp(wanted: &Wanted) -> Result<Value, Failure> {
+/// The launch digest, and a document with what was measured.
+fn of_snp(wanted: &Wanted) -> Result<(String, Value), Failure> {
     let kernel = read(&wanted.kernel)?;
     if !is_bz_image(&kernel) {
         return Err(MeasureVerbError::Kernel(wanted.kernel.clone()).into());
@@ -103,21 +102,26 @@ fn of_snp(wanted: &Wanted) -> Result<Value, Failure> {
         vcpus: wanted.vcpus,
         signature: wanted.cpu.signature(),
     };
-    Ok(json!({
+    let digest = hex(&launch_digest(&machine)?);
+    let about = json!({
         "tee": "SEV-SNP",
-        "launch_digest": hex(&launch_digest(&machine)?),
+        "launch_digest": digest,
         "firmware": about_firmware,
         "kernel": file(&wanted.kernel, &kernel),
         "initrd": wanted.initrd.as_deref().map(|path| file(path, &initrd)),
         "command_line": wanted.command_line,
         "vcpus": wanted.vcpus,
         "cpu": wanted.cpu.name,
-    }))
+    });
+    Ok((digest, about))
 }
 
-fn of_tdx(firmware: &Path) -> Result<Value, Failure> {
+/// MRTD, and a document with what was measured.
+fn of_tdx(firmware: &Path) -> Result<(String, Value), Failure> {
     let bytes = read(firmware)?;
-    Ok(json!({ "tee": "TDX", "mrtd": hex(&mrtd(&bytes)?), "firmware": file(firmware, &bytes) }))
+    let digest = hex(&mrtd(&bytes)?);
+    let about = json!({ "tee": "TDX", "mrtd": digest, "firmware": file(firmware, &bytes) });
+    Ok((digest, about))
 }
 
 fn file(path: &Path, bytes: &[u8]) -> Value {
