@@ -11,7 +11,9 @@ use super::Outcome;
 use super::check::ask_owner;
 use crate::cli::{MeasureArgs, Measurer};
 use crate::failure::Failure;
-use crate::measure::{Firmware, Hashes, MODELS, Machine, Model, is_bz_image, launch_digest, mrtd};
+use crate::measure::{
+    Firmware, FirmwareError, Hashes, MODELS, Machine, Model, is_bz_image, launch_digest, mrtd,
+};
 use crate::output;
 
 /// Why it cannot be told.
@@ -25,6 +27,12 @@ enum MeasureVerbError {
     Cpu { name: String, all: String },
     #[error("MRTD of TDX is of the firmware alone: {0} is not in it")]
     NotInMrtd(&'static str),
+    #[error("the firmware {} cannot be measured", .path.display())]
+    Firmware {
+        path: PathBuf,
+        #[source]
+        source: FirmwareError,
+    },
     #[error("cannot read {}", .path.display())]
     Read {
         path: PathBuf,
@@ -78,10 +86,11 @@ pub fn run(args: &MeasureArgs) -> Outcome {
     Ok(0)
 }
 
-/// With all of it given, the configuration is not asked.
+/// With all of it given, the configuration is not asked, unless it is to say what measures.
 fn configured(args: &MeasureArgs) -> Result<Configured, Failure> {
     let rest = args.tee == Some(Measurer::Tdx) || args.kernel.is_some() && args.append.is_some();
-    match args.firmware.is_some() && rest {
+    let tee = args.tee.is_some() || args.config.is_none();
+    match args.firmware.is_some() && rest && tee {
         true => Ok(Configured { vcpus: Some(1), ..Configured::default() }),
         false => Ok(serde_json::from_value(ask_owner(&["measured"], args.config.as_deref(), &args.set)?)?),
     }
@@ -97,7 +106,7 @@ fn of_snp(wanted: &Wanted) -> Result<(String, Value), Failure> {
     let firmware = read(&wanted.firmware)?;
     let about_firmware = file(&wanted.firmware, &firmware);
     let machine = Machine {
-        firmware: Firmware::parse(firmware)?,
+        firmware: Firmware::parse(firmware).map_err(unmeasured(&wanted.firmware))?,
         hashes: Hashes::of(&kernel, &initrd, &wanted.command_line),
         vcpus: wanted.vcpus,
         signature: wanted.cpu.signature(),
@@ -119,9 +128,14 @@ fn of_snp(wanted: &Wanted) -> Result<(String, Value), Failure> {
 /// MRTD, and a document with what was measured.
 fn of_tdx(firmware: &Path) -> Result<(String, Value), Failure> {
     let bytes = read(firmware)?;
-    let digest = hex(&mrtd(&bytes)?);
+    let digest = hex(&mrtd(&bytes).map_err(unmeasured(firmware))?);
     let about = json!({ "tee": "TDX", "mrtd": digest, "firmware": file(firmware, &bytes) });
     Ok((digest, about))
+}
+
+fn unmeasured(path: &Path) -> impl FnOnce(FirmwareError) -> MeasureVerbError {
+    let path = path.to_owned();
+    |source| MeasureVerbError::Firmware { path, source }
 }
 
 fn file(path: &Path, bytes: &[u8]) -> Value {
@@ -225,6 +239,12 @@ mod tests {
         assert_eq!(error.to_string(), "MRTD of TDX is of the firmware alone: --append is not in it");
         let error = firmware(&MeasureArgs { firmware: None, ..tdx() }).unwrap_err();
         assert!(error.to_string().starts_with("there is no firmware"));
+        let dir = tempfile::tempdir().unwrap();
+        let empty = dir.path().join("firmware");
+        std::fs::write(&empty, "").unwrap();
+        let error = run(&MeasureArgs { firmware: Some(empty), ..tdx() }).unwrap_err();
+        let text = chain(&*error.error.unwrap());
+        assert!(text.contains("/firmware cannot be measured") && text.contains("are no firmware"), "{text}");
         let of_configuration = Configured { tee: Some("TDX".to_owned()), ..Configured::default() };
         assert_eq!(of_configuration.measurer(), Measurer::Tdx);
     }

@@ -34,9 +34,6 @@ const STATE_ADDRESS: u64 = 0xffff_ffff_f000;
 /// Why there is no digest.
 #[derive(Debug, thiserror::Error)]
 pub enum MeasureError {
-    /// The firmware.
-    #[error("the firmware cannot be measured")]
-    Firmware(#[from] FirmwareError),
     /// The firmware has no place for the hashes of what is booted.
     #[error(
         "the firmware has no place for hashes of kernel, initrd and command line: use OVMF that is built as AmdSev"

@@ -173,12 +173,12 @@ pub struct Loaded {
 
 impl Loaded {
     /// Addresses that have nothing yet and that Linux writes to before it does anything for a program, however much memory there is:
-    /// what it clears behind its own data, and at the end of all memory, below the initrd, one descriptor of 64 bytes a page and its
+    /// what an ELF kernel clears behind its own data, and at the end of all memory, below the initrd, one descriptor of 64 bytes a page and its
     /// first tables.
     pub fn written_first(&self, memory: &GuestMemoryMmap) -> Vec<Range<u64>> {
         let filled = memory::resident(memory);
-        let data_end = filled.iter().map(|range| range.end).filter(|end| *end <= self.kernel_end).max();
-        let cleared = data_end.map(|end| end..self.kernel_end / PAGE * PAGE);
+        let data = filled.iter().rfind(|range| range.start < self.kernel_end);
+        let cleared = data.map(|data| data.end..self.kernel_end / PAGE * PAGE);
 
         let tables = memory::ranges(memory::size(memory)).last().map(|(base, length)| {
             let last = *base..base + length;

@@ -88,6 +88,16 @@ fn linux_writes_first_to_what_it_clears_and_below_the_initrd() {
 }
 
 #[test]
+fn kernel_that_clears_nothing_writes_first_below_the_initrd_alone() {
+    for kernel in [bz_image(0x20f, 1, b"packed"), elf_that_clears(b"code", true, 0)] {
+        let (memory, loaded) = boot(&kernel, Some(b"initial disk"), "");
+        let initrd = 64 * MIB - PAGE;
+        let ranges = loaded.unwrap().written_first(&memory);
+        assert_eq!(ranges, std::slice::from_ref(&(initrd - FIRST_TABLES - MIB..initrd)));
+    }
+}
+
+#[test]
 fn kernel_that_says_that_it_clears_more_than_there_is_takes_nothing() {
     let (memory, loaded) = boot(&elf_that_clears(b"code", true, 1 << 60), None, "");
     let before = memory::resident(&memory);

@@ -285,11 +285,12 @@ impl Machine {
             event,
             ending,
         };
-        let written_first = origin.put(&machine, &ready, &generation)?;
-        // Of memory that is there as a whole it would be all, and huge pages take few exits.
-        if let Some(first) = ready.first().filter(|_| backing == Backing::default()) {
+        let loaded = origin.put(&machine, &ready, &generation)?;
+        // Of memory that is there as a whole, or that a device of the host reaches, it would be all; huge pages take few exits.
+        let whole = backing != Backing::default() || !spec.host_devices.is_empty();
+        if let Some(first) = ready.first().filter(|_| !whole) {
             let memory = machine.memory.memory();
-            memory::take(&memory, &written_first);
+            memory::take(&memory, &loaded.map(|loaded| loaded.written_first(&memory)).unwrap_or_default());
             first.prefault(&memory::resident(&memory));
         }
         machine.start(ready)?;

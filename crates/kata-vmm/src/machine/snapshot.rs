@@ -1,7 +1,6 @@
 //! Where a machine begins, and how it is written to where another can begin.
 
 use std::fs::File;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -70,9 +69,9 @@ impl Origin {
         let copied = shared || backing != Backing::default();
         match self {
             Origin::Snapshot(_, file) if !copied => Ok(memory::mapped(file, size, growth)?),
-            Origin::Snapshot(_, file) => {
+            Origin::Snapshot(state, file) => {
                 let memory = memory::allocate(size, growth, backing)?;
-                snapshot::load(file, &memory)?;
+                snapshot::load(file, &state.memory, &memory)?;
                 Ok(memory)
             }
             Origin::Kernel { .. } => Ok(memory::allocate(size, growth, backing)?),
@@ -98,14 +97,13 @@ impl Origin {
         Ok(Arc::new(port.map_err(host("use its console"))?))
     }
 
-    /// Puts a machine of which all parts are there, with these CPUs, to where it begins; answers which addresses without anything in
-    /// them its guest will write to first.
+    /// Puts a machine of which all parts are there, with these CPUs, to where it begins; answers what it boots, if it does.
     pub(super) fn put(
         self,
         machine: &Machine,
         cpus: &[Cpu],
         generation: &Generation,
-    ) -> Result<Vec<Range<u64>>, MachineError> {
+    ) -> Result<Option<boot::Loaded>, MachineError> {
         let memory = machine.memory.memory();
         let identified = |result: Result<(), GuestMemoryError>| {
             let action = "give its guest an identifier";
@@ -126,7 +124,7 @@ impl Origin {
                 acpi::write(&memory, &facts)?;
                 identified(Generation::identify(&memory))?;
                 cpus.first().map_or(Ok(()), |first| first.enter(loaded.entry))?;
-                Ok(loaded.written_first(&memory))
+                Ok(Some(loaded))
             }
             Origin::Snapshot(state, _) => {
                 // APICs first: what the bus raises reaches them.
@@ -135,7 +133,7 @@ impl Origin {
                 machine.present.restore(state.told);
                 identified(generation.renew(&memory))?;
                 machine.tell("tell the guest that it is another")?;
-                Ok(Vec::new())
+                Ok(None)
             }
         }
     }

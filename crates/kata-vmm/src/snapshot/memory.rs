@@ -136,8 +136,11 @@ pub fn verify(file: &File, content: &Content) -> Result<(), SnapshotError> {
 }
 
 /// Copies a file's content to memory that is all zero.
-pub fn load(file: &File, memory: &Memory) -> Result<(), SnapshotError> {
+pub fn load(file: &File, content: &Content, memory: &Memory) -> Result<(), SnapshotError> {
     let memory = memory.memory();
+    // A file system that does not tell holes, or a copy without them: what is zero would be memory, too.
+    let there: u64 = filled(file, 0..content.size).iter().map(|part| part.end - part.start).sum();
+    let has_holes = there <= content.bytes.saturating_add(content.bytes / 8);
     let mut offset = 0;
     for region in memory.iter().filter(|region| is_ram(region)) {
         let base = region.start_addr().0;
@@ -145,7 +148,7 @@ pub fn load(file: &File, memory: &Memory) -> Result<(), SnapshotError> {
         for part in filled(file, offset..offset + region.len()) {
             let to = part.start - offset;
             // Files of huge pages cannot be written to.
-            if own.is_some_and(|own| send(file, &part, own.file(), own.start() + to).is_ok()) {
+            if has_holes && own.is_some_and(|own| send(file, &part, own.file(), own.start() + to).is_ok()) {
                 continue;
             }
             each(file, part, |at, bytes| {

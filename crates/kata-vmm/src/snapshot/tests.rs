@@ -105,11 +105,31 @@ fn memory_takes_as_much_room_as_the_guest_touched_and_comes_back() {
     verify(&file, &content).unwrap();
     looks_the_same(&crate::memory::mapped(&file, size, 4 << 20).unwrap());
     let copied = allocate(size, 4 << 20, Backing::default()).unwrap();
-    load(&file, &copied).unwrap();
+    load(&file, &content, &copied).unwrap();
     looks_the_same(&copied);
     let guest = copied.memory();
     let file = guest.iter().next().unwrap().file_offset().unwrap().file();
     assert!(file.metadata().unwrap().blocks() * 512 <= 64 * 4096, "the copy has holes, too");
+}
+
+#[test]
+fn copy_of_a_file_that_has_lost_its_holes_has_them_again() {
+    let size = 64 << 20;
+    let file = tempfile::tempfile().unwrap();
+    let guest = allocate(size, 0, Backing::default()).unwrap();
+    guest.memory().write_obj(7u8, GuestAddress(0x5000)).unwrap();
+    let content = write_memory(&guest.memory(), &file).unwrap();
+    let filled = tempfile::tempfile().unwrap();
+    let mut bytes = vec![0; usize::try_from(size).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    filled.write_all_at(&bytes, 0).unwrap();
+    verify(&filled, &content).unwrap();
+    let copied = allocate(size, 0, Backing::default()).unwrap();
+    load(&filled, &content, &copied).unwrap();
+    assert_eq!(copied.memory().read_obj::<u8>(GuestAddress(0x5000)).unwrap(), 7);
+    let guest = copied.memory();
+    let own = guest.iter().next().unwrap().file_offset().unwrap().file();
+    assert!(own.metadata().unwrap().blocks() * 512 <= 64 * 4096, "zeroes are memory");
 }
 
 #[test]
