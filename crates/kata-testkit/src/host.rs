@@ -138,14 +138,7 @@ impl Host {
 
     /// What of any pod of this world is still there, after leaving it some time to go.
     pub fn leftovers(&self) -> Vec<String> {
-        let (begin, patience) = (Instant::now(), patience(Duration::from_secs(5)));
-        loop {
-            let found = self.remains();
-            if found.is_empty() || begin.elapsed() > patience {
-                return found;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        left_of(|| self.remains())
     }
 
     /// What of any pod of this world is there now.
@@ -197,6 +190,18 @@ pub fn wait_for<T>(what: &str, usually: Duration, mut probe: impl FnMut() -> Opt
             return found;
         }
         assert!(begin.elapsed() < patience, "waited {patience:?} for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// What of something remains that is given some time to go.
+pub(crate) fn left_of(mut remains: impl FnMut() -> Vec<String>) -> Vec<String> {
+    let (begin, patience) = (Instant::now(), patience(Duration::from_secs(5)));
+    loop {
+        let found = remains();
+        if found.is_empty() || begin.elapsed() > patience {
+            return found;
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -112,7 +112,7 @@ fn killed_owner_is_an_exit_and_leaves_nothing(rig: &mut Containerd) {
 
 #[track_caller]
 fn nothing_of_a_pod(rig: &Containerd) {
-    assert_eq!(rig.host().leftovers(), Vec::<String>::new());
+    assert_eq!(rig.leftovers(), Vec::<String>::new());
 }
 
 /// A part of the pod gets a signal: the container has exited, and containerd's log, where the owner's goes, says why.

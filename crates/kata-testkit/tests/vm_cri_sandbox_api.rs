@@ -26,7 +26,7 @@ fn pod<'a>(cri: &'a Cri, name: &str) -> PodPlan<'a> {
 }
 
 fn nothing_remains(cri: &Cri) {
-    assert_eq!(cri.host().leftovers(), Vec::<String>::new());
+    assert_eq!(cri.containerd().leftovers(), Vec::<String>::new());
 }
 
 /// The containers that the owner has.

@@ -24,7 +24,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::host::{Host, patience, stderr, stdout, wait_for};
+use crate::host::{Host, left_of, patience, stderr, stdout, wait_for};
 use crate::leaks;
 pub use docker::Docker;
 pub use events::{Event, Events};
@@ -209,6 +209,11 @@ impl Containerd {
             process || (line.starts_with("socket ") && line.contains("c.sock"))
         };
         self.host.remains().into_iter().filter(|line| !own(line)).collect()
+    }
+
+    /// The same, after leaving it some time to go.
+    pub fn leftovers(&self) -> Vec<String> {
+        left_of(|| self.remains())
     }
 
     /// Starts the daemon; answers when it can be spoken to.
