@@ -72,7 +72,7 @@ struct Wanted {
     cpu: Model,
 }
 
-/// Tells the launch digest.
+/// Tells the digest, or all that went into it.
 pub fn run(args: &MeasureArgs) -> Outcome {
     let configured = configured(args)?;
     let (digest, about) = match args.tee.unwrap_or_else(|| configured.measurer()) {

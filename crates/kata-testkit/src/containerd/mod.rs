@@ -278,7 +278,7 @@ impl Containerd {
         self.program.with_file_name("ctr")
     }
 
-    /// Runs `ctr` to its end, which comes within a minute.
+    /// Runs `ctr` to its end, which comes within minutes.
     pub fn output<I: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = I>) -> Output {
         let mut command = client_within_patience();
         command.arg(self.client()).arg("--address").arg(self.socket()).args(args);

@@ -48,6 +48,7 @@ mod tests {
 
     #[test]
     fn memory_that_a_machine_has_is_mapped_and_any_other_is_not() {
+        let pages = MmapRegion::<()>::new(0x10_0000).unwrap();
         let machine = match Kvm::new().and_then(|kvm| kvm.create_vm()) {
             Ok(machine) => machine,
             Err(error) => return eprintln!("skipped: no machine of KVM's: {error}"),
@@ -55,18 +56,16 @@ mod tests {
         if machine.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) <= 0 {
             return eprintln!("skipped: this KVM maps no memory before a guest runs");
         }
-        let pages = MmapRegion::<()>::new(0x10_0000).unwrap();
         let region = kvm_userspace_memory_region {
             guest_phys_addr: 0x10_0000,
             memory_size: 0x10_0000,
             userspace_addr: pages.as_ptr() as u64,
             ..Default::default()
         };
-        // SAFETY: the pages outlive the machine, which is dropped first.
+        // SAFETY: the pages outlive the machine: what was made first is dropped last.
         unsafe { machine.set_user_memory_region(region) }.unwrap();
         let cpu = machine.create_vcpu(0).unwrap();
         one(&cpu, &(0x10_0000..0x20_0000)).unwrap();
         one(&cpu, &(0x30_0000..0x30_1000)).unwrap_err();
-        drop((cpu, machine));
     }
 }
