@@ -9,6 +9,8 @@
 //! ```
 
 mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod monitor;
 mod passing;
 mod snapshot;

@@ -9,6 +9,9 @@
 //! and for back ends in other processes from the start, so nobody has to hear of a change; what was never touched takes nothing of
 //! the host. A guest that breaks the rules and touches blocks it did not plug gets no more than the whole stretch.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
+
 use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

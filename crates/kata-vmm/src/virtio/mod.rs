@@ -21,7 +21,7 @@ pub mod net;
 pub mod ring;
 pub mod rng;
 pub mod shared_fs;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod told;
 mod vhost;
 pub mod vsock;

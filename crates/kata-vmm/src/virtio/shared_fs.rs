@@ -8,6 +8,8 @@
 //! The socket and the guest's memory are all that both processes share. A share whose server is gone cannot be served by
 //! another: that knows nothing of open files. So its loss is told, and the machine ends.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;
 

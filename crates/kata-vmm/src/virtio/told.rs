@@ -1,5 +1,7 @@
 //! A driver's ear, for tests of devices.
 
+#![allow(clippy::unwrap_used, dead_code, reason = "only tests and fuzz targets have it, each a part of it")]
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
