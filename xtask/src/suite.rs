@@ -12,6 +12,9 @@ use crate::{Chores, demo, lab, names, packages, products, say};
 /// Names containerd 2 to tests.
 pub const NEWER_CONTAINERD_VARIABLE: &str = "KATA_TEST_NEWER_CONTAINERD";
 
+/// As many tests may pass only when tried again; of more the cause is not the host.
+const TRIED_AGAIN_LIMIT: usize = 3;
+
 /// Runs the test suite, and at the end of all of it the lab's; with `unit`, without booting machines.
 pub fn run(unit: bool, filter: &[String]) -> Chores {
     packages::for_test()?;
@@ -48,8 +51,14 @@ fn run_profile(profile: &str, environment: &[(&str, PathBuf)], filter: &[String]
     nextest.args(products::TESTED_FEATURES).args(["--profile", profile]);
     nextest.envs(environment.iter().map(|(name, value)| (name, value)));
     let outcome = shell::run(nextest.args(filter));
-    tell_report(profile)?;
-    outcome.and_then(|()| nothing_left())
+    let tried_again = tell_report(profile)?;
+    outcome?;
+    if tried_again > TRIED_AGAIN_LIMIT {
+        return Err(ChoreError::Found(format!(
+            "{tried_again} tests passed only when tried again, and at most {TRIED_AGAIN_LIMIT} may"
+        )));
+    }
+    nothing_left()
 }
 
 /// Builds what tests that boot machines are given, and answers the variables that say where it is.
@@ -97,8 +106,8 @@ pub fn report(profile: &str) -> PathBuf {
 }
 
 /// Prints what of a run's report is easily overlooked: tests that skipped something, and that passed only when tried
-/// again.
-pub fn tell_report(profile: &str) -> Chores {
+/// again. Answers how many of the latter there are.
+pub fn tell_report(profile: &str) -> Chores<usize> {
     let report = report(profile);
     let text = std::fs::read_to_string(&report).map_err(at("read", &report))?;
     let (skipped, repeated) = (skips(&text), repeated(&text));
@@ -110,7 +119,7 @@ pub fn tell_report(profile: &str) -> Chores {
     for line in skipped.iter().chain(&repeated) {
         eprintln!("    {line}");
     }
-    Ok(())
+    Ok(repeated.len())
 }
 
 /// An initramfs whose init says so and ends the machine, for tests of the VMM alone.
