@@ -346,7 +346,7 @@ mod tests {
         // Not in the square of their number.
         let begin = std::time::Instant::now();
         assert_eq!(Sample::parse(&with(300_000)), None);
-        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
     }
 
     #[test]

@@ -94,7 +94,7 @@ async fn kill_is_not_blocked_behind_a_hanging_create() {
         let pod = pod.clone();
         async move { pod.wait(&init()).await }
     });
-    tokio::time::timeout(Duration::from_millis(500), pod.kill(&init(), 9, false)).await.unwrap().unwrap();
+    soon(pod.kill(&init(), 9, false)).await.unwrap();
     let error = soon(create).await.unwrap().unwrap_err();
     assert_eq!(error.to_string(), "container c was killed while it was being created");
     assert_eq!(soon(waiter).await.unwrap().unwrap().code, 137);

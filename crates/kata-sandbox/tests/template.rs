@@ -72,7 +72,7 @@ impl Factory {
 
     async fn stage(&self, pod: &Sandbox) -> String {
         // An agent that has said long ago that it serves says nothing more.
-        if tokio::time::timeout(Duration::from_millis(300), pod.ready()).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(1), pod.ready()).await.is_err() {
             self.rig.announce().await;
         }
         soon(pod.ready()).await.unwrap();

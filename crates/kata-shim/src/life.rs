@@ -30,7 +30,12 @@ use crate::reins::{Answer, Reins, Request};
 /// How long a pod that nobody is known to be busy with waits for its first container.
 const UNUSED_BOUND: Duration = Duration::from_secs(60);
 /// How long an ended pod waits for clients that want to know how it ended.
-const LINGER: Duration = Duration::from_secs(2);
+const LINGER: Duration = Duration::from_secs(if cfg!(test) {
+    // What does not wait for it is told from a slow machine.
+    15
+} else {
+    2
+});
 
 #[derive(Debug, Error)]
 pub(crate) enum LifeError {

@@ -179,7 +179,7 @@ async fn the_end_of_the_container_is_the_end_of_the_pod() {
     assert!(exit.exited_at.seconds > 0);
     drop(task);
     let (took, ground, _dir) = live.over().await;
-    assert!(took < Duration::from_millis(1500), "the owner lingered for {took:?} though its client was told");
+    assert!(took < Duration::from_secs(8), "the owner lingered for {took:?} though its client was told");
     let state = State::load(&ground.run_dir).unwrap();
     assert_eq!((state.state.as_str(), state.containers[0].exit_code), ("stopped", Some(7)));
     assert!(!ground.socket().exists());
@@ -234,7 +234,7 @@ async fn a_client_that_comes_a_moment_late_is_still_told() {
     assert_eq!((pod.state.as_str(), pod.containers[0].exit_code), ("stopped", 3));
     drop(late);
     let (took, ..) = live.over().await;
-    assert!(took < Duration::from_millis(1200), "{took:?}");
+    assert!(took < Duration::from_secs(8), "{took:?}");
 }
 
 #[tokio::test]
@@ -320,7 +320,7 @@ async fn a_failed_boot_reaches_the_client_with_its_cause() {
     assert!(message.contains("it is broken"), "{message}");
     drop(task);
     let (took, ..) = live.over().await;
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(took < Duration::from_secs(8), "{took:?}");
 }
 
 #[tokio::test]

@@ -196,7 +196,7 @@ pub fn wait_for<T>(what: &str, usually: Duration, mut probe: impl FnMut() -> Opt
 
 /// What of something remains that is given some time to go.
 pub(crate) fn left_of(mut remains: impl FnMut() -> Vec<String>) -> Vec<String> {
-    let (begin, patience) = (Instant::now(), patience(Duration::from_secs(5)));
+    let (begin, patience) = (Instant::now(), patience(Duration::from_secs(20)));
     loop {
         let found = remains();
         if found.is_empty() || begin.elapsed() > patience {

@@ -32,6 +32,8 @@ with_each_containerd!(
 
 /// How long the death of a part may go unnoticed at most.
 const NOTICED: Duration = Duration::from_secs(60);
+/// What containerd gives a shim that is to clean up, unless it is told otherwise.
+const CONTAINERDS_BOUND: Duration = Duration::from_secs(5);
 
 /// The standard output of a detached container, which nobody else reads any more.
 fn output_of(rig: &Containerd, id: &str) -> impl Iterator<Item = u64> + use<> {
@@ -54,8 +56,8 @@ fn outlives(rig: &mut Containerd, down: fn(&mut Containerd)) {
     assert_eq!(rig.status("box").as_deref(), Some("RUNNING"));
     assert_eq!(stdout(&rig.exec("box", "look", "echo alive")), "alive\n");
     if rig.has_machines() {
-        let since = rig.log().split_off(logged);
-        assert!(since.contains("kata_sandbox::process_table"), "the owner's log has no reader any more");
+        let words = || rig.log().split_off(logged).contains("kata_sandbox::process_table").then_some(());
+        rig.host().wait_for("a word of the owner in containerd's log", words);
     }
     heard.extend(counted.take(20));
     assert!(heard.iter().copied().eq(first + 1..=first + 40), "output is lost: {first} then {heard:?}");
@@ -97,17 +99,23 @@ fn exit_while_containerd_is_down_is_known_later(rig: &mut Containerd) {
 
 fn killed_owner_is_an_exit_and_leaves_nothing(rig: &mut Containerd) {
     let events = Events::of(rig);
-    rig.detached(&[], "box", "exec sleep 1000");
+    let id = &own_name(rig, "orphan");
+    rig.detached(&[], id, "exec sleep 1000");
     let owners = rig.host().pids_of("containerd-shim");
     assert_eq!(owners.len(), 1, "{owners:?}");
     send(owners[0], Signal::KILL);
-    let exit = events.wait_within(NOTICED, "/tasks/exit", |event| event.text("id") == "box");
+    let exit = events.wait_within(NOTICED, "/tasks/exit", |event| event.text("id") == id);
     assert_eq!(exit.number("exit_status"), 137);
     // containerd has the task deleted by a shim of its own accord, and forgets it.
-    wait_for("the task to be gone", NOTICED, || rig.status("box").is_none().then_some(()));
+    wait_for("the task to be gone", NOTICED, || rig.status(id).is_none().then_some(()));
     nothing_of_a_pod(rig);
-    rig.ok(["container", "rm", "box"]);
-    assert_eq!(stdout(&rig.sh(&[], "box", "echo next")), "next\n");
+    rig.ok(["container", "rm", id]);
+    assert_eq!(stdout(&rig.sh(&[], id, "echo next")), "next\n");
+}
+
+/// A name that no other test has: pods of one name have one cgroup, and who is to remove it waits for the other's.
+fn own_name(rig: &Containerd, name: &str) -> String {
+    format!("{name}-{:?}", rig.version()).to_lowercase()
 }
 
 #[track_caller]
@@ -120,8 +128,10 @@ fn part_gets(rig: &Containerd, part: &str, signal: Signal, reason: &[&str]) {
     if !rig.has_machines() {
         return;
     }
-    // What hangs is noticed by the agent's silence.
-    rig.host().configure("[agent.kata]\nhealth_timeout_ms = 6000\n");
+    if signal == Signal::STOP {
+        // What hangs is noticed by the agent's silence.
+        rig.host().configure("[agent.kata]\nhealth_timeout_ms = 20000\n");
+    }
     let events = Events::of(rig);
     rig.detached(&[], "box", "exec sleep 1000");
     let parts = rig.host().pids_of(part);
@@ -133,9 +143,9 @@ fn part_gets(rig: &Containerd, part: &str, signal: Signal, reason: &[&str]) {
     let exit = events.wait_within(NOTICED, "/tasks/exit", |event| event.text("id") == "box");
     assert_ne!(exit.number("exit_status"), 0);
     assert_eq!(rig.status("box").as_deref(), Some("STOPPED"));
-    let log = rig.log();
     for word in reason {
-        assert!(log.contains(word), "no `{word}` in the log");
+        // The owner's words come through a pipe that containerd copies.
+        rig.host().wait_for(&format!("`{word}` in the log"), || rig.log().contains(word).then_some(()));
     }
     let removed = rig.output(["task", "rm", "box"]);
     assert!(!stderr(&removed).contains("ctr:"), "{}", stderr(&removed));
@@ -177,40 +187,72 @@ fn stopped_owner_is_cleaned_up_after_within_containerds_bound(rig: &mut Containe
     if !rig.has_machines() {
         return;
     }
-    // A name that no other test has: pods of one name have one cgroup, and this one is to be alone in it.
-    rig.detached(&[], "hangs", "exec sleep 1000");
+    let id = &own_name(rig, "hangs");
+    // A machine that stands still for a moment makes one of them late; a cleanup that is too slow makes all.
+    let mut quickest = Duration::MAX;
+    for _ in 0..3 {
+        quickest = quickest.min(cleanup_after_a_stopped_owner(rig, id));
+        if quickest < CONTAINERDS_BOUND {
+            return;
+        }
+    }
+    panic!("containerd gives a cleanup {CONTAINERDS_BOUND:?}, and the quickest of three took {quickest:?}");
+}
+
+/// How long `delete` takes as containerd calls it, in the bundle.
+fn cleanup_after_a_stopped_owner(rig: &Containerd, id: &str) -> Duration {
+    rig.detached(&[], id, "exec sleep 1000");
     let owners = rig.host().pids_of("containerd-shim");
     assert_eq!(owners.len(), 1, "{owners:?}");
     send(owners[0], Signal::STOP);
-    // As containerd calls it: in the bundle, which it gives 5 s.
-    let bundle = rig.bundle("hangs");
+    let bundle = rig.bundle(id);
     let mut delete = std::process::Command::new(rig.host().program("containerd-shim-kata-v2"));
     rig.host().enter(&mut delete);
     delete.args(["-namespace", "default", "-address"]).arg(rig.socket());
-    delete.args(["-id", "hangs", "-bundle"]).arg(&bundle).arg("delete").current_dir(&bundle);
+    delete.args(["-id", id, "-bundle"]).arg(&bundle).arg("delete").current_dir(&bundle);
     let begin = std::time::Instant::now();
     let output = delete.output().unwrap();
+    let took = begin.elapsed();
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}: {}", begin.elapsed(), stderr(&output));
-    wait_for("the task to be gone", NOTICED, || rig.status("hangs").is_none().then_some(()));
+    wait_for("the task to be gone", NOTICED, || rig.status(id).is_none().then_some(()));
     nothing_of_a_pod(rig);
-    rig.ok(["container", "rm", "hangs"]);
+    rig.ok(["container", "rm", id]);
+    took
 }
 
 fn cancelled_create_leaves_nothing(rig: &mut Containerd) {
     if !rig.has_machines() {
         return;
     }
-    let words = rig.run(&["--rm", IMAGE, "half", "echo", "no"]);
+    // A client that is slow to die may have heard the word: then there was no create to cancel.
+    let cancelled = (0..3).any(|_| cancelled(rig, "half"));
+    assert!(cancelled, "each of three was done before its client could be killed");
+    assert_eq!(stdout(&rig.sh(&[], "half", "echo whole")), "whole\n");
+}
+
+/// Kills the client that creates a container as soon as there is a machine; false where it was done by then.
+fn cancelled(rig: &Containerd, id: &str) -> bool {
+    let words = rig.run(&["--rm", IMAGE, id, "echo", "no"]);
     let mut client = rig.ctr(words).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     rig.host()
         .wait_for("the machine", || rig.host().pids_of(Driver::under_test().program()).first().copied());
     client.kill().unwrap();
-    assert_eq!(stdout(&client.wait_with_output().unwrap()), "");
-    wait_for("the task to be gone", NOTICED, || rig.status("half").is_none().then_some(()));
+    let said = stdout(&client.wait_with_output().unwrap());
+    wait_for("the task to be gone", NOTICED, || match rig.status(id).as_deref() {
+        None => Some(()),
+        // Nobody is left to remove what was done.
+        Some("STOPPED") => {
+            rig.output(["task", "rm", id]);
+            None
+        }
+        Some(_) => None,
+    });
     nothing_of_a_pod(rig);
-    rig.ok(["container", "rm", "half"]);
-    assert_eq!(stdout(&rig.sh(&[], "half", "echo whole")), "whole\n");
+    // With `--rm`, a client that was done has removed it.
+    if rig.ok(["container", "ls", "-q"]).lines().any(|line| line == id) {
+        rig.ok(["container", "rm", id]);
+    }
+    said.is_empty()
 }
 
 fn twenty_rounds_leave_nothing(rig: &mut Containerd) {
@@ -224,10 +266,15 @@ fn twenty_rounds_leave_nothing(rig: &mut Containerd) {
             settled = descriptors();
         }
     }
-    assert!(descriptors() <= settled + 3, "containerd had {settled} descriptors, and then {}", descriptors());
+    // The last round's connections may still be on their way out; a leak is one of each round.
+    rig.host().wait_for(&format!("containerd to have no more than {settled} descriptors and three"), || {
+        (descriptors() <= settled + 3).then_some(())
+    });
 }
 
 fn five_pods_start_at_once(rig: &mut Containerd) {
+    // Five guests boot on the processors of two.
+    rig.host().configure("[agent.kata]\nreconnect_timeout_ms = 180000\ncreate_container_timeout = 180\n");
     let clients: Vec<_> = (0..5)
         .map(|n| {
             let (id, script) = (format!("pod{n}"), format!("echo pod {n}"));

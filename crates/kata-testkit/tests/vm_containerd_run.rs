@@ -32,7 +32,7 @@ fn output_errors_and_exit_code_reach_the_client(rig: &mut Containerd) {
 }
 
 fn terminal_has_the_clients_size(rig: &mut Containerd) {
-    let script = "tty; for n in $(seq 100); do [ \"$(stty size 2>/dev/null)\" = '27 93' ] && break; sleep 0.05; done; stty size";
+    let script = "tty; for n in $(seq 1000); do [ \"$(stty size 2>/dev/null)\" = '27 93' ] && break; sleep 0.05; done; stty size";
     let words = rig.run(&["--rm", "-t", IMAGE, "term", "sh", "-c"]).join(" ");
     let client = format!("{} --address {}", rig.client().display(), rig.socket().display());
     let quoted = script.replace('\'', "'\\''");

@@ -7,7 +7,7 @@ use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
 use kata_testkit::containerd::{Containerd, Event, Events, IMAGE, Version};
-use kata_testkit::host::{stderr, stdout};
+use kata_testkit::host::{patience, stderr, stdout};
 use kata_testkit::with_each_containerd;
 
 with_each_containerd!(
@@ -90,7 +90,7 @@ fn exec_has_output_exit_code_terminal_and_user(rig: &mut Containerd) {
     // A name is free again when its exec was deleted.
     assert_eq!(stdout(&rig.exec("box", "plain", "echo again")), "again\n");
 
-    let script = "for n in $(seq 100); do test \"$(stty size 2>/dev/null)\" = \"27 93\" && break; sleep 0.05; done; stty size";
+    let script = "for n in $(seq 1000); do test \"$(stty size 2>/dev/null)\" = \"27 93\" && break; sleep 0.05; done; stty size";
     let words = rig.in_container(&["-t"], "box", "term", "");
     let command = words[..words.len() - 1].join(" ");
     let client = format!("{} --address {}", rig.client().display(), rig.socket().display());
@@ -134,7 +134,7 @@ fn unknown_command_of_an_exec_is_named_and_the_container_goes_on(rig: &mut Conta
     rig.detached(&[], "box", IDLE);
     let began = Instant::now();
     fails(&rig.output(["task", "exec", "--exec-id", "bad", "box", "no-such-command"]), &["no-such-command"]);
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(began.elapsed() < patience(Duration::from_secs(5)), "{:?}", began.elapsed());
     assert_eq!(rig.status("box").as_deref(), Some("RUNNING"));
     assert_eq!(stdout(&rig.exec("box", "bad", "echo free")), "free\n", "its name is free");
     rig.remove("box");
@@ -205,7 +205,7 @@ fn paused_container_stands_still_until_resumed(rig: &mut Containerd) {
     events.wait("/tasks/resumed", "box");
     assert_eq!(rig.status("box").as_deref(), Some("RUNNING"));
     // It runs: the count goes on.
-    let script = "a=$(cat /count); for n in $(seq 100); do b=$(cat /count); [ \"$a\" != \"$b\" ] && exit 0; sleep 0.05; done; exit 1";
+    let script = "a=$(cat /count); for n in $(seq 1000); do b=$(cat /count); [ \"$a\" != \"$b\" ] && exit 0; sleep 0.05; done; exit 1";
     assert_eq!(rig.exec("box", "look", script).status.code(), Some(0));
     rig.remove("box");
 }

@@ -88,13 +88,14 @@ fn dead_pod_says_why_it_died() {
         let vmm = cri.host().pids_of(Driver::under_test().program())[0];
         kata_testkit::containerd::send(vmm, Signal::KILL);
         assert_eq!(main.wait().exit_code, 255);
+        cri.host().wait_for("the pod not to be ready", || (!pod.is_ready()).then_some(()));
         let late = pod.container("late").idle().try_start().err().unwrap();
         // containerd asks nobody, for the pod's first container has ended; what the owner said is in its log.
         let of_containerd = ["not running", "can't find shim"];
         assert!(of_containerd.iter().any(|words| late.message().contains(words)), "{late:?}");
-        let log = cri.containerd().log();
         for word in ["the pod failed", "the VMM was killed by signal 9"] {
-            assert!(log.contains(word), "no {word:?} in {log}");
+            let told = || cri.containerd().log().contains(word).then_some(());
+            cri.host().wait_for(&format!("{word:?} in containerd's log"), told);
         }
         tells(&main.try_exec(&["true"], 0).unwrap_err(), &["EXITED"]);
         pod.remove();

@@ -23,7 +23,9 @@ fn pod_is_run_entered_and_removed(cri: &mut Cri) {
     assert_eq!((&status.labels["app"], &status.annotations["example.org/a"]), (&"web".into(), &"b".into()));
     let main = pod.container("main").label("tier", "front").env("GREETING", "hello");
     let main = main.sh("echo $GREETING; echo trouble >&2; exec sleep 1000").start();
+    // Both streams go their own ways into the log.
     main.wait_for_log("trouble\n");
+    main.wait_for_log("hello\n");
     assert_eq!((main.log_of("stdout"), main.log_of("stderr")), ("hello\n".into(), "trouble\n".into()));
     assert_eq!(main.status().labels["tier"], "front");
     assert_eq!(main.sh("hostname").text(), "www\n");
@@ -31,8 +33,7 @@ fn pod_is_run_entered_and_removed(cri: &mut Cri) {
     let machine = main.sh("cat /proc/sys/kernel/random/boot_id").text();
     assert_ne!(machine, std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap());
     for gateway in ["10.89.0.1", "fd00:89::1"] {
-        let ping = main.sh(&format!("ping -c 1 -W 10 {gateway}"));
-        assert_eq!(ping.code, 0, "{ping:?}");
+        main.until(&format!("ping -c 1 -W 10 {gateway}"));
     }
     pod.stop();
     assert!(!pod.is_ready());

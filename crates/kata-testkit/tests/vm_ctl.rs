@@ -1,7 +1,7 @@
 //! Every verb of `kata-ctl` that looks into pods or the host, against a live pod.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -127,7 +127,7 @@ fn ps_and_top_show_the_processes_of_the_guest() {
 
     let top = json(&host.output(["top", "--once", "--json", "busy"]));
     assert_eq!(top[0]["container"], "busy", "the busiest comes first: {top}");
-    assert!(top[0]["cpu_percent"].as_f64().unwrap() > 20.0, "{top}");
+    assert!(top[0]["cpu_percent"].as_f64().unwrap() > 5.0, "an idle one has none: {top}");
     assert!(done(&host.output(["top", "--once", "busy"])).contains("while :"));
     assert_eq!(host.output(["ps", "busy", "-c", "nope"]).status.code(), Some(3));
     remove(&host, "busy");
@@ -140,7 +140,7 @@ fn stats_tell_what_a_container_uses() {
     let rows = json(&host.output(["stats", "--once", "--json"]));
     let row = &rows[0];
     assert_eq!((&row["pod"], &row["container"]), (&"busy".into(), &"busy".into()));
-    assert!(row["cpu_percent"].as_f64().unwrap() > 20.0, "{rows}");
+    assert!(row["cpu_percent"].as_f64().unwrap() > 5.0, "an idle one has none: {rows}");
     assert!(row["memory_usage_bytes"].as_u64().unwrap() > 100_000, "{rows}");
     assert!(row["host_memory_bytes"].as_u64().unwrap() > 10 << 20, "{rows}");
     assert_eq!(row["processes"], 1, "{rows}");
@@ -173,10 +173,15 @@ fn events_tell_the_past_and_go_on_to_the_end() {
     assert_eq!(kinds(&past), ["created", "started"]);
     assert_eq!(kinds(&lines(&host.output(["events", "--once", "--json"]))), ["created", "started"]);
 
-    let child = host.ctl(["events", "--json", "brief"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = host.ctl(["events", "--json", "brief"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut told = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut event = || told.next().map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    // Who has told the past is there for what comes.
+    let mut events = vec![event().unwrap(), event().unwrap()];
     assert!(host.output(["exec", "brief", "true"]).status.success());
     assert!(host.output(["kill", "-s", "USR1", "brief"]).status.success());
-    let events = lines(&child.wait_with_output().unwrap());
+    events.extend(std::iter::from_fn(event));
+    assert!(child.wait().unwrap().success());
     let exec: Vec<&Value> = events.iter().filter(|event| event["exec"].is_string()).collect();
     assert!(exec.iter().any(|event| event["kind"] == "exited" && event["exit_code"] == 0), "{events:?}");
     let last: Vec<String> = kinds(&events).into_iter().rev().take(2).collect();
@@ -190,10 +195,12 @@ fn logs_of_all_parts_come_in_the_order_of_time() {
     let Some(host) = Host::new() else { return };
     host.configure("[hypervisor.qemu]\nenable_debug = true\n");
     detached(&host, &[], "web", "echo from the container; exec sleep 1000");
-    let all = lines(&host.output(["logs", "--source", "all", "--json", "web"]));
-    for source in ["owner", "agent", "console"] {
-        assert!(all.iter().any(|line| line["source"] == source), "nothing from {source}: {all:?}");
-    }
+    // Each part's words come on a connection of its own.
+    let all = host.wait_for("words of all parts", || {
+        let all = lines(&host.output(["logs", "--source", "all", "--json", "web"]));
+        let said = |source: &&str| all.iter().any(|line| line["source"] == **source);
+        ["owner", "agent", "console"].iter().all(said).then_some(all)
+    });
     let times: Vec<&str> = all.iter().map(|line| line["time"].as_str().unwrap()).collect();
     assert!(times.is_sorted(), "{times:?}");
     let agent = lines(&host.output(["logs", "--source", "agent", "--json", "web"]));

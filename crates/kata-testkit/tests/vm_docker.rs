@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use kata_testkit::containerd::Docker;
-use kata_testkit::host::{stderr, stdout};
+use kata_testkit::host::{patience, stderr, stdout};
 
 #[test]
 fn container_has_output_exit_code_environment_and_volume() {
@@ -64,7 +64,7 @@ fn names_that_docker_makes_are_known_in_the_container() {
 fn terminal_has_the_clients_size_and_the_exit_code_is_told() {
     let Some(docker) = Docker::new() else { return };
     // The client sends its size after the start.
-    let script = "tty; for n in $(seq 100); do test \"$(stty size)\" = \"27 93\" && break; sleep 0.05; done; \
+    let script = "tty; for n in $(seq 1000); do test \"$(stty size)\" = \"27 93\" && break; sleep 0.05; done; \
                   stty size; exit 6";
     let run = format!("run --rm -it --runtime {} busybox sh -c '{script}'", docker.containerd().runtime());
     let command = format!("stty rows 27 cols 93; {} {run}; echo ended with $?", docker.client());
@@ -114,7 +114,7 @@ fn container_in_the_background_is_logged_entered_stopped_and_started_again() {
         docker.output(["exec", "-e", "A=b", "-u", "7:8", "box", "sh", "-c", "echo $A; id -u; exit 4"]);
     assert_eq!((stdout(&entered).as_str(), entered.status.code()), ("b\n7\n", Some(4)));
 
-    docker.ok(["stop", "--time", "10", "box"]);
+    docker.ok(["stop", "--time", "60", "box"]);
     let state = || (docker.inspect("box", "State.Status"), docker.inspect("box", "State.ExitCode"));
     assert_eq!(state(), ("exited".to_owned(), "5".to_owned()));
     docker.wait_for_log("box", "up\nbye\n");
@@ -191,7 +191,7 @@ fn stop_of_what_does_not_listen_is_bounded() {
     docker.wait_for_log("deaf", "deaf\n");
     let began = Instant::now();
     docker.ok(["stop", "--time", "1", "deaf"]);
-    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    assert!(began.elapsed() < patience(Duration::from_secs(8)), "{:?}", began.elapsed());
     assert_eq!(docker.inspect("deaf", "State.ExitCode"), "137");
     docker.ok(["rm", "deaf"]);
 }
@@ -214,7 +214,7 @@ fn published_port_reaches_the_container_and_containers_reach_each_other() {
     docker.on_its_host(|| fetch(&format!("{address}:80"))).expect("the container answers on its own address");
 
     let script = format!(
-        "ping -c 1 -W 5 $(ip route | awk '/^default/ {{ print $3 }}') > /dev/null && echo gateway; \
+        "until ping -c 1 -W 10 $(ip route | awk '/^default/ {{ print $3 }}') > /dev/null; do :; done; echo gateway; \
          wget -q -O - http://{address}/"
     );
     let output = docker.run(&["--rm", "busybox", "sh", "-c", &script]);
@@ -259,6 +259,6 @@ fn namespaces_of_the_host_and_of_other_containers_are_refused_by_name() {
         assert!(stderr(&output).contains(named), "{option} {value}: {}", stderr(&output));
     }
     let gateway = docker.inspect("box", "NetworkSettings.Gateway");
-    docker.ok(["exec", "box", "ping", "-c", "1", "-W", "5", &gateway]);
+    docker.ok(["exec", "box", "sh", "-c", &format!("until ping -c 1 -W 10 {gateway}; do :; done")]);
     docker.ok(["rm", "--force", "box"]);
 }

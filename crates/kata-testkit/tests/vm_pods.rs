@@ -95,10 +95,14 @@ fn exec_on_a_terminal_has_a_size_and_a_name() {
 fn exec_of_unknown_command_is_127_and_of_unknown_pod_125() {
     let Some(host) = Host::new() else { return };
     detached(&host, "box", "exec sleep 1000");
-    let begin = Instant::now();
-    let output = host.output(["exec", "box", "no-such-command"]);
-    assert_eq!(output.status.code(), Some(127), "{}", stderr(&output));
-    assert!(begin.elapsed() < patience(Duration::from_secs(1)), "{:?}", begin.elapsed());
+    // No bound is waited for; the quickest of three says so on any machine.
+    let took = [(); 3].map(|()| {
+        let begin = Instant::now();
+        let output = host.output(["exec", "box", "no-such-command"]);
+        assert_eq!(output.status.code(), Some(127), "{}", stderr(&output));
+        begin.elapsed()
+    });
+    assert!(took.iter().any(|took| *took < patience(Duration::from_secs(1))), "{took:?}");
     let output = host.output(["exec", "nobody", "true"]);
     assert_eq!(output.status.code(), Some(125));
     assert!(stderr(&output).contains("nobody"), "{}", stderr(&output));
@@ -131,6 +135,12 @@ fn kill_ends_the_pod_and_its_status_stays_readable() {
     host.wait_for("the trap", || (stdout(&host.output(["logs", "brief"])) == "armed\n").then_some(()));
     assert!(host.output(["kill", "-s", "USR1", "brief"]).status.success());
     host.wait_for("the pod's end", || ps(&host, true).contains("exited (9)").then_some(()));
+    // The container has ended, and then the machine does.
+    let state = host.run_dir().join("brief/state.json");
+    host.wait_for("the pod to be stopped", || {
+        let state: serde_json::Value = serde_json::from_slice(&std::fs::read(&state).ok()?).ok()?;
+        (state["state"] == "stopped").then_some(())
+    });
     assert!(!ps(&host, false).contains("brief"));
     assert!(host.pids_of(Driver::under_test().program()).is_empty(), "a stopped pod keeps no machine");
     let text = stdout(&host.output(["ps", "-a", "--json"]));

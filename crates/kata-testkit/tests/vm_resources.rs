@@ -165,8 +165,11 @@ fn virtual_processors_are_pinned_and_apart_from_the_rest_where_that_is_asked_for
         .unwrap()
         .flatten()
         .map(|task| task.path())
-        .filter(|task| place(&std::fs::read_to_string(task.join("cgroup")).unwrap(), "cpuset") == group)
-        .map(|task| std::fs::read_to_string(task.join("status")).unwrap())
+        // A thread may end while it is looked at; not a processor's.
+        .filter_map(|task| {
+            let [cgroup, status] = ["cgroup", "status"].map(|file| std::fs::read_to_string(task.join(file)));
+            (place(&cgroup.ok()?, "cpuset") == group).then_some(status.ok()?)
+        })
         .collect();
     assert!(!apart.is_empty(), "no virtual processor is in the pod's cgroup");
     for status in &apart {

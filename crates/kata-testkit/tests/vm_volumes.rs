@@ -151,7 +151,13 @@ fn volumes_of_a_pod_are_seen_shared_and_kept_as_on_one_host() {
             "{log}; syslogd -O {dir}/told; mkfifo {dir}/fifo; (cat {dir}/fifo > {dir}/heard) >/dev/null 2>&1 &"
         );
         say(&rig, "pod", &serve);
-        say(&rig, "side", &format!("{log}; logger hello; echo spoken > {dir}/fifo"));
+        say(
+            &rig,
+            "side",
+            &format!(
+                "{log}; until [ -S {dir}/log ]; do sleep 0.05; done; logger hello; echo spoken > {dir}/fifo"
+            ),
+        );
         let heard = || {
             let text = rig.exec("side", "look", &format!("cat {dir}/told {dir}/heard"));
             (stdout(&text).contains("hello") && stdout(&text).contains("spoken")).then_some(())

@@ -157,7 +157,12 @@ fn the_link_local_address_stays_and_an_ipv6_address_is_of_use_at_once() {
     in_namespace(async || {
         plug("eth0", FIRST);
         ip("link set eth0 up");
-        assert_has(&ip("-6 addr show eth0"), &["fe80::ff:fe00:1/64"]);
+        // The kernel gives it one when it gets to it.
+        let begin = std::time::Instant::now();
+        while !ip("-6 addr show eth0").contains("fe80::ff:fe00:1/64") {
+            assert!(begin.elapsed() < std::time::Duration::from_secs(20), "no link-local address");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
         update(&wanted("eth0", FIRST, &["fd00::2/64"])).await;
         assert_has(&ip("-6 addr show eth0"), &["fe80::ff:fe00:1/64"]);
         let text = ip("-6 addr show dev eth0 scope global");

@@ -9,7 +9,7 @@ fn with_reaper<F: Future<Output = ()>>(test: impl FnOnce(Reaper) -> F) {
     runtime.block_on(async {
         let reaper = Reaper::new();
         let running = tokio::spawn(reaper.clone().run());
-        tokio::time::timeout(Duration::from_secs(20), test(reaper)).await.expect("the test hangs");
+        tokio::time::timeout(Duration::from_secs(60), test(reaper)).await.expect("the test hangs");
         running.abort();
     });
 }

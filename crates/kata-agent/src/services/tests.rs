@@ -11,7 +11,7 @@ use super::fake::{self, services};
 use super::*;
 
 const LONG: Duration = Duration::from_secs(20);
-const SHORT: Duration = Duration::from_millis(300);
+const SHORT: Duration = Duration::from_secs(2);
 const BUNDLE: &str = "/run/kata-containers/c1";
 
 fn listener(dir: &Path, name: &str) -> UnixListener {

@@ -25,6 +25,7 @@ pub(super) struct Units {
     /// Where its programs are.
     programs: PathBuf,
     reaper: Reaper,
+    patience: Duration,
 }
 
 /// What `systemctl show` tells of a unit.
@@ -61,12 +62,12 @@ impl State {
 
 impl Units {
     pub(super) fn of_guest(reaper: Reaper) -> Self {
-        Self { booted: "/run/systemd/system".into(), programs: "/usr/bin".into(), reaper }
+        Self { booted: "/run/systemd/system".into(), programs: "/usr/bin".into(), reaper, patience: PATIENCE }
     }
 
     #[cfg(test)]
-    pub(super) fn at(booted: PathBuf, programs: PathBuf, reaper: Reaper) -> Self {
-        Self { booted, programs, reaper }
+    pub(super) fn at(booted: PathBuf, programs: PathBuf, reaper: Reaper, patience: Duration) -> Self {
+        Self { booted, programs, reaper, patience }
     }
 
     /// Whether the service of this name is on its way up, or has yet to be started.
@@ -126,12 +127,12 @@ impl Units {
         command.stdin(Stdio::null()).stdout(answer.try_clone()?).stderr(Stdio::null());
         let (pid, exit) = self.reaper.spawn(&mut command)?;
         let failed = |what: String| io::Error::other(format!("{program} {what}"));
-        match tokio::time::timeout(PATIENCE, exit.wait()).await {
+        match tokio::time::timeout(self.patience, exit.wait()).await {
             Ok(ExitStatus::Exited(0)) => {}
             Ok(status) => return Err(failed(format!("ended with {}", status.code()))),
             Err(_) => {
                 let _ = kill_process(pid, Signal::KILL);
-                return Err(failed(format!("did not answer within {PATIENCE:?}")));
+                return Err(failed(format!("did not answer within {:?}", self.patience)));
             }
         }
         answer.rewind()?;
@@ -148,16 +149,23 @@ mod tests {
 
     use super::*;
 
-    /// A guest with these two programs.
+    fn program(dir: &Path, name: &str, text: &str) {
+        let path = dir.join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// A guest with these two programs. One for each test: two reapers would take each other's children.
     fn units(dir: &Path, systemctl: &str, journalctl: &str) -> Units {
-        for (name, text) in [("systemctl", systemctl), ("journalctl", journalctl)] {
-            let path = dir.join(name);
-            std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        }
+        patient_units(dir, systemctl, journalctl, Duration::from_secs(30))
+    }
+
+    fn patient_units(dir: &Path, systemctl: &str, journalctl: &str, patience: Duration) -> Units {
+        program(dir, "systemctl", systemctl);
+        program(dir, "journalctl", journalctl);
         let reaper = Reaper::new();
         tokio::spawn(reaper.clone().run());
-        Units::at(dir.to_owned(), dir.to_owned(), reaper)
+        Units::at(dir.to_owned(), dir.to_owned(), reaper, patience)
     }
 
     #[tokio::test]
@@ -192,13 +200,15 @@ mod tests {
     #[tokio::test]
     async fn a_unit_that_waits_for_its_turn_is_starting_and_one_that_nobody_starts_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(
-            units(dir.path(), "echo ActiveState=inactive; echo Job=7", "").is_starting("image-pull").await
-        );
-        assert!(!units(dir.path(), "echo ActiveState=inactive", "").is_starting("image-pull").await);
-        assert!(
-            !units(dir.path(), "echo ActiveState=failed; echo Job=7", "").is_starting("image-pull").await
-        );
+        let units = units(dir.path(), "", "");
+        for (state, starting) in [
+            ("echo ActiveState=inactive; echo Job=7", true),
+            ("echo ActiveState=inactive", false),
+            ("echo ActiveState=failed; echo Job=7", false),
+        ] {
+            program(dir.path(), "systemctl", state);
+            assert_eq!(units.is_starting("image-pull").await, starting, "{state}");
+        }
     }
 
     #[tokio::test]
@@ -214,15 +224,16 @@ mod tests {
     async fn an_init_that_does_not_answer_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let begin = std::time::Instant::now();
-        let told = units(dir.path(), "exec sleep 60", "exec sleep 60").tell("image-pull").await;
-        assert!(told.contains("did not answer within 2s"), "{told}");
+        let units = patient_units(dir.path(), "exec sleep 60", "exec sleep 60", Duration::from_millis(300));
+        let told = units.tell("image-pull").await;
+        assert!(told.contains("did not answer within 300ms"), "{told}");
         assert!(begin.elapsed() < Duration::from_secs(30));
     }
 
     #[tokio::test]
     async fn a_guest_without_an_init_of_its_own_has_no_such_service() {
         let dir = tempfile::tempdir().unwrap();
-        let units = Units::at(dir.path().join("absent"), dir.path().to_owned(), Reaper::new());
+        let units = Units::at(dir.path().join("absent"), dir.path().to_owned(), Reaper::new(), PATIENCE);
         assert!(units.tell("image-pull").await.contains("this guest image has no such service"));
         assert!(!units.is_starting("image-pull").await);
     }

@@ -39,8 +39,10 @@ fn requests_that_are_not_published_are_refused() {
     assert_eq!(interface.check("PUT /thing/1", Some(&right)), Ok(()));
 }
 
-/// How long an answer may take here.
+/// How long an answer may take that does not come.
 const BOUND: Duration = Duration::from_millis(300);
+/// How long one may take that does.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What comes of a request that is answered with these bytes; then the connection is closed, or left as it is.
 async fn answered(bytes: Vec<u8>, then_closed: bool) -> ApiError {
@@ -59,14 +61,14 @@ async fn answered(bytes: Vec<u8>, then_closed: bool) -> ApiError {
             std::future::pending::<()>().await;
         }
     });
-    let error = asked(Address::Path(path)).await;
+    let error = asked(Address::Path(path), if then_closed { PATIENCE } else { BOUND }).await;
     vmm.abort();
     error
 }
 
-async fn asked(address: Address) -> ApiError {
+async fn asked(address: Address, bound: Duration) -> ApiError {
     let client = Client::new("the VMM", address, |_| None);
-    let call = Call { method: Method::GET, path: "/", bound: BOUND };
+    let call = Call { method: Method::GET, path: "/", bound };
     client.get::<serde_json::Value>(call).await.unwrap_err()
 }
 
@@ -82,9 +84,9 @@ async fn socket_that_is_gone_or_without_a_listener_is_lost_with_the_request() {
         ApiError::Lost { vmm: "the VMM", request, source } if request == "GET /" => source.kind(),
         other => panic!("{other}"),
     };
-    assert_eq!(kind(asked(Address::Path(path.clone())).await), ErrorKind::NotFound);
+    assert_eq!(kind(asked(Address::Path(path.clone()), PATIENCE).await), ErrorKind::NotFound);
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    assert_eq!(kind(asked(Address::Path(path)).await), ErrorKind::ConnectionRefused);
+    assert_eq!(kind(asked(Address::Path(path), PATIENCE).await), ErrorKind::ConnectionRefused);
 }
 
 #[tokio::test]

@@ -50,7 +50,7 @@ impl LocalRegistry {
             .spawn()
             .unwrap();
         let registry = Self { process, dir, port };
-        for _ in 0..200 {
+        for _ in 0..1200 {
             if std::net::TcpStream::connect(("127.0.0.1", port)).is_ok() {
                 return Some(registry);
             }

@@ -150,7 +150,7 @@ impl Rig {
     pub async fn announce(&self) {
         let begin = Instant::now();
         while self.vm.with_spec(|_| ()).is_none() {
-            assert!(begin.elapsed() < Duration::from_secs(5), "the machine was not booted");
+            assert!(begin.elapsed() < Duration::from_secs(30), "the machine was not booted");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         FakeAgent::announce(self.vm.dial(ports::READY).await.unwrap()).await;
@@ -214,7 +214,7 @@ impl Rig {
     /// Nothing of the pod is there. The fake machine's own socket may take a moment.
     pub async fn assert_clean(&self) {
         let begin = Instant::now();
-        while !self.traces().is_empty() && begin.elapsed() < Duration::from_secs(1) {
+        while !self.traces().is_empty() && begin.elapsed() < Duration::from_secs(20) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert_eq!(self.traces(), Vec::<String>::new());

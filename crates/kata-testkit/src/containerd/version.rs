@@ -14,6 +14,9 @@ const UNUSED: [&str; 5] = [
     "io.containerd.tracing.processor.v1.otlp",
 ];
 
+/// What containerd waits for some seconds only, which a busy machine may need. A test that is about a bound keeps it itself.
+const PATIENT: [&str; 3] = ["task.state", "shim.load", "shim.cleanup"];
+
 /// A major version of containerd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
@@ -41,7 +44,8 @@ impl Version {
         };
         format!(
             "version = {schema}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = {disabled:?}\n\
-             [grpc]\naddress = {socket:?}\n[debug]\nlevel = \"debug\"\n"
+             [grpc]\naddress = {socket:?}\n[debug]\nlevel = \"debug\"\n[timeouts]\n{}",
+            PATIENT.map(|bound| format!("\"io.containerd.timeout.{bound}\" = \"60s\"\n")).concat()
         )
     }
 }

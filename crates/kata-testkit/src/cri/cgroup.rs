@@ -32,25 +32,22 @@ pub(super) fn below(name: &str) -> Vec<PathBuf> {
     children.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
 }
 
-/// Removes the cgroup `name` everywhere, and answers what pods have left below it.
-pub(super) fn clear(name: &str) -> Vec<PathBuf> {
-    let mut left = Vec::new();
+/// Removes the cgroup `name` everywhere, with what pods have left below it.
+pub(super) fn clear(name: &str) {
     for hierarchy in hierarchies() {
         let cgroup = hierarchy.join(name.trim_start_matches('/'));
         if cgroup.is_dir() {
-            remove_below(&cgroup, &mut left);
+            remove_below(&cgroup);
             let _ = std::fs::remove_dir(&cgroup);
         }
     }
-    left
 }
 
-fn remove_below(cgroup: &Path, into: &mut Vec<PathBuf>) {
+fn remove_below(cgroup: &Path) {
     for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
         if entry.path().is_dir() {
-            remove_below(&entry.path(), into);
+            remove_below(&entry.path());
             let _ = std::fs::remove_dir(entry.path());
-            into.push(entry.path());
         }
     }
 }

@@ -14,9 +14,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use super::api;
+use crate::host::patience;
 
 /// A call that is not answered by then never will be.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The output of a command may come in one message: 16 MiB each of two streams.
 const MAX_MESSAGE: usize = 33 << 20;
 
@@ -34,7 +35,7 @@ impl Client {
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
         let channel = {
             let _entered = runtime.enter();
-            endpoint.timeout(PATIENCE).connect_lazy()
+            endpoint.timeout(patience(PATIENCE)).connect_lazy()
         };
         Self { runtime, channel }
     }

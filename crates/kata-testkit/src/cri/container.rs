@@ -207,6 +207,7 @@ impl<'a> ContainerPlan<'a> {
     pub fn run(self) -> Ran {
         let container = self.start();
         let code = container.wait().exit_code;
+        container.wait_for_whole_log();
         let ran = Ran { stdout: container.log_of("stdout"), stderr: container.log_of("stderr"), code };
         container.remove();
         ran
@@ -377,6 +378,17 @@ impl Container<'_> {
     pub fn wait_for_log(&self, text: &str) {
         let what = format!("`{text}` in the log");
         wait_for(&what, Duration::from_secs(30), || self.log().contains(text).then_some(()));
+    }
+
+    /// Waits until nobody writes to its log any more: the end of a container is told before its last words are written.
+    #[track_caller]
+    fn wait_for_whole_log(&self) {
+        let descriptors = format!("/proc/{}/fd", self.cri.containerd().pid());
+        wait_for("the end of the log", Duration::from_secs(20), || {
+            let open = std::fs::read_dir(&descriptors).unwrap().flatten();
+            let is_log = |path: PathBuf| std::fs::read_link(path).is_ok_and(|file| file == self.log);
+            (!open.map(|descriptor| descriptor.path()).any(is_log)).then_some(())
+        });
     }
 
     /// Asks it to end, and ends it after `seconds`.

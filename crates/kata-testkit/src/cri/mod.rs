@@ -54,7 +54,7 @@ pub use stream::Stream;
 pub use tonic::{Code, Status};
 
 use crate::containerd::{Containerd, IMAGE, Version};
-use crate::host::{Host, wait_for};
+use crate::host::{Host, left_of, wait_for};
 
 /// Name of the image of the first container of a pod, whose process waits and reaps.
 pub const PAUSE_IMAGE: &str = "docker.io/library/pause:latest";
@@ -199,8 +199,12 @@ impl Drop for Cri {
             let pods = self.pods();
             assert!(pods.is_empty(), "the test left these pods: {pods:?}");
         }
-        let left = cgroup::clear(&self.cgroup());
-        assert!(std::thread::panicking() || left.is_empty(), "cgroups are left: {left:?}");
+        if !std::thread::panicking() {
+            let cgroups = || self.cgroups().iter().map(|path| path.display().to_string()).collect();
+            let left = left_of(cgroups);
+            assert!(left.is_empty(), "cgroups are left: {left:?}");
+        }
+        cgroup::clear(&self.cgroup());
     }
 }
 

@@ -19,8 +19,10 @@ use tungstenite::http::HeaderValue;
 use tungstenite::{Message, WebSocket};
 
 use super::{Container, Cri, Pod, api};
+use crate::host::patience;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// With [`patience`].
+const PATIENCE: Duration = Duration::from_secs(20);
 const PROTOCOL: &str = "v4.channel.k8s.io";
 const STATUS: usize = 3;
 const RESIZE: u8 = 4;
@@ -45,7 +47,9 @@ impl Stream {
         loop {
             match shaking {
                 Ok((socket, _)) => return Self { socket, received: Default::default(), over: false },
-                Err(tungstenite::HandshakeError::Interrupted(again)) if begin.elapsed() < PATIENCE => {
+                Err(tungstenite::HandshakeError::Interrupted(again))
+                    if begin.elapsed() < patience(PATIENCE) =>
+                {
                     shaking = again.handshake();
                 }
                 Err(error) => panic!("{url}: {error}"),
@@ -93,10 +97,29 @@ impl Stream {
     pub fn wait_for(&mut self, channel: usize, text: &str) -> String {
         let begin = Instant::now();
         while !self.received(channel).contains(text) {
-            assert!(!self.over && begin.elapsed() < PATIENCE, "no {text:?} in {:?}", self.texts());
+            assert!(!self.over && begin.elapsed() < patience(PATIENCE), "no {text:?} in {:?}", self.texts());
             self.receive();
         }
         self.received(channel)
+    }
+
+    /// Types the same until a channel has said `answer`. What a process says in the moment between its input's connection and its
+    /// output's goes to nobody.
+    #[track_caller]
+    pub fn repeat(&mut self, text: &str, channel: usize, answer: &str) {
+        let begin = Instant::now();
+        while !self.received(channel).contains(answer) {
+            assert!(
+                !self.over && begin.elapsed() < patience(PATIENCE),
+                "no {answer:?} in {:?}",
+                self.texts()
+            );
+            self.send(text);
+            let sent = Instant::now();
+            while !self.received(channel).contains(answer) && sent.elapsed() < Duration::from_secs(2) {
+                self.receive();
+            }
+        }
     }
 
     fn texts(&self) -> Vec<String> {
@@ -108,7 +131,7 @@ impl Stream {
     pub fn wait(&mut self) -> Value {
         let begin = Instant::now();
         while !self.over {
-            assert!(begin.elapsed() < PATIENCE, "no end; {:?}", self.texts());
+            assert!(begin.elapsed() < patience(PATIENCE), "no end; {:?}", self.texts());
             self.receive();
         }
         serde_json::from_slice(&self.received[STATUS]).unwrap_or_default()
