@@ -19,6 +19,7 @@ pub mod events;
 pub mod generation;
 pub mod jail;
 pub mod kvm;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod pci;

@@ -7,11 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::{Args, Parser, Subcommand};
 use kata_vmm::chain;
 use kata_vmm::jail::{Jail, SOCKETS, User};
 use kata_vmm::kvm::{End, Hypervisor};
+use kata_vmm::log::Bounded;
 use kata_vmm::machine::{Descriptors, Machine, Place, Vmm};
 use kata_vmm::seccomp;
 use kata_vmm::server::{self, Served};
@@ -181,11 +183,13 @@ fn main() -> ExitCode {
 }
 
 fn log(level: LevelFilter) {
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    let log = tracing_subscriber::fmt().with_max_level(level).with_ansi(std::io::stderr().is_terminal());
+    if level > LevelFilter::INFO {
+        // Who looks for something wants all of it.
+        log.with_writer(std::io::stderr).init();
+    } else {
+        log.with_writer(Mutex::new(Bounded::new(std::io::stderr()))).init();
+    }
 }
 
 fn run(args: &RunArgs) -> Result<(), Box<dyn Error>> {

@@ -84,6 +84,18 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The host has set too few aside.
+    #[error(
+        "the host has no {size:#x} bytes of huge pages left for a guest: set more aside (vm.nr_hugepages), or leave \
+         hypervisor.*.enable_hugepages out"
+    )]
+    HugePages {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// Why.
+        #[source]
+        source: MmapRegionError,
+    },
     /// It cannot be mapped.
     #[error("{size:#x} bytes of guest memory cannot be mapped into the VMM")]
     Map {
@@ -119,7 +131,15 @@ pub fn allocate(size: u64, growth: u64, backing: Backing) -> Result<Memory, Memo
     let mut regions = Vec::with_capacity(3);
     let mut offset = 0;
     for (base, length) in ranges(size).into_iter().chain(later(size, growth)) {
-        let region = map(&file, offset, base, length, libc::MAP_SHARED)?;
+        // Huge pages that are not set aside for the guest now would be missing when it touches them, and that kills: so its RAM
+        // takes them from the pool here. Of later memory each block is populated when it comes.
+        let ram = !later(size, growth).is_some_and(|(later, _)| later == base);
+        let kind =
+            if backing.hugepages && ram { libc::MAP_SHARED } else { libc::MAP_SHARED | libc::MAP_NORESERVE };
+        let region = map(&file, offset, base, length, kind).map_err(|error| match error {
+            MemoryError::Map { source, .. } if backing.hugepages => MemoryError::HugePages { size, source },
+            error => error,
+        })?;
         if backing.prealloc && is_ram(&region) {
             let step = "all of it at once; is so much free?";
             let fault = |source| MemoryError::Host { size, step, source };
@@ -140,11 +160,12 @@ pub fn mapped(file: &File, size: u64, growth: u64) -> Result<Memory, MemoryError
     let mut regions = Vec::with_capacity(3);
     let mut offset = 0;
     for (base, length) in ranges(size) {
-        regions.push(map(file, offset, base, length, libc::MAP_PRIVATE)?);
+        regions.push(map(file, offset, base, length, libc::MAP_PRIVATE | libc::MAP_NORESERVE)?);
         offset += length;
     }
     if let Some((base, length)) = later(size, growth) {
-        regions.push(map(&in_memory(length, false)?, 0, base, length, libc::MAP_SHARED)?);
+        let kind = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        regions.push(map(&in_memory(length, false)?, 0, base, length, kind)?);
     }
     whole_of(regions)
 }
@@ -162,7 +183,7 @@ fn in_memory(size: u64, hugepages: bool) -> Result<File, MemoryError> {
     let host = |step| move |e: Errno| MemoryError::Host { size, step, source: e.into() };
     let flags = if hugepages { MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB } else { MemfdFlags::CLOEXEC };
     let file = memfd_create("guest-ram", flags).map_err(host("a file in memory"))?;
-    ftruncate(&file, size).map_err(host("its size; are enough huge pages set aside?"))?;
+    ftruncate(&file, size).map_err(host("its size"))?;
     Ok(File::from(file))
 }
 
@@ -171,7 +192,7 @@ fn later(size: u64, growth: u64) -> Option<(u64, u64)> {
     (growth > 0).then_some((growth_base(size), growth))
 }
 
-/// Maps a part of a file, shared or private, as the guest's memory from `base` on.
+/// Maps a part of a file, as the flags `kind` say, as the guest's memory from `base` on.
 fn map(
     file: &File,
     offset: u64,
@@ -183,8 +204,8 @@ fn map(
     let copy = file.try_clone().map_err(|source| MemoryError::Host { size, step: "a descriptor", source })?;
     let bytes = usize::try_from(length).map_err(|_| MemoryError::Size { size })?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let (file, flags) = (FileOffset::new(copy, offset), kind | libc::MAP_NORESERVE);
-    let mapping = MmapRegion::build(Some(file), bytes, protection, flags)
+    let file = FileOffset::new(copy, offset);
+    let mapping = MmapRegion::build(Some(file), bytes, protection, kind)
         .map_err(|source| MemoryError::Map { size, source })?;
     GuestRegionMmap::new(mapping, GuestAddress(base)).ok_or(MemoryError::Size { size })
 }
@@ -297,6 +318,24 @@ mod tests {
                 prop_assert!(base + length <= LOW_END || base >= HIGH_BEGIN);
             }
         }
+    }
+
+    #[test]
+    fn huge_pages_that_the_host_has_not_are_refused_and_not_missed_later() {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let figure = |name: &str| -> u64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("0");
+            line.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        let page = figure("Hugepagesize:") << 10;
+        if page == 0 {
+            return eprintln!("skipped: this kernel has no huge pages");
+        }
+        let more = (figure("HugePages_Total:") + 1) * page + LEAST;
+        let backing = Backing { hugepages: true, ..Backing::default() };
+        let error = allocate(more.next_multiple_of(page), 0, backing).unwrap_err();
+        assert!(matches!(error, MemoryError::HugePages { .. }), "{error:?}");
+        assert!(error.to_string().contains("vm.nr_hugepages"), "{error}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use kata_vmm_api::{
     Answer, Command, EndReason, Event, Failure, FailureKind, MAX_DESCRIPTORS, MAX_LINE, Reply, Request,
 };
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recvmsg, send,
 };
@@ -29,14 +29,33 @@ const QUOTE: usize = 200;
 
 /// Carries commands out.
 pub trait Monitor {
-    /// Does what was asked. A failure has changed nothing.
-    fn execute(&mut self, command: Command, descriptors: Vec<OwnedFd>) -> Result<Answer, Failure>;
+    /// Does what was asked. A failure has changed nothing. What takes its time looks now and then whether the client is gone:
+    /// nobody else could ever reach the machine.
+    fn execute(
+        &mut self,
+        command: Command,
+        descriptors: Vec<OwnedFd>,
+        client: Client<'_>,
+    ) -> Result<Answer, Failure>;
 
     /// Readable once the machine has ended by itself; `None` while there is none.
     fn ended(&self) -> Option<BorrowedFd<'_>>;
 
     /// How it has ended, and more about it for people; `None` where it has not.
     fn end(&self) -> Option<(EndReason, String)>;
+}
+
+/// Who waits for the answer to a command.
+#[derive(Clone, Copy, Debug)]
+pub struct Client<'a>(pub &'a UnixStream);
+
+impl Client<'_> {
+    /// Whether it has closed its end.
+    pub fn is_gone(self) -> bool {
+        let mut watched = [PollFd::new(self.0, PollFlags::RDHUP)];
+        let polled = poll(&mut watched, Some(&Timespec::default()));
+        polled.is_ok() && watched.iter().any(|socket| !socket.revents().is_empty())
+    }
 }
 
 /// Why a connection ended that neither the client nor the machine ended.
@@ -100,8 +119,11 @@ pub fn serve(socket: &UnixStream, monitor: &mut impl Monitor) -> Result<Served, 
             Received::Part => {}
             Received::Closed => return Ok(Served::Closed),
             Received::Whole(text, descriptors) => {
-                let (reply, over) = answer(monitor, &text, descriptors);
-                tell(socket, &reply)?;
+                let (reply, over) = answer(monitor, &text, descriptors, Client(socket));
+                match tell(socket, &reply) {
+                    Err(_) if Client(socket).is_gone() => return Ok(Served::Closed),
+                    told => told?,
+                }
                 if over {
                     return Ok(Served::Shutdown);
                 }
@@ -123,7 +145,12 @@ fn wait(socket: &UnixStream, ended: Option<BorrowedFd<'_>>) -> Result<(bool, boo
 }
 
 /// Carries one line out: the reply, and whether it was the last.
-fn answer(monitor: &mut impl Monitor, text: &[u8], descriptors: Vec<OwnedFd>) -> (Reply, bool) {
+fn answer(
+    monitor: &mut impl Monitor,
+    text: &[u8],
+    descriptors: Vec<OwnedFd>,
+    client: Client<'_>,
+) -> (Reply, bool) {
     let Request { id, command } = match serde_json::from_slice(text) {
         Ok(request) => request,
         Err(error) => {
@@ -133,7 +160,7 @@ fn answer(monitor: &mut impl Monitor, text: &[u8], descriptors: Vec<OwnedFd>) ->
         }
     };
     let last = matches!(command, Command::Shutdown);
-    match monitor.execute(command, descriptors) {
+    match monitor.execute(command, descriptors, client) {
         Ok(done) => (Reply::Done { id, done }, last),
         Err(error) => (Reply::Failed { id, error }, false),
     }

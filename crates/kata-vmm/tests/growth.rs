@@ -86,7 +86,7 @@ fn cpus_come_and_memory_comes_and_goes_while_the_guest_runs() {
     };
     assert_eq!(said(), "has 1 of 0-2");
     for (cpus, memory_mib) in [(4, 192), (0, 192), (1, 191), (1, 451)] {
-        let refused = machine.resize(Size { cpus, memory_mib });
+        let refused = machine.resize(Size { cpus, memory_mib }, &|| false);
         assert!(
             matches!(refused, Err(MachineError::Unsupported { .. } | MachineError::Field { .. })),
             "{cpus} {memory_mib}"
@@ -94,15 +94,15 @@ fn cpus_come_and_memory_comes_and_goes_while_the_guest_runs() {
     }
     machine.pause();
     machine.resume().unwrap();
-    machine.resize(Size { cpus: 3, memory_mib: 192 }).unwrap();
+    machine.resize(Size { cpus: 3, memory_mib: 192 }, &|| false).unwrap();
     let threads = machine.cpu_threads();
     assert_eq!(threads.len(), 3);
     assert!(threads.iter().all(|thread| Path::new(&format!("/proc/self/task/{thread}")).exists()));
     assert_eq!(said(), "has 3 and cpu2 counts 2");
     assert_eq!(said(), "memory");
-    machine.resize(Size { cpus: 3, memory_mib: 320 }).unwrap();
+    machine.resize(Size { cpus: 3, memory_mib: 320 }, &|| false).unwrap();
     assert_eq!((said(), machine.memory() >> 20), ("grew".to_owned(), 320));
-    machine.resize(Size { cpus: 3, memory_mib: 192 }).unwrap();
+    machine.resize(Size { cpus: 3, memory_mib: 192 }, &|| false).unwrap();
     assert_eq!(said(), "shrank");
     // It gives up the blocks after it has stopped to count them.
     let until = Instant::now() + Duration::from_secs(30);

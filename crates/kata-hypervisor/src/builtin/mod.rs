@@ -14,10 +14,11 @@
 mod client;
 mod spec;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -48,8 +49,10 @@ const NOT_IN_A_TEMPLATE: &str = "devices of the host are in no template";
 const DRIVER: &str = "the built-in virtual machine monitor";
 /// Hardware virtualisation.
 const KVM: &str = "/dev/kvm";
-/// For the machine to be made: the kernel is read then, and all of the memory where it is taken in advance.
+/// For the machine to be made: the kernel is read then.
 const CREATE_BOUND: Duration = Duration::from_secs(60);
+/// For each GiB of its memory, where all of that is taken from the host or pinned in advance.
+const CREATE_GIB_BOUND: Duration = Duration::from_secs(2);
 /// For all of the memory that the guest has used to be written to a disk.
 const SNAPSHOT_BOUND: Duration = Duration::from_secs(300);
 /// For one command.
@@ -76,6 +79,8 @@ pub(crate) struct BuiltinVm {
     most_memory: OnceLock<u64>,
     /// Groups of the host's devices that it has.
     groups: Groups,
+    /// Devices that the guest was asked to let go of and had not in time: it may do so whenever it likes.
+    leaving: Mutex<BTreeSet<String>>,
 }
 
 /// A VMM that runs the guest.
@@ -93,8 +98,9 @@ impl Handle {
         descriptors: Descriptors,
         template: Option<Template>,
     ) -> Result<Origin, BuiltinError> {
+        let bound = create_bound(&machine);
         let create = async |machine, descriptors| {
-            self.client.execute(Command::Create(Box::new(machine)), descriptors, CREATE_BOUND).await
+            self.client.execute(Command::Create(Box::new(machine)), descriptors, bound).await
         };
         let Some(template) = template else {
             return create(machine, descriptors).await.map(|_| Origin::Kernel);
@@ -111,6 +117,14 @@ impl Handle {
     }
 }
 
+/// How long a machine may take to be made.
+fn create_bound(machine: &MachineSpec) -> Duration {
+    let MachineSpec { memory, host_devices, .. } = machine;
+    let whole = memory.prealloc || !host_devices.is_empty();
+    let gib = u32::try_from(memory.size_mib >> 10).unwrap_or(u32::MAX);
+    if whole { CREATE_BOUND.saturating_add(CREATE_GIB_BOUND.saturating_mul(gib)) } else { CREATE_BOUND }
+}
+
 impl BuiltinVm {
     pub(crate) fn new() -> Self {
         Self {
@@ -119,6 +133,7 @@ impl BuiltinVm {
             disk_limits: OnceLock::new(),
             most_memory: OnceLock::new(),
             groups: Groups::default(),
+            leaving: Mutex::default(),
         }
     }
 
@@ -181,7 +196,7 @@ impl BuiltinVm {
             BuiltinError::NoAnswer { bound, .. } => HypervisorError::Unresponsive {
                 program: program.to_owned(),
                 bound,
-                waits_for: "the virtio-fs process to speak vhost-user, or the host is overloaded",
+                waits_for: "the virtio-fs process to speak vhost-user, or the host for memory, or it is overloaded",
                 output: child.output_tail(),
             },
             error => error.into(),
@@ -366,7 +381,24 @@ impl Vm for BuiltinVm {
     async fn remove_device(&self, id: &str) -> Result<(), HypervisorError> {
         let command = Command::RemoveDevice { id: id.to_owned() };
         let removed = self.command("removing a device", command, Descriptors::default(), REMOVAL_BOUND).await;
-        removed.map(drop).map_err(of_device(id.to_owned()))?;
+        let removed = removed.map(drop).map_err(of_device(id.to_owned()));
+        let mut leaving = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+        match removed {
+            Ok(()) => {}
+            // It has gone since it was last asked to.
+            Err(HypervisorError::UnknownDevice { .. }) if leaving.contains(id) => {}
+            Err(error) => {
+                if matches!(
+                    error,
+                    HypervisorError::DeviceHeld { .. }
+                        | HypervisorError::Builtin(BuiltinError::NoAnswer { .. })
+                ) {
+                    leaving.insert(id.to_owned());
+                }
+                return Err(error);
+            }
+        }
+        leaving.remove(id);
         self.groups.release(id);
         Ok(())
     }

@@ -320,6 +320,26 @@ async fn refusals_about_devices_are_told_apart() {
     assert_eq!(vm.exited().now_or_pending().await, None, "there is no supervisor here");
 }
 
+#[tokio::test]
+async fn device_that_leaves_after_its_time_is_gone_when_it_is_removed_again() {
+    let (vm, peer, _bench) = running().await;
+    let server = tokio::task::spawn_blocking(move || {
+        for kind in [FailureKind::Held, FailureKind::Held, FailureKind::NotFound, FailureKind::NotFound] {
+            serve(&peer, refused(kind));
+        }
+        peer
+    });
+    for _ in 0..2 {
+        let error = vm.remove_device("data").await.unwrap_err();
+        assert!(matches!(error, HypervisorError::DeviceHeld { .. }), "{error}");
+    }
+    vm.remove_device("data").await.unwrap();
+    let error = vm.remove_device("data").await.unwrap_err();
+    assert!(matches!(error, HypervisorError::UnknownDevice { .. }), "{error}");
+    drop(server.await.unwrap());
+    vm.stop().await.unwrap();
+}
+
 /// For a future that is not expected to be ready.
 trait NowOrPending: Future + Sized {
     async fn now_or_pending(self) -> Option<Self::Output> {

@@ -129,7 +129,8 @@ impl Jail {
         drop(proc);
         privileges::limit()?;
         privileges::give_up()?;
-        landlock()
+        landlock()?;
+        is_closed()
     }
 }
 
@@ -146,6 +147,14 @@ fn landlock() -> Result<(), JailError> {
     match status.ruleset {
         landlock::RulesetStatus::NotEnforced => Err(JailError::NoLandlock),
         landlock::RulesetStatus::FullyEnforced | landlock::RulesetStatus::PartiallyEnforced => Ok(()),
+    }
+}
+
+/// Looks whether Landlock holds: the root is there and belongs to everybody, and cannot be listed.
+fn is_closed() -> Result<(), JailError> {
+    match std::fs::read_dir("/") {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(()),
+        Ok(_) | Err(_) => Err(JailError::NoLandlock),
     }
 }
 

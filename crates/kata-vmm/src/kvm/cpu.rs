@@ -126,7 +126,7 @@ pub enum State {
 /// A virtual CPU without a thread.
 pub struct Cpu {
     index: u32,
-    cpu: VcpuFd,
+    cpu: Arc<Mutex<VcpuFd>>,
 }
 
 impl Cpu {
@@ -142,12 +142,13 @@ impl Cpu {
         })?;
         // What a host's KVM does not know is left as it is: the guest checks what it needs.
         cpu.set_msrs(&registers).map_err(refused("set the registers of a model"))?;
-        Ok(Cpu { index, cpu })
+        Ok(Cpu { index, cpu: Arc::new(Mutex::new(cpu)) })
     }
 
     /// Sets the registers of the CPU that boots; all others wait for it to wake them.
     pub fn enter(&self, entry: Entry) -> Result<(), KvmError> {
-        let mut special = self.cpu.get_sregs().map_err(refused("read a CPU's registers"))?;
+        let cpu = lock(&self.cpu);
+        let mut special = cpu.get_sregs().map_err(refused("read a CPU's registers"))?;
         let flags = 2;
         let general = match entry {
             Entry::Pvh { address } => {
@@ -166,29 +167,29 @@ impl Cpu {
                 kvm_regs { rip: address, rsi: ZERO_PAGE, rflags: flags, ..Default::default() }
             }
         };
-        self.cpu.set_sregs(&special).map_err(refused("set a CPU's registers"))?;
-        self.cpu.set_regs(&general).map_err(refused("set a CPU's registers"))
+        cpu.set_sregs(&special).map_err(refused("set a CPU's registers"))?;
+        cpu.set_regs(&general).map_err(refused("set a CPU's registers"))
     }
 
     /// Maps these addresses for the guest, of whichever CPU, where the host's KVM can do so before it runs.
     pub fn prefault(&self, ranges: &[Range<u64>]) {
-        prefault::prefault(&self.cpu, ranges);
+        prefault::prefault(&lock(&self.cpu), ranges);
     }
 
     /// Puts it where another of its number stood.
     pub(super) fn put(&self, state: &CpuState, first: &CpuState) -> Result<(), KvmError> {
-        state.put(&self.cpu, first)
+        state.put(&lock(&self.cpu), first)
     }
 
-    /// Gives the CPU its thread, in which it stands still. `confine` is called there first.
+    /// Gives the CPU its thread, in which it stands still. `confine` is called there first. Where there is no thread to be had, it can
+    /// be tried again.
     pub fn start(
-        self,
+        &self,
         buses: Buses,
         ending: Arc<Ending>,
         confine: impl FnOnce() -> Result<(), String> + Send + 'static,
     ) -> Result<CpuThread, KvmError> {
-        let Cpu { index, cpu } = self;
-        let cpu = Arc::new(Mutex::new(cpu));
+        let (index, cpu) = (self.index, Arc::clone(&self.cpu));
         let its_cpu = Arc::clone(&cpu);
         let control = Arc::new(Control::default());
         let its_control = Arc::clone(&control);

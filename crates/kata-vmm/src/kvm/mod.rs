@@ -207,13 +207,18 @@ impl Hypervisor {
         controllers.put(&self.machine)
     }
 
-    /// CPUs of these numbers, of a machine that can have `most`; they stand still. A number is given once, even if that fails.
-    pub fn cpus(&self, numbers: Range<u32>, most: u32) -> Result<Vec<Cpu>, KvmError> {
+    /// CPUs of these numbers, of a machine that can have `most`; they stand still. KVM makes each once and never again: whoever gets
+    /// one has to keep it.
+    pub fn cpus(
+        &self,
+        numbers: Range<u32>,
+        most: u32,
+    ) -> Result<impl Iterator<Item = Result<Cpu, KvmError>> + '_, KvmError> {
         let host = self.kvm.get_max_vcpus();
         if usize::try_from(most).map_or(true, |most| most > host) {
             return Err(KvmError::Cpus { wanted: most, most: host });
         }
         let supported = cpuid::supported(&self.kvm)?;
-        numbers.map(|number| Cpu::new(&self.machine, &supported, number, most)).collect()
+        Ok(numbers.map(move |number| Cpu::new(&self.machine, &supported, number, most)))
     }
 }

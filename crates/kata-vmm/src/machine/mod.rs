@@ -15,9 +15,8 @@ mod monitor;
 mod passing;
 mod snapshot;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -53,10 +52,9 @@ use snapshot::Origin;
 
 /// How long the guest may take to let go of a device.
 const REMOVAL_BOUND: Duration = Duration::from_secs(10);
-/// How long the guest may take for the next block of memory.
+/// How long the guest may take for the next block of memory, and for all of them. Whoever asks has to wait longer than that.
 const GROWTH_BOUND: Duration = Duration::from_secs(5);
-/// How often it is looked how far it is.
-const GROWTH_LOOK: Duration = Duration::from_millis(2);
+const WHOLE_GROWTH_BOUND: Duration = Duration::from_secs(50);
 /// How often it is looked whether the machine has ended meanwhile.
 const LOOK: Duration = Duration::from_millis(100);
 /// What is done when there is one.
@@ -193,6 +191,8 @@ impl Place {
 pub struct Machine {
     // In this order they go: CPUs first, devices next, and memory when nobody touches it any more.
     cpus: Vec<CpuThread>,
+    /// The next ones, which have no threads yet: KVM makes each once.
+    ready: VecDeque<Cpu>,
     bus: Devices,
     /// The machine in the kernel goes before the memory that it reaches.
     hypervisor: Hypervisor,
@@ -272,9 +272,10 @@ impl Machine {
         let generation = Arc::new(Generation::default());
         buses.ports.insert(generation::PORT.into(), generation::PORTS.into(), generation.clone())?;
 
-        let ready = hypervisor.cpus(0..spec.cpus, spec.max_cpus)?;
+        let mut ready = hypervisor.cpus(0..spec.cpus, spec.max_cpus)?.collect::<Result<VecDeque<_>, _>>()?;
         let mut machine = Machine {
             cpus: Vec::new(),
+            ready: VecDeque::new(),
             bus,
             hypervisor,
             buses,
@@ -287,31 +288,37 @@ impl Machine {
             event,
             ending,
         };
-        let loaded = origin.put(&machine, &ready, &generation)?;
+        let loaded = origin.put(&machine, ready.make_contiguous(), &generation)?;
         // Of memory that is there as a whole, or that a device of the host reaches, it would be all; huge pages take few exits.
         let whole = backing != Backing::default() || !spec.host_devices.is_empty();
-        if let Some(first) = ready.first().filter(|_| !whole) {
+        if let Some(first) = ready.front().filter(|_| !whole) {
             let memory = machine.memory.memory();
             memory::take(&memory, &loaded.map(|loaded| loaded.written_first(&memory)).unwrap_or_default());
             first.prefault(&memory::resident(&memory));
         }
-        machine.start(ready)?;
+        machine.ready = ready;
+        machine.start(spec.cpus)?;
         Ok(machine)
     }
 
-    /// Gives these CPUs, the next ones, their threads, in which they stand still.
-    fn start(&mut self, cpus: Vec<Cpu>) -> Result<(), MachineError> {
-        for cpu in cpus {
+    /// Gives CPUs their threads, in which they stand still, until so many have one. Those that got none can be tried again.
+    fn start(&mut self, wanted: u32) -> Result<(), MachineError> {
+        while let Some(cpu) = self.ready.front() {
             let number = self.cpus.len();
+            if number >= usize::try_from(wanted).unwrap_or(usize::MAX) {
+                break;
+            }
             let confine = move || seccomp::confine_thread(&format!("vcpu{number}")).map_err(|e| chain(&e));
             self.cpus.push(cpu.start(self.buses.clone(), Arc::clone(&self.ending), confine)?);
+            self.ready.pop_front();
         }
         Ok(())
     }
 
     /// Brings a running machine to another size, up to what it was made for, as far as it can: CPUs come and do not go; of the
-    /// memory the guest takes and gives back what it can in time, see [`Machine::memory`]. It brings both to use itself.
-    pub fn resize(&mut self, size: Size) -> Result<(), MachineError> {
+    /// memory the guest takes and gives back what it can in time, see [`Machine::memory`]. It brings both to use itself. Nothing is
+    /// waited for once `given_up` says that nobody does.
+    pub fn resize(&mut self, size: Size, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
         let fault = |field, reason| MachineError::Field { field, reason };
         let have = u32::try_from(self.cpus.len()).unwrap_or(u32::MAX);
         let most = self.shape.max_cpus;
@@ -328,38 +335,29 @@ impl Machine {
             let (least, most) = (ram >> 20, (ram + later) >> 20);
             return Err(fault("memory-mib", format!("the machine was made for {least} to {most} MiB")));
         };
-        self.add_cpus(have..size.cpus)?;
-        self.grow(wanted);
+        self.add_cpus(size.cpus)?;
+        if let Some(growth) = &self.growth {
+            let stop = || self.ending.get().is_some() || given_up();
+            growth.settle(growth.set(wanted), GROWTH_BOUND, WHOLE_GROWTH_BOUND, stop);
+        }
         Ok(())
     }
 
-    fn add_cpus(&mut self, numbers: Range<u32>) -> Result<(), MachineError> {
-        if numbers.is_empty() {
+    fn add_cpus(&mut self, wanted: u32) -> Result<(), MachineError> {
+        let before = self.cpus.len();
+        let made = u32::try_from(before + self.ready.len()).unwrap_or(u32::MAX);
+        if wanted == u32::try_from(before).unwrap_or(u32::MAX) {
             return Ok(());
         }
-        let before = self.cpus.len();
-        let cpus = self.hypervisor.cpus(numbers, self.shape.max_cpus)?;
-        let started = self.start(cpus);
+        for cpu in self.hypervisor.cpus(made..wanted.max(made), self.shape.max_cpus)? {
+            self.ready.push_back(cpu?);
+        }
+        let started = self.start(wanted);
         self.cpus.iter().skip(before).for_each(CpuThread::resume);
         // Those that did start are there, even if another did not.
         self.present.set(u32::try_from(self.cpus.len()).unwrap_or(u32::MAX));
         self.tell("tell the guest of new virtual CPUs")?;
         started
-    }
-
-    /// Asks the guest to have so much of the later memory, and waits until it has or gets no further.
-    fn grow(&self, bytes: u64) {
-        let Some(growth) = &self.growth else { return };
-        let wanted = growth.set(bytes);
-        let mut last = growth.plugged();
-        let mut until = Instant::now() + GROWTH_BOUND;
-        while growth.plugged() != wanted && Instant::now() < until && self.ending.get().is_none() {
-            std::thread::sleep(GROWTH_LOOK);
-            let now = growth.plugged();
-            if now != last {
-                (last, until) = (now, Instant::now() + GROWTH_BOUND);
-            }
-        }
     }
 
     /// Lets the CPUs run: the guest boots, or goes on.
@@ -410,8 +408,8 @@ impl Machine {
         Ok(slot)
     }
 
-    /// Takes a device away: comes back when the guest has let go of it, or has not in time.
-    pub fn remove(&self, id: &str) -> Result<(), MachineError> {
+    /// Takes a device away: comes back when the guest has let go of it, or has not in time, or `given_up` says that nobody waits.
+    pub fn remove(&self, id: &str, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
         if devices::is_fixed(id) {
             return Err(MachineError::Unsupported { what: "removing what the machine needs" });
         }
@@ -419,7 +417,7 @@ impl Machine {
         self.tell("tell the guest that a device is to go")?;
         let until = Instant::now() + REMOVAL_BOUND;
         while !departure.wait(LOOK) {
-            if Instant::now() >= until || self.ending.get().is_some() {
+            if Instant::now() >= until || self.ending.get().is_some() || given_up() {
                 return Err(MachineError::Held { id: id.to_owned() });
             }
         }

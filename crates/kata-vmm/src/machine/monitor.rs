@@ -9,7 +9,7 @@ use super::{Descriptors, Machine, MachineError, Place};
 use crate::chain;
 use crate::kvm::KvmError;
 use crate::pci::{PciError, Slot};
-use crate::server::Monitor;
+use crate::server::{Client, Monitor};
 use crate::snapshot::SnapshotError;
 use crate::virtio::worker::descriptor;
 
@@ -77,7 +77,13 @@ impl Vmm {
 }
 
 impl Monitor for Vmm {
-    fn execute(&mut self, command: Command, descriptors: Vec<OwnedFd>) -> Result<Answer, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        descriptors: Vec<OwnedFd>,
+        client: Client<'_>,
+    ) -> Result<Answer, Failure> {
+        let given_up = || client.is_gone();
         let files = Descriptors::new(descriptors);
         let slot = |Slot(slot)| Answer::Slot(slot);
         let running = &[State::Running];
@@ -113,13 +119,13 @@ impl Monitor for Vmm {
                 machine.add_host_device(&spec, files).map(slot).map_err(|e| failure(&e))
             }
             Command::RemoveDevice { id } => {
-                self.machine("remove-device", running)?.remove(&id).map_err(|e| failure(&e))?;
+                self.machine("remove-device", running)?.remove(&id, &given_up).map_err(|e| failure(&e))?;
                 Ok(Answer::Nothing)
             }
             Command::Resize(size) => {
                 self.machine("resize", running)?;
                 if let Some(machine) = &mut self.machine {
-                    machine.resize(size).map_err(|e| failure(&e))?;
+                    machine.resize(size, &given_up).map_err(|e| failure(&e))?;
                 }
                 Ok(Answer::Nothing)
             }

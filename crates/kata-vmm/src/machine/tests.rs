@@ -3,7 +3,7 @@ use std::fs::File;
 use kata_vmm_api::{Command, FailureKind, KernelSpec, MemorySpec};
 
 use super::*;
-use crate::server::Monitor;
+use crate::server::{Client, Monitor};
 
 fn spec() -> MachineSpec {
     MachineSpec {
@@ -20,12 +20,20 @@ fn spec() -> MachineSpec {
     }
 }
 
+/// A client that is there, as long as this process is.
+fn client() -> std::os::unix::net::UnixStream {
+    let (client, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    std::mem::forget(other);
+    client
+}
+
 fn null() -> OwnedFd {
     File::open("/dev/null").unwrap().into()
 }
 
 fn refusal(command: Command, descriptors: Vec<OwnedFd>) -> (FailureKind, String) {
-    let failure = Vmm::new(Some(null()), None, false).execute(command, descriptors).unwrap_err();
+    let failure =
+        Vmm::new(Some(null()), None, false).execute(command, descriptors, Client(&client())).unwrap_err();
     (failure.kind, failure.message)
 }
 
@@ -77,7 +85,8 @@ fn file_that_is_not_kvm_is_named() {
 fn what_was_not_made_can_be_tried_again() {
     let mut vmm = Vmm::new(Some(null()), None, false);
     for _ in 0..2 {
-        let failure = vmm.execute(Command::Create(Box::new(spec())), vec![null()]).unwrap_err();
+        let failure =
+            vmm.execute(Command::Create(Box::new(spec())), vec![null()], Client(&client())).unwrap_err();
         assert_eq!(failure.kind, FailureKind::Host, "{}", failure.message);
     }
 }

@@ -167,12 +167,28 @@ mod tests {
     #[test]
     fn thread_of_a_device_starts_no_thread_and_no_process_and_makes_no_socket() {
         use std::os::unix::net::UnixStream;
+
+        use vm_memory::MmapRegion;
+
+        const CODE: i32 = libc::PROT_READ | libc::PROT_EXEC;
+        const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         if let Some(what) = std::env::var_os(CONFINED) {
             super::confine_threads().unwrap();
             match what.to_str().unwrap() {
                 "vcpu starts a device" => thread("vcpu0", || thread("virtio-net", || {})),
                 "vsock dials" => {
                     thread("vcpu0", || thread("virtio-vsock", || drop(UnixStream::connect("/nowhere"))));
+                }
+                "vcpu makes memory" => thread("vcpu0", || {
+                    drop(rustix::fs::memfd_create("more", rustix::fs::MemfdFlags::CLOEXEC));
+                }),
+                "code" => thread("vcpu0", || drop(MmapRegion::<()>::build(None, 4096, CODE, PRIVATE))),
+                "code later" => {
+                    let page = MmapRegion::<()>::build(None, 4096, libc::PROT_READ, PRIVATE).unwrap();
+                    thread("virtio-rng", move || {
+                        // SAFETY: the page is mapped for as long as `page` lives, and nothing is in it.
+                        unsafe { libc::mprotect(page.as_ptr().cast(), 4096, CODE) };
+                    });
                 }
                 "file" => thread("vcpu0", || assert!(std::fs::File::open("/etc/passwd").is_err())),
                 "net starts a thread" => thread("virtio-net", || thread("virtio-net", || {})),
@@ -193,7 +209,17 @@ mod tests {
             let child = confined(this, what);
             assert_eq!(child.status.code(), Some(0), "{what}: {child:?}");
         }
-        for what in ["net starts a thread", "net dials", "internet", "process", "exec"] {
+        let forbidden = [
+            "net starts a thread",
+            "net dials",
+            "vcpu makes memory",
+            "code",
+            "code later",
+            "internet",
+            "process",
+            "exec",
+        ];
+        for what in forbidden {
             let child = confined(this, what);
             assert_eq!(child.status.signal(), Some(libc::SIGSYS), "{what}: {child:?}");
         }

@@ -20,9 +20,21 @@ impl Recorder {
 }
 
 impl Monitor for Recorder {
-    fn execute(&mut self, command: Command, descriptors: Vec<OwnedFd>) -> Result<Answer, Failure> {
+    fn execute(
+        &mut self,
+        command: Command,
+        descriptors: Vec<OwnedFd>,
+        client: Client<'_>,
+    ) -> Result<Answer, Failure> {
         self.told.push((command.clone(), descriptors.len()));
         match command {
+            // As one that waits for the guest.
+            Command::Resize(_) => {
+                while !client.is_gone() {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+                Ok(Answer::Nothing)
+            }
             Command::Pause => {
                 Err(Failure { kind: FailureKind::WrongState, message: "there is no machine".to_owned() })
             }
@@ -92,6 +104,16 @@ fn command_is_answered_and_its_descriptors_arrive_with_it() {
     let (outcome, monitor) = server.join().unwrap();
     assert_eq!(outcome.unwrap(), Served::Closed);
     assert_eq!(monitor.told, [(Command::Info, 0), (Command::Resume, 64), (Command::Pause, 1)]);
+}
+
+#[test]
+fn command_that_takes_its_time_ends_with_its_client() {
+    let (mut client, server) = served();
+    client.write_all(b"{\"id\":1,\"command\":{\"resize\":{\"cpus\":1,\"memory-mib\":64}}}\n").unwrap();
+    drop(client);
+    let (outcome, monitor) = server.join().unwrap();
+    assert_eq!(outcome.unwrap(), Served::Closed);
+    assert_eq!(monitor.told.len(), 1);
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub mod fuzz;
 use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::mm::{Advice, madvise};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -34,6 +35,9 @@ pub const BLOCK: u64 = 2 << 20;
 
 /// The driver does not read what it has not plugged, which would take memory of the host.
 const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
+
+/// How often it is looked how far the guest is.
+const LOOK: Duration = Duration::from_millis(2);
 
 const REQUEST: usize = 24;
 const PLUG: u16 = 0;
@@ -103,6 +107,21 @@ impl Growth {
         self.0.wanted.store(wanted, Ordering::SeqCst);
         self.0.driver.configuration_changed();
         wanted
+    }
+
+    /// Waits until the guest has what is wanted, or comes no nearer for `step`, or `whole` is over, or `given_up` says so: a guest
+    /// that plugs and unplugs for ever holds nobody up for ever.
+    pub fn settle(&self, wanted: u64, step: Duration, whole: Duration, given_up: impl Fn() -> bool) {
+        let left = || self.plugged().abs_diff(wanted);
+        let (begin, mut nearest) = (Instant::now(), left());
+        let mut until = begin + step.min(whole);
+        while left() != 0 && Instant::now() < until && !given_up() {
+            std::thread::sleep(LOOK);
+            let now = left();
+            if now < nearest {
+                (nearest, until) = (now, (Instant::now() + step).min(begin + whole));
+            }
+        }
     }
 
     /// How many bytes the guest has plugged.

@@ -351,9 +351,14 @@ impl Transport {
         self.signals.msix.take_back();
     }
 
-    /// Goes on from there.
+    /// Goes on from there. A device of which the driver broke a queue rests, with all its queues, until the driver resets it: which
+    /// queue that was is not known any more.
     pub fn resume(&mut self) -> Result<(), ActivateError> {
         if self.state != Work::Paused {
+            return Ok(());
+        }
+        if self.signals.wants_reset() {
+            self.state = Work::Idle;
             return Ok(());
         }
         self.activate()?;

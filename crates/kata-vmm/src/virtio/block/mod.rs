@@ -46,13 +46,13 @@ const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 const SEGMENT_SIZE: u32 = 128 * 1024;
 /// Bytes of data in one request.
 const MAX_DATA: usize = SEGMENTS as usize * SEGMENT_SIZE as usize;
-/// Bytes of data after which a turn ends; one request may exceed it.
+/// Bytes of the disk after which a turn ends; one request may exceed it.
 const TURN: usize = 4 * 1024 * 1024;
-/// Ranges in one discard or write of zeroes.
-const MAX_RANGES: u32 = 16;
+/// Ranges in one discard.
+const MAX_DISCARDS: u32 = 16;
 /// Sectors of one range that is discarded: 2 GiB.
 const MAX_DISCARD: u32 = 4 * 1024 * 1024;
-/// Sectors of one range of zeroes, which the host may have to write: 32 MiB.
+/// Sectors of the one range of zeroes in a request, which the host may have to write: 32 MiB, as much as data in one.
 const MAX_ZEROES: u32 = 64 * 1024;
 
 /// What a disk is made of.
@@ -177,7 +177,7 @@ impl Server {
         space.extend([0; 4]); // write back, queues
         if !disk.is_readonly() {
             let sectors = block / 512;
-            for field in [MAX_DISCARD, MAX_RANGES, sectors, MAX_ZEROES, MAX_RANGES] {
+            for field in [MAX_DISCARD, MAX_DISCARDS, sectors, MAX_ZEROES, 1] {
                 space.extend(field.to_le_bytes());
             }
             space.extend([1, 0, 0, 0]); // writes of zeroes may give room back
@@ -211,7 +211,7 @@ impl Server {
             if let Some(limits) = &mut self.limits {
                 limits.spend(done.data);
             }
-            moved += done.data;
+            moved = moved.saturating_add(done.extent);
             give_back(mem, queue, head, done.written)?;
             used += 1;
         }

@@ -12,7 +12,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
 use super::disk::{Disk, SECTOR, is_unsupported};
-use super::{MAX_DATA, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
+use super::{MAX_DATA, MAX_DISCARD, MAX_DISCARDS, MAX_ZEROES};
 use crate::virtio::Counter;
 use crate::virtio::buffers::{Buffers, ChainError, Request};
 
@@ -28,8 +28,31 @@ type Room<'m> = Buffers<'m, ()>;
 pub struct Done {
     /// Bytes that the device wrote into the chain.
     pub written: usize,
-    /// Bytes of the disk that went one way or the other.
+    /// Bytes of the disk that went one way or the other: what a limit counts. Zeroes are written, whoever has them; what is
+    /// discarded goes nowhere.
     pub data: usize,
+    /// Bytes of the disk that the request was about, discarded ones too: what a turn's length is measured by.
+    pub extent: usize,
+}
+
+/// What a request that succeeded has done.
+struct Carried {
+    /// Bytes written into the room for the answer.
+    written: usize,
+    /// See [`Done`].
+    data: usize,
+    extent: usize,
+}
+
+impl Carried {
+    /// Nothing of the disk's.
+    fn nothing(written: usize) -> Carried {
+        Carried { written, data: 0, extent: 0 }
+    }
+
+    fn data(written: usize, data: usize) -> Carried {
+        Carried { written, data, extent: data }
+    }
 }
 
 /// Why a request fails.
@@ -118,21 +141,21 @@ impl Engine {
         let room = room.ok_or(ChainError::TooShort(header_len))?;
         let into = answer.split_to(room);
         let (kind, sector) = parse(&header);
-        // What the spec calls data is one of both, the other is nothing.
-        let data = said.len().max(into.len());
-        let result = self.dispatch(kind, sector, said, into).and_then(|written| {
+        // What the spec calls data is one of both, the other is nothing. A host that failed may have moved all of it.
+        let failed = said.len().max(into.len());
+        let result = self.dispatch(kind, sector, said, into).and_then(|carried| {
             if write_through {
                 self.disk.flush()?;
             }
-            Ok(written)
+            Ok(carried)
         });
-        let (status, written, data) = match result {
-            Ok(written) => (VIRTIO_BLK_S_OK, written, data),
-            Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0, 0),
-            Err(Refusal::Forbidden) => (VIRTIO_BLK_S_IOERR, 0, 0),
+        let (status, Carried { written, data, extent }) = match result {
+            Ok(carried) => (VIRTIO_BLK_S_OK, carried),
+            Err(Refusal::Unsupported) => (VIRTIO_BLK_S_UNSUPP, Carried::nothing(0)),
+            Err(Refusal::Forbidden) => (VIRTIO_BLK_S_IOERR, Carried::nothing(0)),
             Err(Refusal::Host(error)) => {
                 self.report(&error);
-                (VIRTIO_BLK_S_IOERR, 0, data)
+                (VIRTIO_BLK_S_IOERR, Carried::data(0, failed))
             }
         };
         match status {
@@ -140,41 +163,41 @@ impl Engine {
             _ => self.counters.failures.add(1),
         }
         answer.put(&[u8::try_from(status).unwrap_or(u8::MAX)]);
-        Ok(Done { written: written + 1, data })
+        Ok(Done { written: written + 1, data, extent })
     }
 
-    /// Answers how many bytes were written into the room.
     fn dispatch(
         &mut self,
         kind: u32,
         sector: u64,
         data: Room<'_>,
         mut room: Room<'_>,
-    ) -> Result<usize, Refusal> {
+    ) -> Result<Carried, Refusal> {
         match kind {
             VIRTIO_BLK_T_IN => {
                 let (offset, len) = (self.check(sector, room.len())?, room.len());
                 self.disk.read(room, offset)?;
-                Ok(len)
+                Ok(Carried::data(len, len))
             }
             VIRTIO_BLK_T_OUT => {
                 self.check_writable()?;
-                let offset = self.check(sector, data.len())?;
+                let (offset, len) = (self.check(sector, data.len())?, data.len());
                 self.disk.write(data, offset)?;
-                Ok(0)
+                Ok(Carried::data(0, len))
             }
             VIRTIO_BLK_T_FLUSH => {
                 self.disk.flush()?;
-                Ok(0)
+                Ok(Carried::nothing(0))
             }
             VIRTIO_BLK_T_GET_ID => {
                 let id = self.id;
-                Ok(room.put(&id))
+                Ok(Carried::nothing(room.put(&id)))
             }
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.check_writable()?;
-                self.change_ranges(kind == VIRTIO_BLK_T_DISCARD, data)?;
-                Ok(0)
+                let discard = kind == VIRTIO_BLK_T_DISCARD;
+                let extent = self.change_ranges(discard, data)?;
+                Ok(Carried { written: 0, data: if discard { 0 } else { extent }, extent })
             }
             _ => Err(Refusal::Unsupported),
         }
@@ -193,10 +216,11 @@ impl Engine {
         self.disk.range(sector, bytes).ok_or(Refusal::Forbidden)
     }
 
-    /// Discards ranges or fills them with zeroes: all are looked at before the first is changed.
-    fn change_ranges(&mut self, discard: bool, mut data: Room<'_>) -> Result<(), Refusal> {
+    /// Discards ranges or fills them with zeroes: all are looked at before the first is changed. Answers how many bytes they are.
+    fn change_ranges(&mut self, discard: bool, mut data: Room<'_>) -> Result<usize, Refusal> {
         let count = data.len() / RANGE;
-        if count == 0 || count * RANGE != data.len() || count > usize::try_from(MAX_RANGES).unwrap_or(0) {
+        let most = if discard { MAX_DISCARDS } else { 1 };
+        if count == 0 || count * RANGE != data.len() || count > usize::try_from(most).unwrap_or(0) {
             return Err(Refusal::Forbidden);
         }
         let mut ranges = Vec::with_capacity(count);
@@ -204,14 +228,16 @@ impl Engine {
         while data.take(&mut bytes) == RANGE {
             ranges.push(self.check_range(discard, &bytes)?);
         }
+        let mut extent = 0_u64;
         for (offset, len, unmap) in ranges {
             if discard {
                 self.disk.discard(offset, len)?;
             } else {
                 self.disk.zero(offset, len, unmap)?;
             }
+            extent = extent.saturating_add(len);
         }
-        Ok(())
+        Ok(usize::try_from(extent).unwrap_or(usize::MAX))
     }
 
     /// Start and length of a range in bytes, and whether its room may be given back.

@@ -221,6 +221,37 @@ fn zeroes_are_written_with_and_without_giving_room_back() {
 }
 
 #[test]
+fn zeroes_count_as_data_and_a_turn_ends_after_much_of_the_disk_whatever_was_done_with_it() {
+    let mem = memory();
+    let mut f = Fixture::new(&mem, false);
+    f.file.set_len(64 << 20).unwrap();
+    let file = OpenOptions::new().read(true).write(true).open(&f.path).unwrap();
+    let limited =
+        BlockConfig { bytes_per_second: NonZeroU64::new(1 << 20).map(u64::from), ..config(file, false) };
+    f.server = Server::new(limited).unwrap();
+    assert_eq!(f.ranges(VIRTIO_BLK_T_DISCARD, &[(0, 64 << 11, 0)]), OK);
+    assert!(f.server.limits.as_mut().unwrap().admit(), "what is discarded goes nowhere");
+    assert_eq!(f.ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[(0, 16 << 11, 0)]), OK);
+    assert!(!f.server.limits.as_mut().unwrap().admit(), "16 MiB were written, and a second has one");
+
+    f.server.limits = None;
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        f.header(kind, 0);
+        mem.write_obj(0u64, GuestAddress(DATA)).unwrap();
+        mem.write_obj(16u32 << 11, GuestAddress(DATA + 8)).unwrap();
+        mem.write_obj(0u32, GuestAddress(DATA + 12)).unwrap();
+        let before = f.ring.given_back();
+        for request in 0..2 {
+            f.ring.offer(request * 3, &[(HEADER, 16, 0), (DATA, 16, 0), (STATUS, 1, WRITE)]);
+        }
+        assert!(f.serve().unwrap().more, "{kind}");
+        assert_eq!(f.ring.given_back(), before + 1, "{kind}");
+        f.serve().unwrap();
+        assert_eq!(f.ring.given_back(), before + 2, "{kind}");
+    }
+}
+
+#[test]
 fn bad_range_changes_nothing_not_even_the_good_ones_before_it() {
     let mem = memory();
     let mut f = Fixture::new(&mem, false);
@@ -229,10 +260,14 @@ fn bad_range_changes_nothing_not_even_the_good_ones_before_it() {
         (VIRTIO_BLK_T_DISCARD, (u64::MAX, 8, 0), IO_ERROR),
         (VIRTIO_BLK_T_DISCARD, (0, u32::MAX, 0), IO_ERROR),
         (VIRTIO_BLK_T_DISCARD, (0, 8, 1), UNSUPPORTED),
-        (VIRTIO_BLK_T_WRITE_ZEROES, (0, 8, 2), UNSUPPORTED),
-        (VIRTIO_BLK_T_WRITE_ZEROES, (63, 2, 0), IO_ERROR),
+        // Of zeroes a request has one range.
+        (VIRTIO_BLK_T_WRITE_ZEROES, (8, 8, 0), IO_ERROR),
     ] {
         assert_eq!(f.ranges(kind, &[(0, 8, 0), range]), status, "{kind} {range:?}");
+        assert_eq!(f.sector(1), [1; 512]);
+    }
+    for (range, status) in [((0, 8, 2), UNSUPPORTED), ((63, 2, 0), IO_ERROR), ((0, u32::MAX, 0), IO_ERROR)] {
+        assert_eq!(f.ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[range]), status, "{range:?}");
         assert_eq!(f.sector(1), [1; 512]);
     }
     assert_eq!(f.ranges(VIRTIO_BLK_T_DISCARD, &[]), IO_ERROR);

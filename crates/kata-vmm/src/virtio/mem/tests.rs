@@ -114,3 +114,36 @@ fn devices_of_the_host_reach_what_is_plugged_and_a_host_that_pins_no_more_makes_
     assert_eq!(ask(UNPLUG, 1, 1), (Told::Ack, vec![0, 4]));
     assert_eq!(ask(UNPLUG_ALL, 0, 0), (Told::Ack, vec![]));
 }
+
+#[test]
+fn guest_that_comes_no_nearer_or_goes_to_and_fro_is_not_waited_for() {
+    let (_device, growth, ..) = device();
+    let wanted = growth.set(8 * BLOCK);
+    let plug = |blocks: u64| growth.0.plugged.store(blocks * BLOCK, Ordering::SeqCst);
+    let took = |step: u64, whole: u64, given_up: &dyn Fn() -> bool| {
+        let begin = Instant::now();
+        growth.settle(wanted, Duration::from_millis(step), Duration::from_secs(whole), given_up);
+        begin.elapsed()
+    };
+    let goes_on = || false;
+    assert!(took(50, 600, &goes_on) < Duration::from_secs(60), "it does nothing");
+    assert!(took(600_000, 600, &|| true) < Duration::from_secs(60), "nobody wants it any more");
+    // To and fro, which is no nearer after the first time; each look is one move.
+    let moves = AtomicU64::new(0);
+    let to_and_fro = || {
+        plug(moves.fetch_add(1, Ordering::Relaxed) % 2);
+        false
+    };
+    assert!(took(300, 600, &to_and_fro) < Duration::from_secs(60));
+    // Nearer by and by, until all is there.
+    plug(0);
+    let nearer = || {
+        plug(growth.plugged() / BLOCK + 1);
+        false
+    };
+    took(600_000, 600, &nearer);
+    assert_eq!(growth.plugged(), wanted);
+    // Slowly nearer, but not for longer than the whole.
+    plug(0);
+    assert!(took(600_000, 1, &goes_on) < Duration::from_secs(60));
+}

@@ -311,6 +311,24 @@ fn paused_device_goes_on_where_it_was() {
 }
 
 #[test]
+fn device_with_a_broken_queue_rests_after_a_pause_until_its_driver_resets_it() {
+    let (fixture, activation) = Fixture::started();
+    let Fixture { guest, bar, told } = &fixture;
+    activation.interrupt.needs_reset();
+    guest.root.pause();
+    assert_eq!(fixture.stops(), 1);
+    guest.root.resume().unwrap();
+    assert!(told.try_recv().is_err(), "the broken queue would be served again");
+    assert_eq!(guest.status(*bar), 0x4f);
+    guest.set_status(*bar, 0);
+    assert_eq!(guest.status(*bar), 0);
+    guest.negotiate(*bar);
+    guest.set_queue(*bar, 0, 0x1000, 0);
+    guest.set_status(*bar, 0xf);
+    assert!(told.try_iter().any(|did| matches!(did, Did::Activate(_))), "it works anew");
+}
+
+#[test]
 fn bar_is_reached_through_the_configuration_space_too() {
     let Fixture { guest, bar, .. } = Fixture::new();
     guest.unmap(1);
