@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use rustix::mount::{UnmountFlags, unmount};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 use crate::containerd::{Containerd, IMAGE};
 use crate::host::stderr;
@@ -100,6 +102,43 @@ impl Registry {
         self.request(rig, "PUT", &target, "application/vnd.oci.image.manifest.v1+json", manifest.as_bytes());
     }
 
+    /// Adds to an image that was pushed to `repository` a layer with one file, of which nobody else has a byte; its new tag.
+    #[track_caller]
+    pub fn add_file(
+        &self,
+        rig: &Containerd,
+        repository: &str,
+        tag: &str,
+        name: &str,
+        content: &str,
+    ) -> String {
+        let layout = rig.host().layout();
+        let of = |digest: &Value| {
+            let digest = digest.as_str().unwrap().trim_start_matches("sha256:");
+            serde_json::from_slice::<Value>(&fs::read(layout.join("blobs/sha256").join(digest)).unwrap())
+                .unwrap()
+        };
+        let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
+        let mut manifest = of(&index["manifests"][0]["digest"]);
+        let mut config = of(&manifest["config"]["digest"]);
+        let layer = tar_of(name, content);
+        config["rootfs"]["diff_ids"].as_array_mut().unwrap().push(json!(sha256(&layer)));
+        // A step for each layer, or none at all.
+        config.as_object_mut().unwrap().remove("history");
+        let config = config.to_string();
+        for blob in [&layer, config.as_bytes()] {
+            self.push_blob(rig, repository, &sha256(blob), blob);
+        }
+        let (media_type, size) = ("application/vnd.oci.image.layer.v1.tar", layer.len());
+        let layers = manifest["layers"].as_array_mut().unwrap();
+        layers.push(json!({ "mediaType": media_type, "digest": sha256(&layer), "size": size }));
+        manifest["config"]["digest"] = json!(sha256(config.as_bytes()));
+        manifest["config"]["size"] = json!(config.len());
+        let new = format!("{tag}-more");
+        self.push_manifest(rig, repository, &new, &manifest.to_string());
+        new
+    }
+
     /// One request, which has to succeed; answers the answer.
     #[track_caller]
     fn request(&self, rig: &Containerd, method: &str, target: &str, kind: &str, body: &[u8]) -> String {
@@ -170,6 +209,20 @@ fn serve(rig: &Containerd, asks: bool) -> Child {
     let mut command = rig.beside("docker-registry");
     command.arg("serve").arg(&config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().unwrap()
+}
+
+/// An archive of one file. It is made elsewhere than in the test's own world, where somebody may look for the content.
+#[track_caller]
+fn tar_of(name: &str, content: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(name), content).unwrap();
+    let output = Command::new("tar").arg("-C").arg(dir.path()).args(["-cf", "-", name]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    output.stdout
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold("sha256:".to_owned(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 #[track_caller]

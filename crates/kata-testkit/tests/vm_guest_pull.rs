@@ -68,6 +68,18 @@ fn image_name(name: &str) -> String {
     format!("io.kubernetes.cri.image-name={name}")
 }
 
+/// What is in an image, and nowhere else on the host but in the registry.
+const MARKER: &str = "bytes-of-an-image-that-are-shared-of-nobody\n";
+
+/// Files of the test's world, what is mounted in it included, that have this in them.
+fn files_with(rig: &Containerd, text: &str) -> Vec<String> {
+    let world = rig.host().run_dir();
+    let mut grep = std::process::Command::new("grep");
+    grep.args(["--recursive", "--files-with-matches", "--text", "--fixed-strings", "--devices=skip", text]);
+    let output = grep.arg(world.parent().unwrap()).output().unwrap();
+    stdout(&output).lines().map(str::to_owned).collect()
+}
+
 /// A rule that has all images pulled.
 const ANYTHING: &str = "[signatures]\ndefault = \"accept\"\n";
 
@@ -76,14 +88,24 @@ fn an_image_that_the_guest_pulls_runs_and_no_byte_of_it_is_shared() {
     let Some(rig) = rig() else { return };
     let Some(registry) = Registry::open(&rig) else { return };
     registry.push(&rig, IMAGE);
+    // Only the registry has it, and containerd has another image by that name.
+    let tag = registry.add_file(&rig, "library/busybox", "latest", "marker", MARKER);
     // A container without a pod of Kubernetes's, whose machine it starts itself.
     let Pod { network, initdata, .. } = Pod::new(&rig, &registry, ANYTHING, &[]);
-    let name = image_name(&format!("{REGISTRY}/{IMAGE}"));
+    let name = image_name(&format!("{REGISTRY}/library/busybox:{tag}"));
     let options = ["--with-ns", &network, "--annotation", &initdata, "--annotation", &name];
-    let output = rig.sh(&options, "pulled", "grep ' / ' /proc/mounts; echo written > /file; cat /file");
+    rig.detached(&options, "pulled", "exec sleep 1000");
+    let look =
+        "grep ' / ' /proc/mounts; tail -c 10 /marker; cp /marker /copy; echo written > /file; cat /file";
+    let output = rig.exec("pulled", "look", look);
     let text = stdout(&output);
     assert!(output.status.success(), "{text}{}", stderr(&output));
-    assert!(text.contains("overlay") && text.ends_with("written\n"), "{text}");
+    assert!(text.contains("overlay") && text.ends_with("of-nobody\nwritten\n"), "{text}");
+    let found = files_with(&rig, MARKER.trim_end());
+    let elsewhere: Vec<_> = found.iter().filter(|file| !file.contains("/scratch/registry/")).collect();
+    assert!(elsewhere.is_empty(), "the image is on the host: {elsewhere:?}");
+    assert!(!found.is_empty(), "the registry has it, so it would be found");
+    rig.remove("pulled");
     // The pod's directory of shared files has had no root in it.
     assert!(!rig.log().contains("its root is attached"), "{}", rig.log());
     assert!(rig.log().contains("the guest pulls its root"), "{}", rig.log());

@@ -476,3 +476,61 @@ fn step(cpu: &mut VcpuFd, index: u32, buses: &Buses, exits: &Exits) -> Next {
 fn place(cpu: &VcpuFd) -> String {
     cpu.get_regs().map_or_else(|_| "an unknown address".to_owned(), |regs| format!("{:#x}", regs.rip))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+    use super::*;
+    use crate::kvm::Hypervisor;
+    use crate::memory::{self, Backing};
+
+    const CODE: u64 = 0x10_0000;
+
+    /// How a guest ends that runs `code` in 32-bit mode; `None`, said aloud, without a KVM that runs guests.
+    fn end_of(code: &[u8]) -> Option<End> {
+        let memory = memory::allocate(64 << 20, 0, Backing::default()).unwrap();
+        memory.memory().write_slice(code, GuestAddress(CODE)).unwrap();
+        let machine = Hypervisor::open().and_then(|kvm| Hypervisor::new(kvm, &memory.memory()));
+        let machine = match machine {
+            Ok(machine) => machine,
+            Err(error) => {
+                eprintln!("skipped: no machine of KVM's: {error}");
+                return None;
+            }
+        };
+        let cpu = machine.cpus(0..1, 1).unwrap().next().unwrap().unwrap();
+        cpu.enter(Entry::Pvh { address: CODE }).unwrap();
+        let ending = Arc::new(Ending::new().unwrap());
+        let thread = cpu.start(Buses::default(), Arc::clone(&ending), || Ok(())).unwrap();
+        thread.resume();
+        let begin = Instant::now();
+        while ending.get().is_none() {
+            assert!(begin.elapsed() < Duration::from_secs(60), "the guest goes on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(thread);
+        ending.get()
+    }
+
+    #[test]
+    fn guest_that_runs_where_nothing_is_ends_with_the_place() {
+        // mov eax, 0xd0000000; jmp eax
+        let Some(end) = end_of(&[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0]) else { return };
+        assert_eq!(end.reason, EndReason::CpuFault, "{}", end.detail);
+        assert!(
+            end.detail.starts_with("virtual CPU 0 ") && end.detail.contains("0xd0000000"),
+            "{}",
+            end.detail
+        );
+    }
+
+    #[test]
+    fn guest_that_faults_thrice_has_reset() {
+        // ud2, and no table of handlers.
+        let Some(end) = end_of(&[0x0f, 0x0b]) else { return };
+        assert_eq!(end.reason, EndReason::Reset, "{}", end.detail);
+    }
+}
