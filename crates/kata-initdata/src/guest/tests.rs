@@ -1,6 +1,8 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
+use kata_evidence::Hardware;
+
 use super::*;
 use crate::{Initdata, write_image};
 
@@ -13,11 +15,19 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(flags: &str) -> Self {
+    /// An ordinary one.
+    fn new() -> Self {
+        Self::of(None)
+    }
+
+    fn of(hardware: Option<Hardware>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let places = Places { root: dir.path().into(), ..Places::default() };
         let guest = Self { dir, places };
-        guest.file("proc/cpuinfo", format!("processor\t: 0\nflags\t\t: fpu {flags}\n").as_bytes());
+        let flag = if hardware == Some(Hardware::Tdx) { "tdx_guest" } else { "sse" };
+        guest.file("proc/cpuinfo", format!("processor\t: 0\nflags\t\t: fpu {flag}\n").as_bytes());
+        let device = if hardware == Some(Hardware::Snp) { "sev-guest" } else { "serial8250" };
+        guest.file(&format!("sys/devices/platform/{device}/uevent"), b"");
         guest
     }
 
@@ -69,7 +79,7 @@ fn image() -> Vec<u8> {
 
 #[test]
 fn keys_become_files_that_nobody_writes() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     guest.disk("vda", "root", b"something else entirely");
     guest.disk("vdb", "initdata\n", &image());
     let bound = Outcome::Bound { keys: 2, verifiers: vec!["none".to_owned()] };
@@ -85,7 +95,7 @@ fn keys_become_files_that_nobody_writes() {
 
 #[test]
 fn disk_without_a_serial_number_is_found_by_what_it_holds() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     guest.disk("sda", "", b"short");
     guest.disk("sdb", "", &image());
     assert!(matches!(process(&guest.places).unwrap(), Outcome::Bound { keys: 2, .. }));
@@ -93,7 +103,7 @@ fn disk_without_a_serial_number_is_found_by_what_it_holds() {
 
 #[test]
 fn guest_without_the_disk_has_nothing_written() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     assert_eq!(process(&guest.places).unwrap(), Outcome::Absent);
     guest.disk("vda", "root", &[0; 1024]);
     assert_eq!(process(&guest.places).unwrap(), Outcome::Absent);
@@ -102,14 +112,14 @@ fn guest_without_the_disk_has_nothing_written() {
 
 #[test]
 fn disk_that_is_named_so_and_holds_something_else_is_refused() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     guest.disk("vda", "initdata", b"something else entirely");
     assert!(guest.fault().contains("holds no initdata"));
 }
 
 #[test]
 fn initdata_is_taken_once() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     guest.disk("vda", "initdata", &image());
     process(&guest.places).unwrap();
     let error = process(&guest.places).unwrap_err().to_string();
@@ -121,7 +131,7 @@ fn initdata_is_taken_once() {
 
 #[test]
 fn initdata_of_another_machine_is_refused_by_snps_report() {
-    let guest = Guest::new("sev_snp");
+    let guest = Guest::of(Some(Hardware::Snp));
     guest.disk("vda", "initdata", &image());
     // No configfs: the host does not get around the check by that.
     assert!(guest.fault().contains("SEV-SNP's host data cannot be had"));
@@ -132,7 +142,7 @@ fn initdata_of_another_machine_is_refused_by_snps_report() {
 
 #[test]
 fn initdata_of_another_machine_is_refused_by_tdxs_field() {
-    let guest = Guest::new("tdx_guest");
+    let guest = Guest::of(Some(Hardware::Tdx));
     guest.disk("vda", "initdata", &image());
     let field = "sys/devices/virtual/misc/tdx_guest/measurements/mrconfigid";
     assert!(guest.fault().contains("TDX's mrconfigid cannot be had"));
@@ -149,7 +159,7 @@ fn initdata_of_another_machine_is_refused_by_tdxs_field() {
 
 #[test]
 fn every_program_has_to_agree() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     guest.disk("vda", "initdata", &image());
     guest.verifier("10-first", "exit 0");
     guest.verifier("20-second", "exit 3");
@@ -168,7 +178,7 @@ fn every_program_has_to_agree() {
 
 #[test]
 fn program_is_told_the_document_and_its_digest() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     guest.disk("vda", "initdata", &image());
     let script = r#"test "$1" = sha256 && test "$(sha256sum | cut -c1-64)" = "$2""#;
     guest.verifier("digest", script);
@@ -178,7 +188,7 @@ fn program_is_told_the_document_and_its_digest() {
 
 #[test]
 fn what_cannot_be_trusted_leaves_a_policy_that_says_why() {
-    let guest = Guest::new("");
+    let guest = Guest::new();
     deny(&guest.places, "the verifier \"x\"\nsaid no\u{7}").unwrap();
     assert_eq!(guest.measured(), ["policy.rego"]);
     let policy = std::fs::read_to_string(guest.path("run/measured-cfg/policy.rego")).unwrap();

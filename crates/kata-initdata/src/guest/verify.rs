@@ -1,6 +1,6 @@
 //! Who has to agree that the initdata is what the machine was started with.
 //!
-//! The kernel's word on what protects the guest comes from the processor, so the host cannot hide it: where it says SEV-SNP or
+//! The kernel's word on what protects the guest comes from the hardware, so the host cannot hide it: where it says SEV-SNP or
 //! TDX, the digest has to be in the field that the hardware keeps for whoever started the guest. On other machines nothing can
 //! vouch for it, and nothing there can prove anything to anybody either. Further programs are the image's own choice.
 
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use kata_evidence::{Fields, Hardware, REPORTS};
+use kata_evidence::{Fields, Hardware, HardwareError, REPORTS};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -70,14 +70,8 @@ pub enum VerifyError {
         how: String,
     },
     /// The kernel does not say what protects the guest.
-    #[error("cannot read {path}, so what protects the guest is not known", path = .path.display())]
-    Unknown {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Unknown(#[from] HardwareError),
 }
 
 /// Asks the hardware and every program, and gives their names.
@@ -91,8 +85,7 @@ pub(super) fn all(places: &Places, initdata: &Initdata) -> Result<Vec<String>, V
 }
 
 fn hardware(places: &Places, initdata: &Initdata) -> Result<&'static str, VerifyError> {
-    let unknown = |source| VerifyError::Unknown { path: places.at("proc/cpuinfo"), source };
-    match Hardware::of(&places.root).map_err(unknown)? {
+    match Hardware::of(&places.root)? {
         Some(Hardware::Snp) => {
             compare(initdata, "SEV-SNP's host data", &snp_host_data(places)?).map(|()| "snp")
         }
