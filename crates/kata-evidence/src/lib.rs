@@ -3,6 +3,7 @@
 //! ```text
 //!   guest:  Hardware::of ── what the kernel has of the processor
 //!           ask ── /sys/kernel/config/tsm/report ── the kernel ── firmware ──▶ Evidence
+//!           host_data ── what the machine was started with, from where the host has no say
 //!   anybody: Fields::of ── where in a report things are
 //! ```
 //!
@@ -10,6 +11,7 @@
 
 mod ask;
 mod fields;
+mod host_data;
 
 use std::fmt;
 use std::io;
@@ -17,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 pub use ask::{DATA_MAX, Evidence, EvidenceError, REPORTS, ask};
 pub use fields::Fields;
+pub use host_data::{HostDataError, host_data};
 
 /// What protects the guest cannot be told.
 #[derive(Debug, thiserror::Error)]
