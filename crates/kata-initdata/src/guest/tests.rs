@@ -52,6 +52,14 @@ impl Guest {
         std::fs::set_permissions(self.path(&path), std::fs::Permissions::from_mode(0o755)).unwrap();
     }
 
+    /// A guest whose hardware says that the machine was started with `field`.
+    fn started(hardware: Hardware, field: &[u8]) -> Self {
+        let mut guest = Self::of(Some(hardware));
+        guest.places.host_data = |root, _| Ok(std::fs::read(root.join("field")).unwrap());
+        guest.file("field", field);
+        guest
+    }
+
     fn measured(&self) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(self.path("run/measured-cfg")) else { return Vec::new() };
         let mut names: Vec<_> =
@@ -102,7 +110,7 @@ fn disk_without_a_serial_number_is_found_by_what_it_holds() {
 }
 
 #[test]
-fn guest_without_the_disk_has_nothing_written() {
+fn ordinary_guest_without_the_disk_has_nothing_written() {
     let guest = Guest::new();
     assert_eq!(process(&guest.places).unwrap(), Outcome::Absent);
     guest.disk("vda", "root", &[0; 1024]);
@@ -130,31 +138,105 @@ fn initdata_is_taken_once() {
 }
 
 #[test]
-fn initdata_of_another_machine_is_refused_by_snps_report() {
-    let guest = Guest::of(Some(Hardware::Snp));
-    guest.disk("vda", "initdata", &image());
-    // No configfs: the host does not get around the check by that.
-    assert!(guest.fault().contains("SEV-SNP's host data cannot be had"));
-    let cut = super::verify::compare(&initdata(), "SEV-SNP's host data", &[0; 32]);
-    assert!(cut.unwrap_err().to_string().contains("is not what the machine was started with"));
-    assert!(super::verify::compare(&initdata(), "SEV-SNP's host data", initdata().digest()).is_ok());
+fn disk_that_is_named_so_and_cannot_be_read_is_an_error() {
+    let guest = Guest::new();
+    guest.file("sys/block/vda/serial", b"initdata");
+    assert!(guest.fault().contains("cannot read"));
+    // Reads of a directory fail.
+    std::fs::create_dir_all(guest.path("dev/vda")).unwrap();
+    assert!(guest.fault().contains("first bytes of the disk cannot be read"));
+    std::fs::remove_dir(guest.path("dev/vda")).unwrap();
+    guest.file("dev/vda", b"initdata");
+    assert!(guest.fault().contains("the initdata disk cannot be read"));
 }
 
 #[test]
-fn initdata_of_another_machine_is_refused_by_tdxs_field() {
+fn disk_without_a_name_that_begins_so_and_cannot_be_read_further_is_an_error() {
+    let guest = Guest::new();
+    guest.disk("sda", "", &image()[..40]);
+    assert!(guest.fault().contains("the initdata disk cannot be read"));
+}
+
+#[test]
+fn drive_that_cannot_be_read_at_all_hides_no_other_disk() {
+    let guest = Guest::new();
+    guest.file("sys/block/sda/size", b"0");
+    std::fs::create_dir_all(guest.path("dev/sdb")).unwrap();
+    guest.file("sys/block/sdb/size", b"0");
+    assert_eq!(process(&guest.places).unwrap(), Outcome::Absent);
+    guest.disk("sdc", "", &image());
+    assert!(matches!(process(&guest.places).unwrap(), Outcome::Bound { .. }));
+}
+
+#[test]
+fn initdata_of_another_machine_is_refused_by_the_hardware() {
+    for (hardware, size, name) in [(Hardware::Snp, 32, "snp"), (Hardware::Tdx, 48, "tdx")] {
+        let guest = Guest::started(hardware, &vec![0; size]);
+        guest.disk("vda", "initdata", &image());
+        let error = guest.fault();
+        assert!(error.contains("is not what the machine was started with"), "{error}");
+        assert!(error.contains("sha256 digest is") && error.contains(&"00".repeat(size)), "{error}");
+        guest.file("field", &initdata().host_data(size));
+        let outcome = process(&guest.places).unwrap();
+        assert!(matches!(outcome, Outcome::Bound { verifiers, .. } if verifiers == [name]));
+    }
+}
+
+#[test]
+fn guest_whose_disk_was_left_out_is_told_by_the_hardware() {
+    for (hardware, size, name) in [(Hardware::Snp, 32, "SEV-SNP's host"), (Hardware::Tdx, 48, "TDX's mr")] {
+        let guest = Guest::started(hardware, &initdata().host_data(size));
+        let error = guest.fault();
+        assert!(error.contains("has no disk with it") && error.contains(name), "{error}");
+        // A disk that cannot be read is as good as none.
+        std::fs::create_dir_all(guest.path("dev/sda")).unwrap();
+        guest.file("sys/block/sda/size", b"0");
+        assert!(guest.fault().contains("has no disk with it"));
+    }
+}
+
+#[test]
+fn guest_that_was_started_without_initdata_starts_without() {
+    for (hardware, size) in [(Hardware::Snp, 32), (Hardware::Tdx, 48)] {
+        let guest = Guest::started(hardware, &vec![0; size]);
+        assert_eq!(process(&guest.places).unwrap(), Outcome::Absent);
+        assert!(guest.measured().is_empty());
+    }
+}
+
+#[test]
+fn hardware_that_does_not_say_vouches_for_neither_a_document_nor_its_absence() {
+    for (hardware, name) in [(Hardware::Snp, "SEV-SNP's host data"), (Hardware::Tdx, "TDX's mrconfigid")] {
+        // No configfs, no device: the host does not get around the check by that.
+        let guest = Guest::of(Some(hardware));
+        let silent = format!("{name} cannot be had");
+        assert!(guest.fault().contains(&silent));
+        guest.disk("vda", "initdata", &image());
+        assert!(guest.fault().contains(&silent));
+    }
+}
+
+#[test]
+fn field_of_tdx_is_the_one_that_the_kernel_shows() {
     let guest = Guest::of(Some(Hardware::Tdx));
-    guest.disk("vda", "initdata", &image());
     let field = "sys/devices/virtual/misc/tdx_guest/measurements/mrconfigid";
-    assert!(guest.fault().contains("TDX's mrconfigid cannot be had"));
     guest.file(field, &[0; 48]);
-    let error = guest.fault();
-    assert!(error.contains("sha256 digest is") && error.contains(&"0".repeat(96)), "{error}");
-    guest.file(field, &[0; 47]);
-    assert!(guest.fault().contains("cannot be had"));
+    assert_eq!(process(&guest.places).unwrap(), Outcome::Absent);
     guest.file(field, &initdata().host_data(48));
-    assert!(
-        matches!(process(&guest.places).unwrap(), Outcome::Bound { verifiers, .. } if verifiers == ["tdx"])
-    );
+    assert!(guest.fault().contains("has no disk with it"));
+    guest.disk("vda", "initdata", &image());
+    assert!(matches!(process(&guest.places).unwrap(), Outcome::Bound { .. }));
+}
+
+#[test]
+fn image_with_verifiers_demands_initdata() {
+    let guest = Guest::new();
+    guest.verifier("10-first", "exit 0");
+    let error = guest.fault();
+    assert!(error.contains("demands one") && error.contains("10-first"), "{error}");
+    let guest = Guest::started(Hardware::Snp, &[0; 32]);
+    guest.verifier("10-first", "exit 0");
+    assert!(guest.fault().contains("demands one"));
 }
 
 #[test]
