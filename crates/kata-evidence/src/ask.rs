@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-use crate::Hardware;
+use crate::{Hardware, HardwareError};
 
 /// Where the kernel takes requests, below the guest's root.
 pub const REPORTS: &str = "sys/kernel/config/tsm/report";
@@ -44,6 +44,9 @@ pub enum EvidenceError {
     /// An ordinary machine.
     #[error("the guest has no hardware that reports: it runs under neither SEV-SNP nor TDX")]
     NoHardware,
+    /// Nobody knows which hardware there is.
+    #[error(transparent)]
+    Unknown(#[from] HardwareError),
     /// The hardware is there, and the kernel does not speak to it.
     #[error(
         "the guest runs under {hardware}, and its kernel makes no reports: {missing}; the guest's kernel needs configfs-tsm and the \
@@ -98,7 +101,7 @@ fn explained(root: &Path, error: EvidenceError) -> EvidenceError {
     match Hardware::of(root) {
         Ok(Some(hardware)) => EvidenceError::NoReports { hardware, missing },
         Ok(None) => EvidenceError::NoHardware,
-        Err(source) => EvidenceError::File { what: "reading", path: root.join("proc/cpuinfo"), source },
+        Err(error) => error.into(),
     }
 }
 

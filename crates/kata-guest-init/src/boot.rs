@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use kata_evidence::Hardware;
+use kata_evidence::{Hardware, HardwareError};
 use rustix::mount::MountFlags;
 
 use crate::cmdline::{Cmdline, CmdlineError, Name, NameError};
@@ -38,6 +38,9 @@ pub enum BootError {
     /// Mounting, or leaving the initramfs.
     #[error(transparent)]
     Root(#[from] RootError),
+    /// Nobody knows which hardware there is.
+    #[error(transparent)]
+    Hardware(#[from] HardwareError),
     /// The initramfs's modules.
     #[error(transparent)]
     Module(#[from] ModuleError),
@@ -118,8 +121,8 @@ fn boot() -> Result<Infallible, BootError> {
     let text =
         std::fs::read_to_string(path).map_err(|source| BootError::Read { path: path.into(), source })?;
     let cmdline = Cmdline::parse(&text)?;
-    let cpuinfo = |source| BootError::Read { path: "/proc/cpuinfo".into(), source };
-    let hardware = Hardware::of(Path::new("/")).map_err(cpuinfo)?;
+    // This needs /proc and /sys, and no module: what it looks for is the kernel's own.
+    let hardware = Hardware::of(Path::new("/"))?;
     timeline.step("modules", || modules::load_all(Path::new(modules::LIST), hardware))?;
     root::mount_configfs()?;
     let images = timeline.step("disks", || disks::wait(Path::new(disks::SYS_BLOCK), &cmdline, PATIENCE))?;

@@ -1,10 +1,10 @@
 //! What runs once in the guest, before its agent.
 //!
 //! ```text
-//!   /dev/disk/by-id/virtio-initdata, else the first disk with the magic ── Initdata ── verifiers, all of them
-//!                                       ├ all agree ─▶ /run/measured-cfg/<key>, initdata.toml
-//!                                       ├ no disk ───▶ nothing
-//!                                       └ anything else ─▶ /run/measured-cfg/policy.rego, which denies everything and says why
+//!   the disk with the serial number, else the first with the magic ── Initdata, or none ── verifiers, all of them
+//!       ├ all agree ─────────────────────────────────────▶ /run/measured-cfg/<key>, initdata.toml
+//!       ├ no disk, and the machine was started without ──▶ nothing
+//!       └ anything else ─────────────────────────────────▶ /run/measured-cfg/policy.rego, which denies everything and says why
 //! ```
 //!
 //! The directory appears whole or not at all, and is never replaced.
@@ -16,6 +16,7 @@ mod verify;
 use std::path::{Path, PathBuf};
 
 pub use device::DeviceError;
+use kata_evidence::{Hardware, HostDataError};
 pub use measured::MeasuredError;
 pub use verify::VerifyError;
 
@@ -30,6 +31,8 @@ pub struct Places {
     pub measured: PathBuf,
     /// The programs that have to agree, beside the hardware, below the root.
     pub verifiers: PathBuf,
+    /// Has the hardware of the guest with this root say what the machine was started with. A test has no such hardware.
+    pub host_data: fn(&Path, Hardware) -> Result<Vec<u8>, HostDataError>,
 }
 
 impl Default for Places {
@@ -38,6 +41,7 @@ impl Default for Places {
             root: "/".into(),
             measured: "run/measured-cfg".into(),
             verifiers: "usr/lib/kata-initdata/verifiers".into(),
+            host_data: kata_evidence::host_data,
         }
     }
 }
@@ -68,7 +72,7 @@ pub enum GuestError {
 /// What became of it.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The machine was given none.
+    /// The machine was started without, as far as its hardware can tell.
     Absent,
     /// All verifiers agreed, and the keys are files now: how many, and who vouched for them.
     Bound {
@@ -79,13 +83,16 @@ pub enum Outcome {
     },
 }
 
-/// Takes the initdata, verifies it and only then writes it out.
+/// Takes the initdata, verifies it and only then writes it out. That there is none is verified, too.
 ///
 /// # Errors
 /// Nothing was written then. Whoever calls has to see that nothing starts which would have been configured.
 pub fn process(places: &Places) -> Result<Outcome, GuestError> {
     measured::is_first(&places.at(&places.measured))?;
-    let Some(initdata) = device::read(places)? else { return Ok(Outcome::Absent) };
+    let Some(initdata) = device::read(places)? else {
+        verify::absence(places)?;
+        return Ok(Outcome::Absent);
+    };
     let verifiers = verify::all(places, &initdata)?;
     measured::write(&places.at(&places.measured), &initdata)?;
     Ok(Outcome::Bound { keys: initdata.data().len(), verifiers })

@@ -22,6 +22,9 @@ pub enum ImageError {
     /// The disk cannot be read or written.
     #[error("the initdata disk cannot be read or written")]
     Io(#[from] io::Error),
+    /// Not even what it begins with can be read.
+    #[error("the first bytes of the disk cannot be read")]
+    Head(#[source] io::Error),
     /// The disk begins with something else.
     #[error("the disk holds no initdata: it does not begin with \"initdata\"")]
     Magic,
@@ -53,7 +56,7 @@ pub fn write_image(initdata: &Initdata, mut to: impl Write) -> Result<(), ImageE
 /// A disk that cannot be read, ends too early, or holds something else.
 pub fn read_image(mut from: impl Read) -> Result<Initdata, ImageError> {
     let (mut magic, mut length) = ([0; 8], [0; 8]);
-    from.read_exact(&mut magic)?;
+    from.read_exact(&mut magic).map_err(ImageError::Head)?;
     if magic != MAGIC {
         return Err(ImageError::Magic);
     }
@@ -99,7 +102,8 @@ mod tests {
         image[8..16].copy_from_slice(&9_u64.to_le_bytes());
         assert!(matches!(read_image(&*image), Err(ImageError::Document(DocumentError::Gzip(_)))));
         assert!(matches!(read_image(&b"something else"[..]), Err(ImageError::Magic)));
-        assert!(matches!(read_image(&b"init"[..]), Err(ImageError::Io(_))));
+        assert!(matches!(read_image(&b"init"[..]), Err(ImageError::Head(_))));
+        assert!(matches!(read_image(&b"initdata"[..]), Err(ImageError::Io(_))));
     }
 
     proptest! {

@@ -211,7 +211,7 @@ fn of_evidence(error: &EvidenceError) -> Code {
         EvidenceError::TooLong(_) => Code::INVALID_ARGUMENT,
         EvidenceError::NoHardware | EvidenceError::NoReports { .. } => Code::UNIMPLEMENTED,
         EvidenceError::Disturbed => Code::ABORTED,
-        EvidenceError::TooLarge(_) | EvidenceError::File { .. } => Code::INTERNAL,
+        EvidenceError::TooLarge(_) | EvidenceError::File { .. } | EvidenceError::Unknown(_) => Code::INTERNAL,
     }
 }
 

@@ -39,9 +39,10 @@ mod tests {
 
     use super::*;
 
-    /// The answer of a guest whose processor has these flags, and a kernel without reports.
-    async fn refusal(flags: &str) -> (Code, String) {
+    /// The answer of a guest with this device of the platform, whose processor has these flags, and a kernel without reports.
+    async fn refusal(device: &str, flags: &str) -> (Code, String) {
         let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(root.path().join("sys/devices/platform").join(device)).unwrap();
         std::fs::create_dir(root.path().join("proc")).unwrap();
         std::fs::write(root.path().join("proc/cpuinfo"), format!("flags\t: {flags}\n")).unwrap();
         let error = get(root.path().into(), Arc::default(), GetEvidenceRequest::new()).await.unwrap_err();
@@ -50,10 +51,12 @@ mod tests {
 
     #[tokio::test]
     async fn guest_that_cannot_report_says_what_it_lacks() {
-        let (code, text) = refusal("fpu").await;
+        let (code, text) = refusal("", "fpu").await;
         assert!(code == Code::UNIMPLEMENTED && text.contains("no hardware that reports"), "{code:?} {text}");
-        let (code, text) = refusal("fpu tdx_guest").await;
-        assert!(code == Code::UNIMPLEMENTED && text.contains("configfs-tsm"), "{code:?} {text}");
+        for (device, flags) in [("", "fpu tdx_guest"), ("sev-guest", "fpu")] {
+            let (code, text) = refusal(device, flags).await;
+            assert!(code == Code::UNIMPLEMENTED && text.contains("configfs-tsm"), "{code:?} {text}");
+        }
     }
 
     #[tokio::test]

@@ -7,15 +7,7 @@ use std::time::Duration;
 use rustix::fs::{CWD, FileType, mknodat};
 
 use super::*;
-
-/// A guest's root. `flags` are the processor's.
-fn guest(flags: &str) -> tempfile::TempDir {
-    let root = tempfile::tempdir().unwrap();
-    fs::create_dir(root.path().join("proc")).unwrap();
-    let cpu = format!("processor\t: 0\nflags\t\t: fpu {flags} sse\n");
-    fs::write(root.path().join("proc/cpuinfo"), cpu).unwrap();
-    root
-}
+use crate::tests::{guest, guest_of};
 
 /// A request as the kernel lays it out, for which it answers once for each of `writes`: how many writes it has counted since
 /// the last time. What it read from `inblob` each time is what the thread ends with.
@@ -114,27 +106,31 @@ fn data_that_a_report_has_no_room_for_is_refused_and_nothing_asked() {
 
 #[test]
 fn ordinary_guest_is_told_that_it_has_no_such_hardware() {
-    let error = ask(guest("svm vmx").path(), b"nonce").unwrap_err();
+    let error = ask(guest(false, "svm vmx").path(), b"nonce").unwrap_err();
     assert!(matches!(error, EvidenceError::NoHardware), "{error}");
 }
 
 #[test]
 fn kernel_without_reports_is_named_with_the_driver_that_it_needs() {
-    for (flag, words) in [("sev_snp", ["SEV-SNP", "sev_guest"]), ("tdx_guest", ["TDX", "tdx_guest"])] {
-        let text = ask(guest(flag).path(), b"nonce").unwrap_err().to_string();
+    for (hardware, words) in
+        [(Hardware::Snp, ["SEV-SNP", "sev_guest"]), (Hardware::Tdx, ["TDX", "tdx_guest"])]
+    {
+        let text = ask(guest_of(hardware).path(), b"nonce").unwrap_err().to_string();
         assert!(words.iter().all(|word| text.contains(word)) && text.contains("/tsm/report"), "{text}");
     }
     let refused =
         |source: Errno| EvidenceError::File { what: "making", path: "x".into(), source: source.into() };
-    let text = explained(guest("sev_snp").path(), refused(Errno::NXIO)).to_string();
+    let text = explained(guest_of(Hardware::Snp).path(), refused(Errno::NXIO)).to_string();
     assert!(text.contains("nobody has registered for them"), "{text}");
-    assert!(matches!(explained(guest("").path(), refused(Errno::NXIO)), EvidenceError::NoHardware));
-    assert!(matches!(explained(guest("").path(), refused(Errno::PERM)), EvidenceError::File { .. }));
+    let ordinary = guest(false, "");
+    assert!(matches!(explained(ordinary.path(), refused(Errno::NXIO)), EvidenceError::NoHardware));
+    assert!(matches!(explained(ordinary.path(), refused(Errno::PERM)), EvidenceError::File { .. }));
+    assert!(matches!(explained(Path::new("/none"), refused(Errno::NXIO)), EvidenceError::Unknown(_)));
 }
 
 #[test]
 fn of_a_request_that_fails_nothing_is_left() {
-    let guest = guest("sev_snp");
+    let guest = guest_of(Hardware::Snp);
     let reports = guest.path().join(REPORTS);
     fs::create_dir_all(&reports).unwrap();
     // Nobody fills the directory here.

@@ -28,15 +28,26 @@ pub(super) fn read(places: &Places) -> Result<Option<Initdata>, GuestError> {
         |name: &String| std::fs::read_to_string(blocks.join(name).join("serial")).unwrap_or_default();
     if let Some(named) = disks.iter().find(|name| serial(name).trim() == SERIAL) {
         // What is named so has to be it.
-        return Ok(Some(read_image(open(&places.at("dev").join(named))?)?));
+        return take(&places.at("dev").join(named)).map(Some);
     }
     for name in disks {
-        match read_image(open(&places.at("dev").join(name))?) {
-            Err(ImageError::Magic | ImageError::Io(_)) => {}
-            outcome => return Ok(Some(outcome?)),
+        match take(&places.at("dev").join(&name)) {
+            Err(GuestError::Image(ImageError::Magic)) => {}
+            // A drive without a medium, or a path that is not the active one, is no fault of the guest's. What follows for a guest whose
+            // initdata was on it is for the verifiers: they are asked about its absence.
+            Err(error @ (GuestError::Device(_) | GuestError::Image(ImageError::Head(_)))) => {
+                tracing::warn!(disk = name, %error, "whether the disk holds initdata is not known");
+            }
+            // Who has the magic has to be it, too.
+            outcome => return outcome.map(Some),
         }
     }
     Ok(None)
+}
+
+fn take(path: &Path) -> Result<Initdata, GuestError> {
+    let file = File::open(path).map_err(|source| DeviceError { path: path.to_owned(), source })?;
+    Ok(read_image(file)?)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, DeviceError> {
@@ -46,8 +57,4 @@ fn names(dir: &Path) -> Result<Vec<String>, DeviceError> {
         entries => entries.map_err(of)?,
     };
     entries.map(|entry| Ok(entry.map_err(of)?.file_name().to_string_lossy().into_owned())).collect()
-}
-
-fn open(path: &Path) -> Result<File, DeviceError> {
-    File::open(path).map_err(|source| DeviceError { path: path.to_owned(), source })
 }

@@ -1,8 +1,11 @@
-//! Who has to agree that the initdata is what the machine was started with.
+//! Who has to agree that the initdata is what the machine was started with, or that it was started without.
 //!
-//! The kernel's word on what protects the guest comes from the processor, so the host cannot hide it: where it says SEV-SNP or
+//! The kernel's word on what protects the guest comes from the hardware, so the host cannot hide it: where it says SEV-SNP or
 //! TDX, the digest has to be in the field that the hardware keeps for whoever started the guest. On other machines nothing can
 //! vouch for it, and nothing there can prove anything to anybody either. Further programs are the image's own choice.
+//!
+//! A host can leave the disk out as well as change it. Where there is none, the field has to be as it is when nobody gave one, and no
+//! program can be satisfied: there is no document that it could agree with.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -11,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use kata_evidence::{Fields, Hardware, REPORTS};
+use kata_evidence::{Hardware, HardwareError, HostDataError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -20,8 +23,6 @@ use crate::Initdata;
 
 /// How long a program may take.
 const BOUND: Duration = Duration::from_secs(30);
-/// Bytes of `MRCONFIGID` of TDX.
-const MRCONFIGID: usize = 48;
 
 /// Why the initdata is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -41,16 +42,36 @@ pub enum VerifyError {
         /// What it holds, in hexadecimal.
         found: String,
     },
+    /// The hardware holds a digest, and there is no document.
+    #[error(
+        "the machine was started with initdata and has no disk with it: {field} is {found}; give it the document of that digest, or \
+         start it without one"
+    )]
+    Withheld {
+        /// `SEV-SNP's host data`, `TDX's mrconfigid`.
+        field: &'static str,
+        /// What it holds, in hexadecimal.
+        found: String,
+    },
+    /// There is no document for a program to agree with.
+    #[error(
+        "the machine has no disk with initdata, and this image demands one, by the verifier {path}; start it with initdata, or from an \
+         image without verifiers",
+        path = .0.display()
+    )]
+    Demanded(PathBuf),
     /// The hardware does not say.
-    #[error("{what} cannot be had from {path}, so the initdata cannot be verified", path = .path.display())]
+    #[error(
+        "{field} cannot be had, so it is not known what the machine was started with; the guest's kernel needs the driver {driver}"
+    )]
     Hardware {
         /// `SEV-SNP's host data`, `TDX's mrconfigid`.
-        what: &'static str,
-        /// Where it was looked for.
-        path: PathBuf,
+        field: &'static str,
+        /// Of the kernel's.
+        driver: &'static str,
         /// Why.
         #[source]
-        source: io::Error,
+        source: HostDataError,
     },
     /// A program cannot be run.
     #[error("the verifier {path} cannot be run", path = .path.display())]
@@ -70,19 +91,19 @@ pub enum VerifyError {
         how: String,
     },
     /// The kernel does not say what protects the guest.
-    #[error("cannot read {path}, so what protects the guest is not known", path = .path.display())]
-    Unknown {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Unknown(#[from] HardwareError),
 }
 
 /// Asks the hardware and every program, and gives their names.
 pub(super) fn all(places: &Places, initdata: &Initdata) -> Result<Vec<String>, VerifyError> {
-    let mut names = vec![hardware(places, initdata)?.to_owned()];
+    let mut names = vec![match Field::of(places)? {
+        Some(field) => {
+            compare(initdata, field.name, &field.holds)?;
+            field.verifier.to_owned()
+        }
+        None => "none".to_owned(),
+    }];
     for path in programs(&places.at(&places.verifiers))? {
         program(&path, initdata)?;
         names.push(path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned());
@@ -90,58 +111,49 @@ pub(super) fn all(places: &Places, initdata: &Initdata) -> Result<Vec<String>, V
     Ok(names)
 }
 
-fn hardware(places: &Places, initdata: &Initdata) -> Result<&'static str, VerifyError> {
-    let unknown = |source| VerifyError::Unknown { path: places.at("proc/cpuinfo"), source };
-    match Hardware::of(&places.root).map_err(unknown)? {
-        Some(Hardware::Snp) => {
-            compare(initdata, "SEV-SNP's host data", &snp_host_data(places)?).map(|()| "snp")
-        }
-        Some(Hardware::Tdx) => {
-            let found =
-                tdx_mrconfigid(&places.at("sys/devices/virtual/misc/tdx_guest/measurements/mrconfigid"))?;
-            compare(initdata, "TDX's mrconfigid", &found).map(|()| "tdx")
-        }
-        None => Ok("none"),
+/// Sees to it that the machine was started without initdata, and that its image lets it.
+pub(super) fn absence(places: &Places) -> Result<(), VerifyError> {
+    if let Some(field) = Field::of(places)?
+        && field.holds.iter().any(|byte| *byte != 0)
+    {
+        return Err(VerifyError::Withheld { field: field.name, found: hex(&field.holds) });
+    }
+    match programs(&places.at(&places.verifiers))?.into_iter().next() {
+        Some(program) => Err(VerifyError::Demanded(program)),
+        None => Ok(()),
     }
 }
 
-pub(super) fn compare(initdata: &Initdata, field: &'static str, found: &[u8]) -> Result<(), VerifyError> {
+/// What the hardware keeps for whoever started the machine.
+struct Field {
+    name: &'static str,
+    /// What the hardware is called as a verifier.
+    verifier: &'static str,
+    holds: Vec<u8>,
+}
+
+impl Field {
+    /// None on a machine that has none. One that cannot be had is an error.
+    fn of(places: &Places) -> Result<Option<Self>, VerifyError> {
+        let Some(hardware) = Hardware::of(&places.root)? else { return Ok(None) };
+        let (name, verifier) = match hardware {
+            Hardware::Snp => ("SEV-SNP's host data", "snp"),
+            Hardware::Tdx => ("TDX's mrconfigid", "tdx"),
+        };
+        match (places.host_data)(&places.root, hardware) {
+            Ok(holds) => Ok(Some(Self { name, verifier, holds })),
+            Err(source) => Err(VerifyError::Hardware { field: name, driver: hardware.provider(), source }),
+        }
+    }
+}
+
+fn compare(initdata: &Initdata, field: &'static str, found: &[u8]) -> Result<(), VerifyError> {
     let digest = initdata.host_data(found.len());
     if digest == found {
         return Ok(());
     }
     let algorithm = initdata.algorithm().to_string();
     Err(VerifyError::Different { algorithm, digest: hex(&digest), field, found: hex(found) })
-}
-
-fn snp_host_data(places: &Places) -> Result<Vec<u8>, VerifyError> {
-    let failed =
-        |source| VerifyError::Hardware { what: "SEV-SNP's host data", path: places.at(REPORTS), source };
-    let evidence = kata_evidence::ask(&places.root, &[]).map_err(|error| failed(io::Error::other(error)))?;
-    // A report of another kind has something else there.
-    let fields = Some(evidence.provider.as_str())
-        .filter(|provider| *provider == Hardware::Snp.provider())
-        .and_then(|provider| Fields::of(provider, &evidence.report));
-    let fields = fields.ok_or_else(|| {
-        failed(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{} makes other reports", evidence.provider),
-        ))
-    })?;
-    Ok(fields.host_data.to_vec())
-}
-
-/// The kernel's own reading of it, since 6.16 (`Documentation/ABI/testing/sysfs-devices-virtual-misc-tdx_guest`).
-fn tdx_mrconfigid(path: &Path) -> Result<Vec<u8>, VerifyError> {
-    let failed = |source| VerifyError::Hardware { what: "TDX's mrconfigid", path: path.to_owned(), source };
-    let found = std::fs::read(path).map_err(failed)?;
-    if found.len() != MRCONFIGID {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("it has {} bytes", found.len()),
-        )));
-    }
-    Ok(found)
 }
 
 /// The executable files of the directory, by name.
