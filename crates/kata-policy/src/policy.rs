@@ -1,10 +1,10 @@
 //! The rules, and what they remember.
 
 use std::fmt;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
-use regorus::utils::limits::ExecutionTimerConfig;
+use regorus::utils::limits::{ExecutionTimerConfig, PolicyLengthConfig};
 use regorus::{Engine, Value};
 use serde::Deserialize;
 
@@ -21,6 +21,13 @@ const STATE: &str = r#"{"pstate": {}}"#;
 /// How long one request may be thought about. The host waits for its answer, and so does every other request.
 const TIMER: ExecutionTimerConfig =
     ExecutionTimerConfig { limit: Duration::from_secs(2), check_interval: NonZeroU32::new(1000).unwrap() };
+
+/// How large a policy may be. The engine's own bound of a line is less than a script that a container is given as an argument.
+const LENGTH: PolicyLengthConfig = PolicyLengthConfig {
+    max_col: NonZeroU32::new(1 << 18).unwrap(),
+    max_file_bytes: NonZeroUsize::new(1 << 20).unwrap(),
+    max_lines: NonZeroUsize::new(20_000).unwrap(),
+};
 
 /// A policy that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +113,7 @@ impl Policy {
             let mut engine = Engine::new();
             engine.set_rego_v0(v0);
             engine.set_execution_timer_config(TIMER);
+            engine.set_policy_length_config(LENGTH);
             let package = engine.add_policy(name.to_owned(), text.to_owned());
             package.map(|package| (engine, package)).map_err(|error| error.to_string())
         };

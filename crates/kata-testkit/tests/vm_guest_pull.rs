@@ -179,3 +179,56 @@ fn where_the_rules_want_a_signature_only_what_the_key_has_signed_runs() {
     refused(&sh("others/image:1", "others"), &[denied]);
     rig.remove("pod");
 }
+
+/// A pod as its owner writes it, whose one container is of `image`.
+fn manifest(image: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{ name: pod }}\nspec:\n  containers:\n    - name: web\n      image: {image:?}\n      \
+         command: [sh, -c, {SERVE:?}]\n      livenessProbe: {{ exec: {{ command: [sh, -c, {PROBE:?}] }} }}\n"
+    )
+}
+
+/// What the container of [`manifest`] runs, and its probe.
+const SERVE: &str = "echo out; exec sleep 1000";
+const PROBE: &str = "echo alive";
+
+/// What `kata-ctl` makes of a manifest.
+#[track_caller]
+fn generated(rig: &Containerd, manifest: &str) -> String {
+    let file = rig.host().scratch("pod.yaml");
+    std::fs::write(&file, manifest).unwrap();
+    let output = rig.host().output(["policy", "generate", file.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    stdout(&output)
+}
+
+#[test]
+fn under_the_policy_of_its_manifest_a_pod_runs_with_its_probe_and_nothing_else_does() {
+    let Some(rig) = rig() else { return };
+    let Some(registry) = Registry::open(&rig) else { return };
+    let digest = registry.push(&rig, IMAGE);
+    // The same bytes by another name: the policy is about what is asked for, before anything is pulled.
+    registry.push(&rig, "library/evil:1");
+    let image = format!("{REGISTRY}/library/busybox@{digest}");
+    let policy = generated(&rig, &manifest(&image));
+    let pod = Pod::new(&rig, &registry, ANYTHING, &[("policy.rego", &policy)]);
+    pod.start();
+    let create = "rule agent_policy.CreateContainerRequest";
+    refused(&pod.sh(&format!("{REGISTRY}/library/evil:1"), "evil", SERVE), &[create]);
+    refused(&pod.sh(&image, "other", "echo other"), &[create]);
+    let kind = "io.kubernetes.cri.container-type=container";
+    let name = image_name(&image);
+    let options = [&["--annotation", kind, "--annotation", &name], &pod.of_pod()[..]].concat();
+    rig.detached(&options, "web", SERVE);
+    assert_eq!(rig.status("web").as_deref(), Some("RUNNING"));
+    let probe = rig.exec("web", "probe", PROBE);
+    assert_eq!(stdout(&probe), "alive\n", "{}", stderr(&probe));
+    let exec = "rule agent_policy.ExecProcessRequest";
+    refused(&rig.exec("web", "shell", "echo shell"), &[exec]);
+    let elsewhere = rig.in_container(&["--cwd", "/tmp"], "web", "elsewhere", PROBE);
+    refused(&rig.output(elsewhere), &[exec]);
+    // In the pod's own container, too, which has no probes.
+    refused(&rig.exec("pod", "pods", PROBE), &[exec]);
+    rig.remove("web");
+    rig.remove("pod");
+}

@@ -41,6 +41,10 @@ pub struct PolicyGenerateArgs {
     /// Allow ways to the loopback of the guest, as kubectl port-forward needs them
     #[arg(long)]
     pub allow_forward: bool,
+    /// Let root file systems come from the host instead of images that the guest pulls: then what runs is the host's word. So with
+    /// --run, and with --bundle unless it names an image
+    #[arg(long)]
+    pub host_rootfs: bool,
     /// The manifest, or with --run the arguments
     #[arg(value_name = "FILE", required_unless_present = "bundle")]
     pub words: Vec<String>,

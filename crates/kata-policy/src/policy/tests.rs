@@ -33,6 +33,13 @@ fn request_is_allowed_by_the_rule_of_its_name() {
 }
 
 #[test]
+fn line_may_be_as_long_as_a_script_that_a_container_runs() {
+    let script = "x".repeat(64 << 10);
+    let mut policy = policy(&format!("ExecProcessRequest if input.process.Args == [\"{script}\"]"));
+    assert_eq!(verdict(&mut policy, "ExecProcessRequest", json!({"process": {"Args": [script]}})), "allowed");
+}
+
+#[test]
 fn rule_that_is_undefined_allows_nothing() {
     let mut policy = policy("CopyFileRequest if startswith(input.path, \"/run/\")");
     assert_eq!(verdict(&mut policy, "CopyFileRequest", json!({"path": "/run/x"})), "allowed");

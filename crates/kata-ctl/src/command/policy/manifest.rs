@@ -2,18 +2,20 @@
 //!
 //! | in the manifest | in the policy |
 //! |---|---|
-//! | `image` | one of the names that container runtimes tell |
+//! | `image` | the image that the guest has to pull, by one of the names that container runtimes tell |
 //! | `command`, `args` | the command line; with `args` alone what it ends with, with neither any |
 //! | `env` with a value | that value; `valueFrom`, `envFrom` and the image's own variables may be any |
 //! | `$(NAME)` in any of these | what the kubelet makes of it, where that is known |
-//! | `volumeMounts` | places of mounts |
-//! | `securityContext` | user, capabilities, a read-only root |
-//! | probes, `lifecycle` | commands that may be executed |
+//! | `workingDir` | the working directory |
+//! | `volumes`, `volumeMounts`, `volumeDevices` | places of mounts and devices, and where what is there may come from |
+//! | `securityContext` | user, group, capabilities, privileges, a read-only root |
+//! | probes, `lifecycle` | commands that may be executed in this container |
 
 use serde_json::Value;
 
 use super::GenerateError;
 use super::container::Container;
+use super::volumes;
 
 /// Kinds of objects that make pods, and where in them the pod's template is.
 const TEMPLATES: [(&str, &str); 8] = [
@@ -29,7 +31,8 @@ const TEMPLATES: [(&str, &str); 8] = [
 
 /// The containers of the one pod in a manifest, that of the pod itself first.
 pub fn containers(file: &str, text: &str) -> Result<Vec<Container>, GenerateError> {
-    let options = serde_saphyr::options! { with_snippet: false };
+    // As kubectl reads them: `0755` is a mode.
+    let options = serde_saphyr::options! { with_snippet: false, legacy_octal_numbers: true };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
         .map_err(|source| GenerateError::Yaml { file: file.to_owned(), source: Box::new(source) })?;
     let mut pods = Vec::new();
@@ -44,11 +47,10 @@ pub fn containers(file: &str, text: &str) -> Result<Vec<Container>, GenerateErro
             return Err(GenerateError::Pods { file: file.to_owned(), names });
         }
     };
-    let of_pod = spec.get("securityContext").unwrap_or(&Value::Null);
     let mut found = vec![Container::pause()];
     for list in ["initContainers", "containers", "ephemeralContainers"] {
         for one in items(spec, list) {
-            found.push(container(one, of_pod)?);
+            found.push(container(one, spec)?);
         }
     }
     Ok(found)
@@ -66,7 +68,7 @@ fn find<'a>(document: &'a Value, pods: &mut Vec<(String, &'a Value)>) {
     }
 }
 
-fn container(one: &Value, of_pod: &Value) -> Result<Container, GenerateError> {
+fn container(one: &Value, pod: &Value) -> Result<Container, GenerateError> {
     let name = text(one, "name")
         .ok_or_else(|| GenerateError::Part { of: "a container".to_owned(), what: "it has no name" })?;
     let fault = |what| GenerateError::Part { of: format!("container {name}"), what };
@@ -82,7 +84,9 @@ fn container(one: &Value, of_pod: &Value) -> Result<Container, GenerateError> {
     let args = words("args", "args is not a list of strings")?;
     let command = words("command", "command is not a list of strings")?.filter(|words| !words.is_empty());
     let mut expected = Container::named(name);
-    expected.images = text(one, "image").map(image_names).unwrap_or_default();
+    let image =
+        text(one, "image").filter(|image| !image.is_empty()).ok_or_else(|| fault("it has no image"))?;
+    expected.images = image_names(image);
     match command {
         Some(command) => {
             expected.command = Some(command.into_iter().chain(args.unwrap_or_default()).collect())
@@ -90,30 +94,32 @@ fn container(one: &Value, of_pod: &Value) -> Result<Container, GenerateError> {
         None => expected.arguments = args.filter(|args| !args.is_empty()),
     }
     expected.env = variables.known();
-    let mounts = items(one, "volumeMounts").filter_map(|mount| text(mount, "mountPath"));
-    expected.may_mount(mounts.map(|path| match path.trim_end_matches('/') {
-        "" => "/".to_owned(),
-        path => path.to_owned(),
-    }));
+    expected.cwd = text(one, "workingDir").map(str::to_owned);
+    volumes::mount(&mut expected, one, pod);
+    let of_pod = pod.get("securityContext").unwrap_or(&Value::Null);
     secure(&mut expected, one.get("securityContext").unwrap_or(&Value::Null), of_pod);
-    expected.commands = commands(one);
+    expected.commands = commands(one, &variables);
     expected.stdin = one.get("stdin").and_then(Value::as_bool).unwrap_or(false);
     Ok(expected)
 }
 
 fn secure(expected: &mut Container, own: &Value, of_pod: &Value) {
     let flag = |key: &str| own.get(key).and_then(Value::as_bool).unwrap_or(false);
-    expected.uid = own.get("runAsUser").or_else(|| of_pod.get("runAsUser")).and_then(Value::as_i64);
+    let number = |key: &str| own.get(key).or_else(|| of_pod.get(key)).and_then(Value::as_i64);
+    expected.uid = number("runAsUser");
+    expected.gid = number("runAsGroup");
     expected.read_only = flag("readOnlyRootFilesystem");
-    let added = own.pointer("/capabilities/add").and_then(Value::as_array);
-    expected.may_have(added.into_iter().flatten().filter_map(Value::as_str));
+    expected.no_new_privileges = own.get("allowPrivilegeEscalation").and_then(Value::as_bool) == Some(false);
+    let capabilities = |place: &str| own.pointer(place).and_then(Value::as_array).into_iter().flatten();
+    expected.may_not_have(capabilities("/capabilities/drop").filter_map(Value::as_str));
+    expected.may_have(capabilities("/capabilities/add").filter_map(Value::as_str));
     if flag("privileged") {
         expected.may_have(["ALL"].into_iter());
     }
 }
 
-/// The commands of probes and of hooks.
-fn commands(one: &Value) -> Vec<Vec<String>> {
+/// The commands of probes and of hooks, as they are written and, since the kubelet does so for probes, with variables put in.
+fn commands(one: &Value, variables: &Variables<'_>) -> Vec<Vec<String>> {
     const PLACES: [&str; 5] = [
         "/livenessProbe/exec/command",
         "/readinessProbe/exec/command",
@@ -121,11 +127,14 @@ fn commands(one: &Value) -> Vec<Vec<String>> {
         "/lifecycle/postStart/exec/command",
         "/lifecycle/preStop/exec/command",
     ];
-    let words = |list: &Value| {
-        let words = list.as_array()?.iter().filter_map(Value::as_str).map(str::to_owned);
-        Some(words.collect::<Vec<_>>())
-    };
-    let mut found: Vec<_> = PLACES.iter().filter_map(|place| one.pointer(place)).filter_map(words).collect();
+    let lists = PLACES.iter().filter_map(|place| one.pointer(place)?.as_array());
+    let mut found = Vec::new();
+    for list in lists {
+        let words = || list.iter().filter_map(Value::as_str);
+        found.push(words().map(str::to_owned).collect::<Vec<_>>());
+        found.extend(words().map(|word| variables.expanded(word)).collect::<Option<Vec<_>>>());
+    }
+    found.retain(|command| !command.is_empty());
     found.sort();
     found.dedup();
     found
@@ -193,21 +202,26 @@ fn image_names(image: &str) -> Vec<String> {
         (false, true) => format!("docker.io/{path}"),
         (false, false) => format!("docker.io/library/{path}"),
     };
-    let tagged = full.rsplit('/').next().is_some_and(|name| name.contains(':'));
-    let full = match digest {
-        Some(digest) => format!("{full}@{digest}"),
-        None if tagged => full,
-        None => format!("{full}:latest"),
+    let untagged = match full.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => name,
+        _ => full.as_str(),
     };
-    let mut names = vec![image.to_owned(), full];
+    let mut names = vec![image.to_owned()];
+    match digest {
+        // Some leave the tag out then: the digest is what counts.
+        Some(digest) => names.extend([format!("{full}@{digest}"), format!("{untagged}@{digest}")]),
+        None if untagged.len() < full.len() => names.push(full),
+        None => names.push(format!("{full}:latest")),
+    }
+    names.sort();
     names.dedup();
     names
 }
 
-fn items<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
+pub(super) fn items<'a>(value: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
     value.get(key).and_then(Value::as_array).into_iter().flatten()
 }
 
-fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
+pub(super) fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
     value.get(key).and_then(Value::as_str)
 }

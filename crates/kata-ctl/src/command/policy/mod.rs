@@ -11,7 +11,9 @@
 mod answer;
 mod container;
 mod manifest;
+mod notes;
 mod rego;
+mod volumes;
 
 use std::path::{Path, PathBuf};
 
@@ -67,7 +69,10 @@ pub async fn run(command: &PolicyCommand) -> Outcome {
 
 async fn generate(args: &PolicyGenerateArgs) -> Outcome {
     let (source, containers) = containers(args).await?;
-    let wishes = rego::Wishes { exec: args.allow_exec, logs: !args.deny_logs, forward: args.allow_forward };
+    // Nobody could pull what has no name, and what `run` runs is the host's.
+    let host_rootfs = args.host_rootfs || args.run || containers.iter().any(|it| it.images.is_empty());
+    let (exec, logs, forward) = (args.allow_exec, !args.deny_logs, args.allow_forward);
+    let wishes = rego::Wishes { exec, logs, forward, host_rootfs };
     output::print(&rego::policy(&source, &containers, wishes)?)?;
     Ok(0)
 }

@@ -7,10 +7,16 @@ use std::fmt::Write as _;
 use kata_policy::shapes;
 
 use super::container::Container;
+use super::notes;
 use crate::failure::Failure;
 
-/// Rules that are the same for all pods; they read `containers`.
-const CREATE: &str = include_str!("create.rego");
+/// Rules that are the same for all pods; they read `containers` and `host_rootfs`.
+const RULES: [&str; 3] =
+    [include_str!("rego/create.rego"), include_str!("rego/storage.rego"), include_str!("rego/files.rego")];
+/// Only what the pod itself asks to be executed.
+const EXEC: &str = include_str!("rego/exec.rego");
+/// Only what containers read that are said to.
+const STDIN: &str = include_str!("rego/stdin.rego");
 
 /// Requests that have rules of their own.
 const RULED: [&str; 7] = [
@@ -61,6 +67,8 @@ pub struct Wishes {
     pub logs: bool,
     /// The host may connect to the guest's loopback.
     pub forward: bool,
+    /// Root file systems come from the host.
+    pub host_rootfs: bool,
 }
 
 /// The policy of a pod with these containers; `source` is where they are from.
@@ -68,23 +76,29 @@ pub struct Wishes {
 /// # Errors
 /// None that are known: serialising these types cannot fail.
 pub fn policy(source: &str, containers: &[Container], wishes: Wishes) -> Result<String, Failure> {
-    let source: String = source.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let source = line(source);
+    let notes = notes::of(containers, wishes);
+    let notes: String = notes.iter().map(|note| format!("#  - {}\n", line(note))).collect();
     let mut text = format!(
         "# Which requests of the host the guest serves. Made by kata-ctl policy generate; for {source}.\n\
+         #\n# It does not hold:\n{notes}\
          package agent_policy\n\n\
          import future.keywords.contains\nimport future.keywords.every\nimport future.keywords.if\nimport future.keywords.in\n\n\
-         containers := {:#}\n\n{CREATE}\n",
-        serde_json::to_value(containers)?
+         # Whether root file systems come from the host, and not from images that the guest pulls.\n\
+         host_rootfs := {}\n\ncontainers := {:#}\n\n{}\n",
+        wishes.host_rootfs,
+        serde_json::to_value(containers)?,
+        RULES.join("\n"),
     );
     let mut rule = |name: &str, allowed: bool| {
         // Writing to a String never fails.
         let _ = writeln!(text, "{name} := {allowed}");
     };
     rule("ReadStreamRequest", wishes.logs);
-    rule("WriteStreamRequest", wishes.exec || containers.iter().any(|container| container.stdin));
     rule("ForwardRequest", wishes.forward);
     if wishes.exec {
         rule("ExecProcessRequest", true);
+        rule("WriteStreamRequest", true);
     }
     for name in HARMLESS {
         rule(name, true);
@@ -93,21 +107,15 @@ pub fn policy(source: &str, containers: &[Container], wishes: Wishes) -> Result<
         rule(name, false);
     }
     if !wishes.exec {
-        text.push_str(EXEC);
+        text = [text.as_str(), EXEC, STDIN].join("\n");
     }
     Ok(text)
 }
 
-/// Only what the pod itself asks to be executed.
-const EXEC: &str = "
-# Probes and hooks of the pod.
-default ExecProcessRequest := false
-
-ExecProcessRequest if {
-\tsome container in containers
-\tinput.process.Args in container.commands
+/// Text that ends no comment.
+fn line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
-";
 
 /// Requests that no pod needs.
 fn others() -> Vec<&'static str> {
