@@ -84,6 +84,16 @@ pub enum BuildError {
     /// A program is not usable.
     #[error(transparent)]
     Program(#[from] ProgramError),
+    /// Initdata that cannot be trusted is answered by a policy that denies everything, which this agent would not ask.
+    #[error(
+        "the agent {} asks no policy, so nothing would stop a guest whose initdata cannot be trusted: build it with the feature \
+         `policy`",
+        agent.display()
+    )]
+    NoPolicy {
+        /// Its path.
+        agent: PathBuf,
+    },
     /// There is no kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -130,6 +140,9 @@ impl ImageBuilder {
             progress(line);
         };
         let agent = Program::read(&self.agent)?;
+        if self.services.is_some() && agent.denies_policy() {
+            return Err(BuildError::NoPolicy { agent: self.agent.clone() });
+        }
         let services = self.services.as_ref().map(|services| services.gather(&self.cache)).transpose()?;
         let identity = self.kernel.identify()?;
         let beside = services.as_ref().map(services::Gathered::key).unwrap_or_default();

@@ -119,6 +119,11 @@ impl Program {
         Agent { version, announces }
     }
 
+    /// Whether this says of itself that it asks no policy. Somebody else's agent says nothing.
+    pub(super) fn denies_policy(&self) -> bool {
+        self.facts.as_ref().is_some_and(|facts| !facts.policy)
+    }
+
     /// Whether this is an agent that asks a policy.
     pub(super) fn has_policy(&self) -> bool {
         self.facts.as_ref().is_some_and(|facts| facts.policy)

@@ -62,6 +62,27 @@ fn image_is_readable_by_everybody_and_nothing_is_left_beside_it() {
 }
 
 #[test]
+fn agent_that_asks_no_policy_is_refused_where_initdata_is_read() {
+    let mut scene = scene(Some(FACTS));
+    let nowhere = scene.dir.path().join("nowhere");
+    scene.builder.services = Some(Services {
+        guest_init: nowhere.clone(),
+        initdata: nowhere.clone(),
+        image_pull: None,
+        units: nowhere,
+        suite: "trixie".to_owned(),
+        mirror: None,
+    });
+    let error = scene.build().unwrap_err();
+    assert!(matches!(&error, BuildError::NoPolicy { agent } if *agent == scene.builder.agent), "{error}");
+    // With one, it is the next thing that is missing.
+    let facts = b"{\"version\":\"0.1.0\",\"announces\":true,\"policy\":true}";
+    let sections = [Section { name: program::SECTION, data: facts.to_vec() }];
+    fs::write(&scene.builder.agent, elf_with(&[1], b"code", &sections)).unwrap();
+    assert!(matches!(scene.build().unwrap_err(), BuildError::Program(_)));
+}
+
+#[test]
 fn two_builds_of_the_same_inputs_are_the_same_bytes() {
     let (one, other) = (scene(Some(FACTS)), scene(Some(FACTS)));
     let digest = |scene: &Scene| scene.build().unwrap().0.initrd.unwrap().sha256;
