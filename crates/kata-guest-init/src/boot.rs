@@ -207,7 +207,8 @@ fn make_services(images: &Images) -> Result<(), BootError> {
         directory.services(&table, &attached).map_err(|source| BootError::Components { owner, source })
     });
     let services = services.collect::<Result<Vec<_>, _>>()?;
-    let units = components::install(Path::new("/run"), &services).map_err(BootError::Install)?;
+    let units =
+        components::install(Path::new("/run"), &services, table.links()).map_err(BootError::Install)?;
     if units > 0 {
         root::keep_program(Path::new(LAUNCHER))?;
     }

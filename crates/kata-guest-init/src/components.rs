@@ -206,12 +206,16 @@ impl Directory {
     }
 }
 
-/// Writes the units of `all` and what starts them below `run` (`/run`), and the names that the agent knows them by. How many units
-/// that are.
+/// Writes the units of `all` and what starts them below `run` (`/run`), the names that the agent knows them by, and if there are any
+/// the `links` that they may look for. How many units that are.
 ///
 /// # Errors
 /// [`ComponentsError::Twice`] before anything was written; [`ComponentsError::Write`].
-pub fn install(run: &Path, all: &[Services]) -> Result<usize, ComponentsError> {
+pub fn install(
+    run: &Path,
+    all: &[Services],
+    links: &BTreeMap<String, String>,
+) -> Result<usize, ComponentsError> {
     let mut servers: BTreeMap<&str, (&str, &Name)> = BTreeMap::new();
     for services in all {
         for name in &services.names {
@@ -235,7 +239,12 @@ pub fn install(run: &Path, all: &[Services]) -> Result<usize, ComponentsError> {
         make(&run.join(format!("guest-services/{service}.socket")), |path| symlink(&name.socket, path))?;
         make(&units.join(format!("{service}.service")), |path| symlink(&name.unit, path))?;
     }
-    Ok(all.iter().map(|services| services.units.len()).sum())
+    let count = all.iter().map(|services| services.units.len()).sum();
+    for (link, to) in links.iter().filter(|_| count > 0) {
+        let path = Path::new(link);
+        make(&run.join(path.strip_prefix("/run").unwrap_or(path)), |path| symlink(to, path))?;
+    }
+    Ok(count)
 }
 
 fn make(path: &Path, work: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), ComponentsError> {

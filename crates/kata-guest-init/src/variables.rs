@@ -31,6 +31,7 @@ pub struct Table {
     path: BTreeMap<String, String>,
     extension: BTreeMap<String, BTreeMap<String, String>>,
     guest_services: BTreeMap<String, Vec<String>>,
+    link: BTreeMap<String, String>,
 }
 
 impl Table {
@@ -59,6 +60,12 @@ impl Table {
         }
         values.insert("extension_root".to_owned(), Value { text: root.to_owned(), file: false });
         Variables(values)
+    }
+
+    /// Symbolic links that services may look for, and where they lead.
+    #[must_use]
+    pub fn links(&self) -> &BTreeMap<String, String> {
+        &self.link
     }
 
     /// What the agent knows a service on `socket` by.

@@ -118,7 +118,7 @@ fn units_of_an_extension_have_nothing_that_systemd_complains_of() {
         manifest: "components.toml",
     };
     let made = directory.services(&Table::built_in().unwrap(), &[]).unwrap();
-    assert_eq!(install(&root.path().join("run"), &[made]).unwrap(), 2);
+    assert_eq!(install(&root.path().join("run"), &[made], &std::collections::BTreeMap::new()).unwrap(), 2);
     // What is looked at offline is not in /run.
     let etc = root.path().join("etc/systemd");
     std::fs::create_dir_all(&etc).unwrap();

@@ -53,7 +53,11 @@ impl Extension {
 fn an_extension_becomes_units_that_are_started_and_sockets_that_are_found() {
     let services = Extension::coco().services("coco").unwrap();
     let run = tempfile::tempdir().unwrap();
-    assert_eq!(install(run.path(), &[services]).unwrap(), 3);
+    let table = Table::built_in().unwrap();
+    assert_eq!(install(run.path(), &[services], table.links()).unwrap(), 3);
+    // Those that are told of no other place look for their initdata here.
+    let link = std::fs::read_link(run.path().join("confidential-containers/initdata")).unwrap();
+    assert_eq!(link, Path::new("/run/measured-cfg"));
     let unit = "extension-coco.confidential-data-hub.service";
     let wants = run.path().join("systemd/system/guest-services.target.wants").join(unit);
     let text = std::fs::read_to_string(wants).unwrap();
@@ -131,7 +135,7 @@ fn two_extensions_that_do_the_same_for_the_agent_are_refused_and_nothing_is_writ
     other.file("a", "", 0o755);
     let all = [Extension::coco().services("coco").unwrap(), other.services("mine").unwrap()];
     let run = tempfile::tempdir().unwrap();
-    let error = install(run.path(), &all).unwrap_err();
+    let error = install(run.path(), &all, &BTreeMap::new()).unwrap_err();
     assert!(matches!(&error, ComponentsError::Twice { service, .. } if service == "image-pull"), "{error}");
     assert_eq!(std::fs::read_dir(run.path()).unwrap().count(), 0);
 }
@@ -142,6 +146,6 @@ fn a_unit_that_is_there_already_is_not_written_over() {
     extension.file("bin/a", "", 0o755);
     let run = tempfile::tempdir().unwrap();
     let all = [extension.services("x").unwrap()];
-    install(run.path(), &all).unwrap();
-    assert!(matches!(install(run.path(), &all), Err(ComponentsError::Write { .. })));
+    install(run.path(), &all, &BTreeMap::new()).unwrap();
+    assert!(matches!(install(run.path(), &all, &BTreeMap::new()), Err(ComponentsError::Write { .. })));
 }
