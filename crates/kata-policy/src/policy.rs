@@ -4,7 +4,7 @@ use std::fmt;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
-use regorus::utils::limits::{ExecutionTimerConfig, PolicyLengthConfig};
+use regorus::utils::limits::{ExecutionTimerConfig, LimitError, PolicyLengthConfig};
 use regorus::{Engine, Value};
 use serde::Deserialize;
 
@@ -50,7 +50,8 @@ pub enum PolicyError {
     },
 }
 
-/// Why a request is not served. It names the rule and not what the request holds.
+/// Why a request is not served. It names the rule and where that went wrong, and not what the request holds: whoever reads the
+/// answer may be who must not know.
 #[derive(Debug, thiserror::Error)]
 #[error("the policy denies {request}: {why}")]
 pub struct Denied {
@@ -157,7 +158,7 @@ impl Policy {
     pub fn check(&mut self, request: &Request) -> Result<(), Denied> {
         let denied = |why| Denied { request: request.name.clone(), why };
         let path = format!("agent_policy.{}", request.name);
-        let fault = |what: &dyn fmt::Display| denied(Why::Fault(path.clone(), what.to_string()));
+        let fault = |what: &str| denied(Why::Fault(path.clone(), what.to_owned()));
         if let Some(reason) = &self.reason {
             return Err(denied(Why::Reason(reason.clone())));
         }
@@ -170,20 +171,21 @@ impl Policy {
             Ok(Value::Bool(false)) => Err(denied(Why::Rule(path))),
             Ok(Value::Undefined) => Err(denied(Why::Rule(path))),
             Ok(answer) => {
-                let text = answer.to_json_str().map_err(|error| fault(&error))?;
+                let text =
+                    answer.to_json_str().map_err(|_| fault("what it says cannot be written as JSON"))?;
                 // A list would do for the fields in their order, and is no answer.
                 let object = text.starts_with('{').then(|| serde_json::from_str(&text).ok()).flatten();
                 // What is wrong with it may quote the request.
                 let Some(Answer { allowed, ops }) = object else {
-                    return Err(fault(&"it is neither true or false nor an object with \"allowed\""));
+                    return Err(fault("it is neither true or false nor an object with \"allowed\""));
                 };
                 match (allowed, ops) {
                     (false, _) => Err(denied(Why::Rule(path))),
                     (true, None) => Ok(()),
-                    (true, Some(ops)) => self.remember(&ops).map_err(|error| fault(&error)),
+                    (true, Some(ops)) => self.remember(&ops).map_err(fault),
                 }
             }
-            Err(error) => Err(fault(&error)),
+            Err(error) => Err(fault(&error.to_string())),
         }
     }
 
@@ -204,19 +206,48 @@ impl Policy {
         serde_json::from_str(&text).ok()
     }
 
-    /// Applies a patch to the data that rules see.
-    fn remember(&mut self, ops: &json_patch::Patch) -> Result<(), String> {
-        let text = self.engine.get_data().to_json_str().map_err(|error| error.to_string())?;
-        let mut data: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-        json_patch::patch(&mut data, ops).map_err(|error| error.to_string())?;
+    /// Applies a patch to the data that rules see. A fault may quote the patch, and that what the request holds: none is passed on.
+    fn remember(&mut self, ops: &json_patch::Patch) -> Result<(), &'static str> {
+        let read = self.engine.get_data().to_json_str().ok();
+        let read = read.and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok());
+        let mut data = read.ok_or("what rules remember cannot be written as JSON")?;
+        json_patch::patch(&mut data, ops).map_err(|_| "its \"ops\" do not fit what rules remember")?;
         let data = Value::from(data);
         self.engine.clear_data();
-        self.engine.add_data(data).map_err(|error| error.to_string())
+        self.engine.add_data(data).map_err(|_| "its \"ops\" leave nothing that rules can remember")
     }
 }
 
-fn rule(engine: &mut Engine, name: &str) -> Result<Value, String> {
-    engine.eval_rule(format!("{PACKAGE}.{name}")).map_err(|error| error.to_string())
+/// What became of a rule that gives no value.
+#[derive(Debug, thiserror::Error)]
+enum RuleError {
+    #[error("it takes more than {} s", TIMER.limit.as_secs())]
+    Late,
+    #[error("it fails at line {0}, column {1}")]
+    At(u32, u32),
+    #[error("it fails")]
+    Somewhere,
+}
+
+impl RuleError {
+    /// The engine quotes values that a rule has worked with: of what it says no more than the place is kept.
+    fn of(limit: Option<&LimitError>, text: &str) -> Self {
+        if let Some(LimitError::TimeLimitExceeded { .. }) = limit {
+            return Self::Late;
+        }
+        // "\n--> FILE:LINE:COLUMN\n", before anything is quoted.
+        let place = text.trim_start().lines().next().and_then(|line| {
+            let mut parts = line.strip_prefix("--> ")?.rsplitn(3, ':');
+            let (column, line) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+            Some(Self::At(line, column))
+        });
+        place.unwrap_or(Self::Somewhere)
+    }
+}
+
+fn rule(engine: &mut Engine, name: &str) -> Result<Value, RuleError> {
+    let value = engine.eval_rule(format!("{PACKAGE}.{name}"));
+    value.map_err(|error| RuleError::of(error.downcast_ref(), &error.to_string()))
 }
 
 #[cfg(test)]

@@ -29,6 +29,14 @@ pub enum StorageError {
         /// What is wrong.
         reason: String,
     },
+    /// Another storage is at its mount point.
+    #[error("storage at {mount_point:?}: another is there already, with another {what}")]
+    Other {
+        /// Where it was to be.
+        mount_point: String,
+        /// What tells them apart.
+        what: &'static str,
+    },
     /// A kernel module that it needs.
     #[error("storage at {mount_point:?}")]
     Module {

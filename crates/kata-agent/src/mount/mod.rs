@@ -3,6 +3,7 @@
 mod error;
 mod group;
 mod hugepages;
+mod occupied;
 pub mod options;
 mod places;
 mod served;

@@ -101,8 +101,7 @@ pub(super) async fn pull(
     image: &Image,
     point: &Path,
 ) -> Result<(), StorageError> {
-    // Services want the bundle to be there, and empty.
-    begin(storage, point, &image.bundle).await?;
+    begin(storage, image).await?;
     let pulled = services.pull_image(&image.reference, &image.bundle).await;
     let digest = pulled.map_err(|source| service_error(storage, source));
     let done = match digest {
@@ -152,7 +151,7 @@ pub(super) async fn secure(
     point: &Path,
     integrity: bool,
 ) -> Result<(), StorageError> {
-    begin(storage, point, point).await?;
+    fs::create_dir_all(point).map_err(system("making directory", point))?;
     let node = PathBuf::from(&storage.source);
     let device = fs::metadata(&node).map_err(system("looking at", &node))?.rdev();
     let options = [
@@ -186,12 +185,23 @@ fn service_error(storage: &Storage, source: ServiceError) -> StorageError {
     StorageError::Service { mount_point: storage.mount_point.clone(), source }
 }
 
-/// Makes `dir` for a mount at `point`, where nothing may be mounted yet.
-async fn begin(storage: &Storage, point: &Path, dir: &Path) -> Result<(), StorageError> {
-    if is_mount(point).await? {
-        return Err(invalid(storage, "something is mounted there already"));
-    }
-    fs::create_dir_all(dir).map_err(system("making directory", dir))
+/// Makes the bundle of `image`, without what a service puts there: files that a host has copied would be taken for the image's.
+async fn begin(storage: &Storage, image: &Image) -> Result<(), StorageError> {
+    let (storage, bundle, config) = (storage.clone(), image.bundle.clone(), image.config());
+    let look = move || {
+        let root = Path::new(&storage.mount_point);
+        let in_root = fs::read_dir(root).ok().and_then(|mut files| files.next()).is_some();
+        for (path, found) in [(root, in_root), (&config, fs::symlink_metadata(&config).is_ok())] {
+            if found {
+                return Err(invalid(
+                    &storage,
+                    format!("an image is to be pulled, and {path:?} is there already"),
+                ));
+            }
+        }
+        fs::create_dir_all(&bundle).map_err(system("making directory", &bundle))
+    };
+    aside::within(aside::BOUND, format!("making the bundle of {}", image.reference), look).await?
 }
 
 /// Whether the service has done what it says.

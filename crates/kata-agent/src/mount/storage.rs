@@ -1,7 +1,8 @@
 //! Storages: what the host asks to be mounted in the guest for a sandbox or a container.
 //!
 //! A storage that several containers name by the same mount point is made once and goes with the last of them, or, where
-//! the request says that it is `shared`, with the sandbox: an emptyDir outlives every container that uses it.
+//! the request says that it is `shared`, with the sandbox: an emptyDir outlives every container that uses it. All of them
+//! have to ask for the very same: see [`super::occupied`].
 //!
 //! | driver | `source` | is |
 //! |---|---|---|
@@ -41,6 +42,7 @@ use rustix::mount::{
 use super::error::{StorageError, invalid, system};
 use super::group;
 use super::hugepages::{self, Reserved};
+use super::occupied;
 use super::options::{self, MountOptions};
 use super::places::Places;
 use super::served::{self, Image};
@@ -83,6 +85,8 @@ const OPTIONS_FIT: usize = 4095;
 /// A storage that is there.
 #[derive(Debug)]
 struct Made {
+    /// What it was asked for as, with the device node of its disk.
+    of: Storage,
     mounted: bool,
     /// Whether its directory was made for it and goes with it.
     own_directory: bool,
@@ -100,6 +104,7 @@ impl Made {
     /// What `storage` will be at `point`, before it is there.
     fn new(storage: &Storage, point: &Path) -> Self {
         Self {
+            of: storage.clone(),
             mounted: storage.driver != "local",
             own_directory: !point.exists(),
             users: 1,
@@ -163,9 +168,11 @@ impl Storages {
             if DISKS.contains(&storage.driver.as_str()) { self.with_disk(storage).await? } else { storage };
         let mut place = self.made.lock(&point).await;
         if let Some(made) = place.as_mut() {
+            occupied::same(&made.of, &storage)?;
             made.users += 1;
             return Ok(point);
         }
+        self.vacant(&storage, &point).await?;
         if let Some(made) = self.have_made(&storage, &point).await? {
             *place = Some(made);
             return Ok(point);
@@ -178,6 +185,20 @@ impl Storages {
             Ok(point)
         })
         .await?
+    }
+
+    /// Refuses `storage` where it would be over something, be that another storage or not.
+    async fn vacant(&self, storage: &Storage, point: &Path) -> Result<(), StorageError> {
+        let below = |other: &PathBuf| other != point && other.starts_with(point);
+        // A directory covers nothing. Also what is just coming counts: who looks second sees the first.
+        if storage.driver != "local"
+            && let Some(other) = self.made.paths().into_iter().find(below)
+        {
+            return Err(invalid(storage, format!("it would cover the storage at {other:?}")));
+        }
+        let (storage, at) = (storage.clone(), point.to_owned());
+        let look = move || occupied::vacant(&storage, &at);
+        aside::within(aside::BOUND, format!("looking at {}", point.display()), look).await?
     }
 
     /// Has a service of the guest make `storage`, if it is one that the agent cannot.

@@ -169,6 +169,7 @@ fn of_storage(error: &StorageError) -> Code {
     match error {
         StorageError::Unsupported { .. } | StorageError::NoFileSystem { .. } => Code::UNIMPLEMENTED,
         StorageError::Invalid { .. } | StorageError::Data { .. } => Code::INVALID_ARGUMENT,
+        StorageError::Other { .. } => Code::FAILED_PRECONDITION,
         StorageError::Disk { source, .. } => of_disk(source),
         StorageError::Aside(error) => of_aside(error),
         StorageError::Service { source, .. } => of_service(source),

@@ -8,8 +8,9 @@
 //! | absent | nothing; with `agent.unseal=implicit` variables, and files of small read-only volumes |
 //!
 //! Opened files are in memory of the guest: a tmpfs of the container's own takes a copy of the mount's tree with the secrets open,
-//! and the container gets that. It does not follow later changes of the volume. What cannot be opened fails the container: none
-//! runs with the sealed text in the place of the secret. No text of a secret is in an error or in the log.
+//! and the container gets that. It does not follow later changes of the volume. What was found and cannot be opened fails the
+//! container. Of a volume that is larger than secrets are, no more than the beginning is looked through: something sealed there
+//! fails the container, and what is behind stays as it is. No text of a secret is in an error or in the log.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -206,8 +207,14 @@ impl Secrets {
                     };
                     match read(source).await? {
                         Ok(tree) if tree.is_sealed() => found.0.push((at, tree)),
-                        // More than secrets are.
-                        Ok(_) | Err(TreeError::TooMuch { .. }) => {}
+                        Ok(_) => {}
+                        // A volume of data, as far as can be told.
+                        Err(TreeError::TooMuch { path, sealed: false }) => {
+                            tracing::info!(
+                                ?path,
+                                "not looked through for secrets: it holds more than those do"
+                            );
+                        }
                         Err(error) => return Err(error.into()),
                     }
                 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use serde::Deserialize;
+use serde_json::error::Category;
 
 use crate::Credentials;
 
@@ -22,14 +23,17 @@ pub enum AuthError {
         #[source]
         source: io::Error,
     },
-    /// The file is not of the right shape.
-    #[error("{} is not a file of credentials", path.display())]
+    /// The file is not of the right shape. What is wrong with it is not kept: the parser quotes it, and it may be a password.
+    #[error("{} is not a file of credentials: line {line}, column {column}: {kind}", path.display())]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
+        /// Where it is wrong.
+        line: usize,
+        /// Where in the line.
+        column: usize,
+        /// What kind of fault it is.
+        kind: &'static str,
     },
     /// An entry is not `user:password` in base64.
     #[error("{}: the entry {entry:?} is not user:password in base64", path.display())]
@@ -111,8 +115,14 @@ fn in_file(path: &Path, registry: &str, repository: &str) -> Result<Option<(Stri
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(AuthError::Read { path: path.to_owned(), source }),
     };
-    let file: AuthFile =
-        serde_json::from_slice(&text).map_err(|source| AuthError::Parse { path: path.to_owned(), source })?;
+    let file: AuthFile = serde_json::from_slice(&text).map_err(|error| {
+        let kind = match error.classify() {
+            Category::Io | Category::Eof => "the text ends too early",
+            Category::Syntax => "this is not JSON",
+            Category::Data => "unexpected content",
+        };
+        AuthError::Parse { path: path.to_owned(), line: error.line(), column: error.column(), kind }
+    })?;
     let whole = format!("{registry}/{repository}");
     // The most specific entry wins: host/a/b, host/a, host.
     for key in
@@ -151,6 +161,8 @@ fn decode(auth: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use std::error::Error;
+
     use super::*;
 
     fn file(text: &str) -> tempfile::NamedTempFile {
@@ -170,6 +182,18 @@ mod tests {
         assert_eq!(found("other/app"), ("host".to_owned(), "one".to_owned()));
         assert_eq!(found("teammate/app"), ("host".to_owned(), "one".to_owned()));
         assert_eq!(in_file(file.path(), "other.test", "team/app").unwrap(), None);
+    }
+
+    #[test]
+    fn a_file_that_is_none_is_told_by_the_place_without_what_is_there() {
+        let file = file("{\"auths\":\n {\"r\": \"dTpwYXNz\"}}");
+        let error = in_file(file.path(), "r", "app").unwrap_err();
+        let told = format!("{error} {:?} {:?}", error.source(), error);
+        assert!(!told.contains("dTpwYXNz"), "{told}");
+        assert!(
+            error.to_string().ends_with("not a file of credentials: line 2, column 17: unexpected content"),
+            "{error}"
+        );
     }
 
     #[test]

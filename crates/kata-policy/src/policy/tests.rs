@@ -51,12 +51,42 @@ fn rule_that_is_undefined_allows_nothing() {
 
 #[test]
 fn denial_does_not_show_what_the_request_holds() {
-    let mut policy =
-        policy("CreateContainerRequest := input\nExecProcessRequest if input.a.b > to_number(input.secret)");
-    for name in ["CreateContainerRequest", "ExecProcessRequest"] {
-        let text = verdict(&mut policy, name, json!({"secret": "hunter2", "a": {"b": 1}}));
+    let mut policy = policy(
+        "CreateContainerRequest := input\n\
+         ExecProcessRequest if input.a.b > to_number(input.secret)\n\
+         SetPolicyRequest if startswith(1, input.secret)\n\
+         WriteStreamRequest if startswith(input.list, \"a\")\n\
+         CopyFileRequest := {input.secret: true, \"allowed\": true, \"ops\": [input.secret]}\n\
+         SignalProcessRequest := {\"allowed\": true, \"ops\": [{\"op\": \"remove\", \"path\": input.secret}]}\n\
+         StartContainerRequest if object.get(input.list, 1, 2)\n\
+         ReadStreamRequest := input.secret\n\
+         ReadStreamRequest := input.list",
+    );
+    let rules = [
+        "CreateContainerRequest",
+        "ExecProcessRequest",
+        "SetPolicyRequest",
+        "WriteStreamRequest",
+        "CopyFileRequest",
+        "SignalProcessRequest",
+        "StartContainerRequest",
+        "ReadStreamRequest",
+    ];
+    for name in rules {
+        let input = json!({"secret": "hunter2", "list": ["hunter2"], "a": {"b": 1}});
+        let text = verdict(&mut policy, name, input);
         assert!(text.starts_with("the policy denies") && !text.contains("hunter2"), "{text}");
     }
+}
+
+#[test]
+fn a_rule_that_goes_wrong_is_told_with_its_line() {
+    let mut policy = policy("\nExecProcessRequest if startswith(input.list, \"a\")");
+    let text = verdict(&mut policy, "ExecProcessRequest", json!({"list": ["hunter2"]}));
+    assert!(
+        text.contains("agent_policy.ExecProcessRequest gives no answer: ") && text.contains("line "),
+        "{text}"
+    );
 }
 
 #[test]

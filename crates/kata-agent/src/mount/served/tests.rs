@@ -124,6 +124,47 @@ async fn nothing_is_pulled_over_what_is_mounted() {
 }
 
 #[tokio::test]
+async fn an_image_is_pulled_to_where_nothing_is_whatever_the_host_has_put_there() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let point = dir.path().join("c1/rootfs");
+    let _service = fake::pulls(dir.path(), |request| {
+        make_bundle(&request.bundle_path);
+        Ok(ImagePullResponse::new())
+    })
+    .await;
+    let all = storages(dir.path());
+    let of_host = Storage { driver: "ephemeral".into(), driver_options: Vec::new(), ..image(&point, "null") };
+    let of_host = Storage { source: "tmpfs".into(), fstype: "tmpfs".into(), ..of_host };
+    let made = all.add(vec![of_host]).await.unwrap();
+    let error = all.add(vec![image(&point, "null")]).await.unwrap_err().to_string();
+    assert!(error.contains("c1/rootfs") && error.contains("another driver"), "{error}");
+    all.remove(made).await.unwrap();
+    let made = all.add(vec![image(&point, "null")]).await.unwrap();
+    let error = all.add(vec![image(&point, "null")]).await.unwrap_err().to_string();
+    assert!(error.contains("one container's"), "{error}");
+    all.remove(made).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_image_is_not_pulled_beside_files_that_are_there_already() {
+    let dir = tempfile::tempdir().unwrap();
+    let _service = fake::pulls(dir.path(), |_| panic!("it was asked")).await;
+    for file in ["rootfs/bin/sh", "config.json"] {
+        let bundle = dir.path().join("c1");
+        let path = bundle.join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, "of the host").unwrap();
+        let error = pull_error(dir.path(), &bundle.join("rootfs")).await.to_string();
+        assert!(error.contains("is there already"), "{error}");
+        assert!(path.exists(), "what is another's stays");
+        fs::remove_dir_all(&bundle).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_pods_own_container_needs_no_service() {
     if !may_mount() {
         return;

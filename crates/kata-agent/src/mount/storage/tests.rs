@@ -80,6 +80,102 @@ async fn a_shared_storage_outlives_its_containers_and_goes_with_the_sandbox() {
     assert!(all.made.paths().is_empty());
 }
 
+/// What a second request for the same mount point is told.
+async fn second(first: &Storage, second: Storage) -> Result<(), String> {
+    let all = storages();
+    let made = all.add(vec![first.clone()]).await.unwrap();
+    let answer = all.add(vec![second]).await;
+    let told = match answer {
+        Ok(points) => all.remove(points).await.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    all.remove(made).await.unwrap();
+    assert!(!Path::new(&first.mount_point).exists(), "a refusal counts no user");
+    told
+}
+
+#[tokio::test]
+async fn a_mount_point_is_shared_by_those_who_ask_for_the_very_same_storage() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Storage { options: options(&["mode=0777"]), ..storage("local", &dir.path().join("volume")) };
+    second(&first, first.clone()).await.unwrap();
+    let group = kata_api::agent::FSGroup { group_id: 7, ..Default::default() };
+    for (other, what) in [
+        (Storage { driver: "ephemeral".into(), ..first.clone() }, "driver"),
+        (Storage { source: "other".into(), ..first.clone() }, "source"),
+        (Storage { fstype: "ext4".into(), ..first.clone() }, "type of file system"),
+        (Storage { options: options(&["mode=0700"]), ..first.clone() }, "options"),
+        (
+            Storage { driver_options: options(&["encryption_key=ephemeral"]), ..first.clone() },
+            "driver options",
+        ),
+        (Storage { fs_group: Some(group).into(), ..first.clone() }, "group"),
+        (Storage { shared: true, ..first.clone() }, "lifetime"),
+    ] {
+        let error = second(&first, other).await.unwrap_err();
+        assert!(error.contains(&first.mount_point) && error.ends_with(&format!("another {what}")), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_bound_is_no_difference_for_containers_that_share_memory() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let sized = |size: &str| Storage {
+        options: options(&["mode=755", size]),
+        ..storage("ephemeral", &dir.path().join("shm"))
+    };
+    second(&sized("size=64k"), sized("size=128k")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_volume_in_the_clear_is_none_that_is_encrypted() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = LoopDisk::new(dir.path(), "layer") else { return };
+    let mut plain = storage("blk", &dir.path().join("volume"));
+    (plain.source, plain.fstype) = (disk.0.clone(), "ext4".into());
+    let encrypted = Storage { driver_options: options(&[crate::mount::EPHEMERAL_KEY]), ..plain.clone() };
+    let error = second(&plain, encrypted).await.unwrap_err();
+    assert!(error.ends_with("another driver options"), "{error}");
+}
+
+#[tokio::test]
+async fn nothing_is_mounted_over_what_others_have_mounted_or_above_another_storage() {
+    if !may_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (others, above) = (dir.path().join("others"), dir.path().join("c1"));
+    std::fs::create_dir(&others).unwrap();
+    mount("none", &others, "tmpfs", MountFlags::empty(), None).unwrap();
+    let all = storages();
+    let over = all.add(vec![storage("ephemeral", &others)]).await;
+    unmount(&others, UnmountFlags::DETACH).unwrap();
+    let error = over.unwrap_err().to_string();
+    assert!(error.contains("something is mounted there already"), "{error}");
+    let below = all.add(vec![storage("ephemeral", &above.join("rootfs"))]).await.unwrap();
+    let error = all.add(vec![storage("ephemeral", &above)]).await.unwrap_err().to_string();
+    assert!(error.contains("would cover") && error.contains("c1/rootfs"), "{error}");
+    all.remove(below).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_mount_point_that_a_symbolic_link_leads_to_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), dir.path().join("link")).unwrap();
+    std::fs::create_dir(dir.path().join("elsewhere")).unwrap();
+    for name in ["link", "link/a/b"] {
+        let error = storages().add(vec![storage("local", &dir.path().join(name))]).await.unwrap_err();
+        assert!(error.to_string().contains("symbolic link"), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path().join("elsewhere")).unwrap().count(), 0);
+}
+
 #[tokio::test]
 async fn a_small_readonly_directory_is_copied_and_anything_else_bound() {
     if !may_mount() {

@@ -171,7 +171,7 @@ async fn implicitly_only_small_readonly_volumes_of_the_host_are_looked_through()
     let many = dir.path().join("volumes/many");
     std::fs::create_dir(&many).unwrap();
     for number in 0..300 {
-        std::fs::write(many.join(number.to_string()), "sealed.x").unwrap();
+        std::fs::write(many.join(number.to_string()), "ordinary").unwrap();
     }
     let given = [dir.path().join("volumes")];
     let spec = |mounts| spec(None, mounts);
@@ -191,6 +191,26 @@ async fn implicitly_only_small_readonly_volumes_of_the_host_are_looked_through()
     // By name it is an error.
     let error = Tree::read(&many).unwrap_err().to_string();
     assert!(error.contains("holds more than secrets do"), "{error}");
+}
+
+#[tokio::test]
+async fn a_volume_that_is_too_large_to_be_opened_is_refused_once_something_sealed_is_seen_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let given = [dir.path().to_owned()];
+    let (padded, long) = (dir.path().join("padded"), dir.path().join("long"));
+    std::fs::create_dir(&padded).unwrap();
+    std::fs::write(padded.join("0"), "sealed.hunter2").unwrap();
+    for number in 1..300 {
+        std::fs::write(padded.join(number.to_string()), "padding").unwrap();
+    }
+    std::fs::create_dir(&long).unwrap();
+    std::fs::write(long.join("key"), format!("sealed.hunter2{}", "x".repeat(tree::BYTES_MAX))).unwrap();
+    for volume in [padded, long] {
+        let spec = spec(None, vec![bind(&volume, "/data", &["rbind", "ro"])]);
+        let secrets = Secrets::of(&spec, true, services(dir.path(), LONG)).unwrap();
+        let error = secrets.find(&spec, &given).await.unwrap_err().to_string();
+        assert!(error.contains("holds more than secrets do") && !error.contains("hunter2"), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -30,6 +30,8 @@ pub enum TreeError {
     TooMuch {
         /// The tree.
         path: PathBuf,
+        /// Whether something sealed was seen before it was too much.
+        sealed: bool,
     },
     /// Neither a file, nor a directory, nor a link.
     #[error("{path:?} is of a kind that volumes of secrets do not have")]
@@ -73,6 +75,16 @@ enum Content {
     File(Vec<u8>),
 }
 
+impl Content {
+    /// Of a file, in bytes.
+    fn len(&self) -> usize {
+        match self {
+            Self::File(bytes) => bytes.len(),
+            Self::Directory | Self::Link(_) => 0,
+        }
+    }
+}
+
 /// Without what may be a secret.
 impl fmt::Debug for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -92,14 +104,16 @@ impl Tree {
         // The root may be a link itself, as a part of a volume that Kubernetes has updated is.
         let real = fs::canonicalize(root).map_err(system("finding", root))?;
         tree.take(&real, Path::new(""), 0, &mut bytes).map_err(|error| match error {
-            TreeError::TooMuch { .. } => TreeError::TooMuch { path: root.to_owned() },
+            TreeError::TooMuch { .. } => {
+                TreeError::TooMuch { path: root.to_owned(), sealed: tree.is_sealed() }
+            }
             error => error,
         })?;
         Ok(tree)
     }
 
     fn take(&mut self, root: &Path, path: &Path, depth: usize, bytes: &mut usize) -> Result<(), TreeError> {
-        let too_much = || TreeError::TooMuch { path: root.to_owned() };
+        let too_much = || TreeError::TooMuch { path: root.to_owned(), sealed: false };
         if self.0.len() >= ENTRIES_MAX || depth > DEPTH_MAX {
             return Err(too_much());
         }
@@ -115,16 +129,17 @@ impl Tree {
         } else if found.is_symlink() {
             Content::Link(fs::read_link(&full).map_err(system("reading", &full))?)
         } else if found.is_file() {
-            let content = read_file(&full)?;
-            *bytes += content.len();
-            if content.len() > SECRET_MAX || *bytes > BYTES_MAX {
-                return Err(too_much());
-            }
-            Content::File(content)
+            Content::File(read_file(&full)?)
         } else {
             return Err(TreeError::Kind { path: full });
         };
+        let length = content.len();
         self.0.push(Entry { path: path.to_owned(), content, mode, uid, gid });
+        *bytes += length;
+        // Also the last one counts for what was seen.
+        if length > SECRET_MAX || *bytes > BYTES_MAX {
+            return Err(too_much());
+        }
         children.sort_unstable();
         children.iter().try_for_each(|child| self.take(root, child, depth + 1, bytes))
     }
