@@ -133,7 +133,7 @@ pub fn allocate(size: u64, growth: u64, backing: Backing) -> Result<Memory, Memo
     for (base, length) in ranges(size).into_iter().chain(later(size, growth)) {
         // Huge pages that are not set aside for the guest now would be missing when it touches them, and that kills: so its RAM
         // takes them from the pool here. Of later memory each block is populated when it comes.
-        let ram = !later(size, growth).is_some_and(|(later, _)| later == base);
+        let ram = later(size, growth).is_none_or(|(later, _)| later != base);
         let kind =
             if backing.hugepages && ram { libc::MAP_SHARED } else { libc::MAP_SHARED | libc::MAP_NORESERVE };
         let region = map(&file, offset, base, length, kind).map_err(|error| match error {

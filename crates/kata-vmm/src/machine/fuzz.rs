@@ -78,7 +78,7 @@ impl Machine {
                 let base = PORTS.iter().cycle().nth(which.into())?;
                 let (address, (bytes, _)) =
                     (u64::from(*base) + u64::from(offset % 16), bytes.split_at(1 << (width % 4)));
-                if step % 2 == 0 {
+                if step.is_multiple_of(2) {
                     self.bus.write(address, bytes);
                 } else {
                     self.bus.read(address, &mut bytes.to_vec());

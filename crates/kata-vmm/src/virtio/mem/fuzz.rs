@@ -165,12 +165,9 @@ impl Machine {
 }
 
 fn request(kind: u16, address: u64, count: u16) -> [u8; REQUEST] {
-    let mut bytes = [0; REQUEST];
-    let (front, rest) = bytes.split_at_mut(8);
-    front[..2].copy_from_slice(&kind.to_le_bytes());
-    rest[..8].copy_from_slice(&address.to_le_bytes());
-    rest[8..10].copy_from_slice(&count.to_le_bytes());
-    bytes
+    // Type, padding, first address, number of blocks, padding.
+    let fields = [u64::from(kind), address, u64::from(count)].map(u64::to_le_bytes);
+    fields.concat().try_into().expect("as long as a request")
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ pub fn run(mut data: &[u8]) {
     let (mut device, server) = share(Arc::clone(&lost));
     let memory = memory();
     let rings = [0, 0x4000].map(|base| Ring::new(&memory, base));
-    let queues = std::array::from_fn(|i| rings[i].queue());
+    let queues = rings.each_ref().map(Ring::queue);
     let mut driver = Driver { memory: &memory, rings, queues, kicks: Vec::new(), told: Told::new() };
     while let Some([step]) = take(&mut data) {
         if driver.step_once(step, &mut data, &mut device).is_none() {
@@ -101,7 +101,7 @@ impl Driver<'_> {
                 }
             }
             // The queues as a well-behaved driver has them.
-            1 => self.queues = std::array::from_fn(|i| self.rings[i].queue()),
+            1 => self.queues = self.rings.each_ref().map(Ring::queue),
             2 => self.start(device, data)?,
             3 => self.stop(device),
             4 => {
