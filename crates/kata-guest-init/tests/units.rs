@@ -57,6 +57,12 @@ fn complaints(root: &Path, units: &[String]) -> Option<String> {
     Some(String::from_utf8_lossy(&output.stderr).into_owned() + &code)
 }
 
+#[test]
+fn a_manifest_without_end_ends_the_service_that_pulls_and_not_the_guest() {
+    let unit = std::fs::read_to_string(services().join("image-pull.service")).unwrap();
+    assert!(unit.lines().any(|line| line == "MemoryMax=60%"), "{unit}");
+}
+
 fn has_systemd() -> bool {
     let there = Path::new(HOSTS_UNITS).join("sysinit.target").exists();
     if !there {
