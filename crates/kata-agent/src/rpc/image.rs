@@ -1,7 +1,7 @@
 //! What a container takes from an image that was pulled in the guest, and the disk that such images are kept on.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use kata_api::agent::{Device, Storage};
@@ -104,7 +104,11 @@ fn read(path: &PathBuf) -> Result<Description, RpcError> {
     let file = File::open(path).map_err(RpcError::file("opening", path))?;
     let mut text = Vec::new();
     file.take(CONFIG_MAX).read_to_end(&mut text).map_err(RpcError::file("reading", path))?;
-    serde_json::from_slice(&text).map_err(RpcError::file("understanding", path))
+    serde_json::from_slice(&text).map_err(|error| {
+        // The parser quotes values.
+        let place = format!("line {}, column {}", error.line(), error.column());
+        RpcError::file("understanding", path)(io::Error::new(io::ErrorKind::InvalidData, place))
+    })
 }
 
 /// Takes the disk for images from a container, and gives the storage that has it mounted, encrypted, before the others. The
@@ -207,6 +211,10 @@ mod tests {
         std::fs::write(dir.path().join("config.json"), "{").unwrap();
         let error = adapt(&mut spec, &image(dir.path(), false)).await.unwrap_err();
         assert!(matches!(error, RpcError::File { what: "understanding", .. }), "{error}");
+        // Variables of an image that nobody else has may be secret.
+        std::fs::write(dir.path().join("config.json"), r#"{"process":{"env":"TOKEN=hunter2"}}"#).unwrap();
+        let error = crate::chain(&adapt(&mut spec, &image(dir.path(), false)).await.unwrap_err());
+        assert!(error.contains("line 1, column ") && !error.contains("hunter2"), "{error}");
     }
 
     #[tokio::test]
