@@ -110,7 +110,7 @@ fn interface_of_a_prepared_namespace_is_the_machines_and_can_be_used_again(rig: 
     let option = format!("network:{}", network.0.display());
     for round in ["first", "second"] {
         let script = format!(
-            "until ping -c 1 -W 10 10.88.0.1 > /ping; do :; done; mkdir /www; echo {round} > /www/index.html; exec httpd -f -p 80 -h /www"
+            "for n in $(seq 20); do ping -c 1 -W 10 10.88.0.1 > /ping && break; done; mkdir /www; echo {round} > /www/index.html; exec httpd -f -p 80 -h /www"
         );
         rig.detached(&["--with-ns", &option], "net", &script);
         let answer = rig.host().wait_for("the server", || rig.on_its_host(|| fetch("10.88.0.2:80")));
@@ -158,7 +158,7 @@ fn interface_that_plugins_make_after_the_creation_is_plugged_in(rig: &Containerd
         return;
     }
     for _ in 0..2 {
-        let script = "until ping -c 1 -W 10 10.88.0.1; do :; done; ip route";
+        let script = "for n in $(seq 20); do ping -c 1 -W 10 10.88.0.1 && break; done; ip route";
         let output = with_plugins(rig, &rig.run(&["--rm", "--cni", IMAGE, "cni", "sh", "-c", script]));
         let text = stdout(&output);
         assert!(text.contains("1 packets received"), "{text}{}", stderr(&output));

@@ -214,7 +214,8 @@ fn published_port_reaches_the_container_and_containers_reach_each_other() {
     docker.on_its_host(|| fetch(&format!("{address}:80"))).expect("the container answers on its own address");
 
     let script = format!(
-        "until ping -c 1 -W 10 $(ip route | awk '/^default/ {{ print $3 }}') > /dev/null; do :; done; echo gateway; \
+        "for n in $(seq 20); do \
+           ping -c 1 -W 10 $(ip route | awk '/^default/ {{ print $3 }}') > /dev/null && echo gateway && break; done; \
          wget -q -O - http://{address}/"
     );
     let output = docker.run(&["--rm", "busybox", "sh", "-c", &script]);
@@ -259,6 +260,12 @@ fn namespaces_of_the_host_and_of_other_containers_are_refused_by_name() {
         assert!(stderr(&output).contains(named), "{option} {value}: {}", stderr(&output));
     }
     let gateway = docker.inspect("box", "NetworkSettings.Gateway");
-    docker.ok(["exec", "box", "sh", "-c", &format!("until ping -c 1 -W 10 {gateway}; do :; done")]);
+    docker.ok([
+        "exec",
+        "box",
+        "sh",
+        "-c",
+        &format!("for n in $(seq 20); do ping -c 1 -W 10 {gateway} && exit 0; done; exit 1"),
+    ]);
     docker.ok(["rm", "--force", "box"]);
 }

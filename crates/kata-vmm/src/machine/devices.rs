@@ -77,7 +77,8 @@ pub(super) fn all(
     let mut all: Vec<Named> = Vec::new();
     let mut add = |id: &str, device| all.push((id.to_owned(), device));
     add(RNG, Box::new(Rng::new().map_err(|e| failed(RNG, e))?));
-    if spec.memory.reporting {
+    // What is given back of huge pages is not set aside for the guest any more, and may be gone when the guest touches it again.
+    if spec.memory.reporting && !spec.memory.hugepages {
         add(BALLOON, Box::new(Balloon::new(dma.clone()).map_err(|e| failed(BALLOON, e))?));
     }
     if let Some(wanted) = &spec.vsock {
