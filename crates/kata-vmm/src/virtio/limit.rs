@@ -24,6 +24,8 @@ pub struct Bucket {
     rate: i128,
     /// [`TOKEN`]s that are there; below zero they are owed.
     level: i128,
+    /// Most [`TOKEN`]s that it holds.
+    most: i128,
     /// When the level was right.
     at: Instant,
 }
@@ -32,18 +34,23 @@ impl Bucket {
     /// A full bucket, of a tenth of a second's tokens, at least one.
     pub fn new(per_second: NonZeroU64, now: Instant) -> Bucket {
         let rate = i128::from(per_second.get());
-        Bucket { rate, level: Bucket::most(rate), at: now }
+        Bucket::full(rate, (rate * TOKEN / BURST).max(TOKEN), now)
     }
 
-    fn most(rate: i128) -> i128 {
-        (rate * TOKEN / BURST).max(TOKEN)
+    /// A full bucket of so many tokens.
+    pub fn of(tokens: u32, per_second: NonZeroU64, now: Instant) -> Bucket {
+        Bucket::full(per_second.get().into(), i128::from(tokens) * TOKEN, now)
+    }
+
+    fn full(rate: i128, most: i128, now: Instant) -> Bucket {
+        Bucket { rate, level: most, most, at: now }
     }
 
     /// How long work has to wait; `None` where it may begin.
     pub fn wait(&mut self, now: Instant) -> Option<Duration> {
         let passed = now.saturating_duration_since(self.at).as_nanos();
         let come = i128::try_from(passed).unwrap_or(i128::MAX).saturating_mul(self.rate);
-        self.level = self.level.saturating_add(come).min(Bucket::most(self.rate));
+        self.level = self.level.saturating_add(come).min(self.most);
         self.at = self.at.max(now);
         if self.level > 0 {
             return None;
